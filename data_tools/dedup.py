@@ -1,0 +1,189 @@
+"""Drops pictures that are there twice, as a view: nothing is copied.
+
+    python -m data_tools dedup DATASET OUT                 # the same bytes
+    python -m data_tools dedup DATASET OUT --near 4        # and pictures whose perceptual hashes differ in at most 4 of 64 bits
+    python -m data_tools dedup DATASET OUT --same-caption  # only where the caption is the same too
+
+Of a group of duplicates the picture with most pixels stays, of equal ones the first. OUT/duplicates.jsonl names every dropped sample and
+the one that stands for it. The perceptual hash is the DCT hash (Zauner 2010, "Implementation and benchmarking of perceptual image hash
+functions"); pictures without any structure, which all hash alike, are compared by their bytes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_tools.errors import DataError
+from data_tools.headers import read_header
+from data_tools.images import open_image, to_rgb
+from data_tools.index import Dataset, read_key
+from data_tools.merge import summary
+from data_tools.reject import Reject
+from data_tools.view import open_view, write_view
+from data_tools.workers import TarReader, open_local, over_shards
+
+_SIDE, _KEPT = 32, 8
+_MAX_BUCKET = 2000
+"""Pictures that share a quarter or so of their hash are compared pairwise only up to this many: beyond, only with their neighbours."""
+
+
+def _dct_rows() -> NDArray[np.float32]:
+    angle = np.pi * np.outer(np.arange(1, _KEPT + 1), np.arange(_SIDE) + 0.5) / _SIDE
+    return np.cos(angle).astype(np.float32)
+
+
+_DCT = _dct_rows()
+
+
+def perceptual_hash(image: bytes) -> int | None:
+    """64 bits that stay nearly the same when a picture is scaled or compressed; None for a flat picture. Raises Reject when damaged."""
+    header = read_header(image)
+    if header.format == "jpg" and header.components != 4 and min(header.width, header.height) >= 8 * _SIDE:
+        try:
+            grey = Image.fromarray(simplejpeg.decode_jpeg(image, colorspace="GRAY", min_height=_SIDE, min_width=_SIDE)[..., 0])
+        except ValueError:
+            raise Reject("corrupt") from None
+    else:
+        grey = to_rgb(open_image(image, header)).convert("L")
+    pixels = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
+    parts = _DCT @ pixels @ _DCT.T
+    if np.abs(parts).max() < 16 * _SIDE:
+        return None
+    return int(np.packbits(parts.ravel() > np.median(parts)).view(">u8")[0])
+
+
+def _hash_shard(
+    dataset: Dataset, near: bool, captions: bool, shard: int
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.uint64]]:
+    """(Perceptual hashes, which of them count, hashes of captions), one of each a sample."""
+    rows = dataset.shard(shard)
+    hashes, valid, texts = np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool), np.zeros(len(rows), np.uint64)
+    with TarReader(dataset.tar_path(shard)) as tar:
+        for place, row in enumerate(rows):
+            if captions:
+                texts[place] = xxhash.xxh3_64_intdigest(tar.read(row, "text"))
+            if near:
+                try:
+                    found = perceptual_hash(tar.read(row, "image"))
+                except Reject:
+                    found = None  # damaged pictures are verify's business: here they equal only their own bytes
+                if found is not None:
+                    hashes[place], valid[place] = found, True
+    return hashes, valid, texts
+
+
+class _Groups:
+    """Union-find over sample numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = np.arange(count)
+
+    def find(self, item: int) -> int:
+        while self.parent[item] != item:
+            self.parent[item] = self.parent[self.parent[item]]
+            item = int(self.parent[item])
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        first, second = sorted((self.find(one), self.find(other)))
+        self.parent[second] = first
+
+
+def near_pairs(hashes: NDArray[np.uint64], distance: int) -> list[tuple[int, int]]:
+    """Pairs (i, j) of hashes [n] that differ in at most ``distance`` bits. Hashes cut into distance + 1 bands agree in one of them."""
+    pairs: set[tuple[int, int]] = set()
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.lexsort((hashes, band))
+        cuts = np.flatnonzero(np.diff(band[order])) + 1
+        for bucket in np.split(order, cuts):
+            for offset in range(1, min(len(bucket), _MAX_BUCKET)):
+                left, right = bucket[:-offset], bucket[offset:]
+                close = np.bitwise_count(hashes[left] ^ hashes[right]) <= distance
+                pairs.update(zip(left[close].tolist(), right[close].tolist(), strict=True))
+    return sorted(pairs)
+
+
+def find_groups(dataset: Dataset, near: int | None, same_caption: bool, processes: int) -> NDArray[np.int64]:
+    """For each sample [num_samples] the sample that stands for it: itself where it stays."""
+    rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
+    digests = np.concatenate([part["digest"] for part in rows])
+    pixels = np.concatenate([part["width"].astype(np.int64) * part["height"] for part in rows])
+    groups = _Groups(len(digests))
+    texts = np.zeros(len(digests), np.uint64)
+    near_hashes = valid = None
+    if near is not None or same_caption:
+        found = list(over_shards(partial(_hash_shard, dataset, near is not None, same_caption), dataset.num_shards, processes))
+        near_hashes, valid, texts = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((digests, texts))
+    same = (digests[order[1:]] == digests[order[:-1]]) & (texts[order[1:]] == texts[order[:-1]])
+    for place in np.flatnonzero(same).tolist():
+        groups.join(int(order[place]), int(order[place + 1]))
+    if near is not None and near_hashes is not None and valid is not None:
+        numbers = np.flatnonzero(valid)
+        for one, other in near_pairs(near_hashes[numbers], near):
+            if texts[numbers[one]] == texts[numbers[other]]:
+                groups.join(int(numbers[one]), int(numbers[other]))
+    return _choose(np.array([groups.find(sample) for sample in range(len(digests))]), pixels)
+
+
+def _choose(roots: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sample of each group with most pixels, the first of equal ones."""
+    order = np.lexsort((np.arange(len(roots)), -pixels, roots))
+    first = np.concatenate([[True], np.diff(roots[order]) != 0])
+    best = np.zeros(len(roots), np.int64)
+    best[roots[order[first]]] = order[first]
+    return best[roots]
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools dedup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("out", metavar="OUT", help="a new folder for the view")
+    parser.add_argument("--near", type=int, metavar="BITS", help="also pictures whose perceptual hashes differ in at most BITS of 64 bits")
+    parser.add_argument("--same-caption", action="store_true", help="two samples are duplicates only where their captions are equal too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    if arguments.near is not None and not 0 <= arguments.near <= 16:
+        raise DataError("--near is a number of bits from 0 to 16; 4 finds scaled and recompressed copies")
+    dataset = open_local(arguments.dataset)
+    output = open_view(arguments.out, dataset)
+    stands = find_groups(dataset, arguments.near, arguments.same_caption, arguments.processes)
+    keep = stands == np.arange(len(stands))
+    made_by: dict[str, Any] = {"verb": "dedup", "near": arguments.near, "same_caption": arguments.same_caption}
+    output.start()
+    output.write("duplicates.jsonl", _lines(dataset, stands, np.flatnonzero(~keep)))
+    manifest = write_view(output, dataset, keep, made_by)
+    print(f"dropped {int((~keep).sum()):,} of {len(keep):,} | {summary(arguments.out, manifest)}", file=sys.stderr)
+    return 0
+
+
+def _lines(dataset: Dataset, stands: NDArray[np.int64], dropped: NDArray[np.int64]) -> bytes:
+    keys = _keys(dataset, np.concatenate([dropped, stands[dropped]]))
+    lines = [{"key": keys[int(sample)], "same_as": keys[int(stands[sample])]} for sample in dropped]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _keys(dataset: Dataset, samples: NDArray[np.int64]) -> dict[int, str]:
+    """Sample number -> key."""
+    shards, rows = dataset.locate(np.unique(samples))
+    found: dict[int, str] = {}
+    for shard in np.unique(shards).tolist():
+        with TarReader(dataset.tar_path(shard)) as tar:
+            for row in rows[shards == shard].tolist():
+                found[int(dataset.counts[shard]) + row] = read_key(tar.descriptor, dataset.shard(shard)[row])
+    return found

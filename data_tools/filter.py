@@ -1,0 +1,116 @@
+"""Keeps the samples that meet conditions, as a view: nothing is copied.
+
+    python -m data_tools filter DATASET OUT --where "similarity >= 0.28" --where "min_side >= 200"
+    python -m data_tools filter DATASET OUT --best similarity --share 0.3
+    python -m data_tools filter DATASET OUT --where "face == bold serif"
+
+A name is a column of the .json members, a side-car column (see `join`), "caption", "key", or one of width, height, min_side, aspect,
+image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (a regular expression is found in it). All conditions must hold;
+a sample without the value is dropped. --best keeps the given share with the highest values among what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.merge import summary
+from data_tools.values import values_of
+from data_tools.view import open_view, write_view
+from data_tools.workers import open_local
+
+_CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|>=|<=|>|<|~)\s*(.*?)\s*")
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
+    """ "width >= 200" -> (name, test of a value). Raises DataError when it is not understood."""
+    match = _CONDITION.fullmatch(text)
+    if not match:
+        raise DataError(f'--where {text!r}: not understood; write it as "NAME OPERATOR VALUE", for example "width >= 200"')
+    name, sign, value = match.groups()
+    if sign == "~":
+        try:
+            pattern = re.compile(value)
+        except re.error as error:
+            raise DataError(f"--where {text!r}: {value!r} is not a regular expression ({error})") from None
+        return name, lambda found: pattern.search(str(found)) is not None
+    compare = _COMPARE[sign]
+    number = _number(value)
+    if number is None and sign not in ("==", "!="):
+        raise DataError(f"--where {text!r}: {value!r} is not a number, which {sign} needs")
+
+    def test(found: Any) -> bool:
+        if number is not None and (as_number := _number(found)) is not None:
+            return compare(as_number, number)
+        return compare(str(found), value) if sign in ("==", "!=") else False
+
+    return name, test
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def choose_best(values: list[Any], keep: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
+    """Those of ``keep`` whose value is among the highest ``share``; of equal values the earlier sample wins."""
+    numbers = np.array([_number(value) if _number(value) is not None else np.nan for value in values], np.float64)
+    candidates = np.flatnonzero(keep & ~np.isnan(numbers))
+    order = candidates[np.argsort(-numbers[candidates], kind="stable")]
+    best = np.zeros(len(keep), bool)
+    best[order[: round(share * int(keep.sum()))]] = True
+    return best
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("out", metavar="OUT", help="a new folder for the view")
+    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help="may be repeated; all must hold")
+    parser.add_argument("--best", metavar="NAME", help="rank by this value, highest first")
+    parser.add_argument("--share", type=float, metavar="X", help="share of samples that --best keeps, 0 to 1")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    if not arguments.where and not arguments.best:
+        raise DataError("nothing to filter by: give --where or --best")
+    if (arguments.best is None) != (arguments.share is None) or not 0 < (arguments.share or 1) <= 1:
+        raise DataError("--best NAME and --share X go together, X above 0 and at most 1")
+    dataset = open_local(arguments.dataset)
+    output = open_view(arguments.out, dataset)
+    conditions = [parse_condition(text) for text in arguments.where]
+    names = list(dict.fromkeys([name for name, _ in conditions] + ([arguments.best] if arguments.best else [])))
+    values = values_of(dataset, names, arguments.processes)
+    keep = np.ones(dataset.num_samples, bool)
+    for name, test in conditions:
+        keep &= np.fromiter((value is not None and test(value) for value in values[name]), bool, len(keep))
+    if arguments.best:
+        keep = choose_best(values[arguments.best], keep, arguments.share)
+    made_by: dict[str, Any] = {"verb": "filter", "where": arguments.where, "best": arguments.best, "share": arguments.share}
+    manifest = write_view(output, dataset, keep, made_by)
+    print(f"kept {int(keep.sum()):,} of {len(keep):,} | {summary(arguments.out, manifest)}", file=sys.stderr)
+    return 0

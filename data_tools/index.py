@@ -1,0 +1,270 @@
+"""The index of a sharded dataset: where each picture and caption lies, how large it is, and what its bytes hash to.
+
+    dataset = Dataset.open("shards/train")
+    shard, row = dataset.locate(np.array([17, 40_000]))     # sample numbers -> shard numbers and rows in them
+    entry = dataset.shard(int(shard[0]))[int(row[0])]       # one ROW, mapped from disk
+    with open(dataset.tar_path(int(shard[0])), "rb") as tar:
+        picture = os.pread(tar.fileno(), int(entry["image_size"]), int(entry["image_offset"]))
+
+The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption; the first where there are several) and KEY.json: the
+columns of the input, and "captions", the list of all captions, where there is more than one (`Dataset.max_captions` says if any has).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import fsspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.walk import BLOCK, Member, Problem, walk
+
+FORMAT, VERSION = "ringlip-shards", 1
+MANIFEST = "manifest.json"
+
+ROW = np.dtype(
+    [
+        ("image_offset", "<u8"),
+        ("image_size", "<u4"),
+        ("image_format", "u1"),
+        ("text_offset", "<u8"),
+        ("text_size", "<u4"),
+        ("json_offset", "<u8"),
+        ("json_size", "<u4"),
+        ("key_hash", "<u8"),
+        ("digest", "<u8"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+    ]
+)
+"""One sample. Offsets are of member DATA in the tar, a size of 0 means that the member is absent, ``key_hash`` is xxh3_64 of the key and
+``digest`` xxh3_64 of the picture's bytes, ``width`` and ``height`` are 0 where unknown."""
+
+IMAGE_FORMATS = {"jpg": 1, "jpeg": 1, "png": 2, "webp": 3, "gif": 0, "bmp": 0, "tif": 0, "tiff": 0, "avif": 0, "ppm": 0, "jp2": 0}
+"""Extension -> ``image_format``: 1 JPEG, 2 PNG, 3 WebP, 0 any other that Pillow may know."""
+_MAX_MEMBER = 2**32 - 1
+_KINDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "text", "json": "json"}
+
+
+class Strings:
+    """A column of texts, mapped: ``column[sample]`` is a str, "" where the joined table had none."""
+
+    def __init__(self, edges: NDArray[np.int64], text: NDArray[np.uint8]) -> None:
+        self._edges, self._text = edges, text
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    def __getitem__(self, sample: int) -> str:
+        return bytes(self._text[int(self._edges[sample]) : int(self._edges[sample + 1])]).decode()
+
+
+class Dataset:
+    """A folder (or fsspec URL) of shards with its manifest; indexes are mapped when first used. Opening reads the manifest alone."""
+
+    def __init__(self, root: str, manifest: dict[str, Any]) -> None:
+        self.root, self.manifest = root, manifest
+        sizes = [int(entry["samples"]) for entry in manifest["shards"]]
+        self.counts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))]).astype(np.int64)
+        """int64 [num_shards + 1]: shard i holds the samples counts[i] up to, not including, counts[i + 1]."""
+        self._maps: dict[int, NDArray[np.void]] = {}
+
+    @classmethod
+    def open(cls, root: str | Path) -> Dataset:
+        """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not one of ours."""
+        root = str(root).rstrip("/") or "/"
+        path = f"{root}/{MANIFEST}"
+        try:
+            manifest = json.loads(read_bytes(path))
+        except FileNotFoundError:
+            remedy = "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for tars of other makers"
+            raise DataError(f"{path}: no such file; {remedy}") from None
+        except ValueError as error:
+            raise DataError(f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DataError(f"{path}: not a manifest of {FORMAT}; make one with `python -m data_tools index`")
+        if manifest["version"] != VERSION:
+            raise DataError(f"{path}: version {manifest['version']}, this reader knows {VERSION}; install the RingLIP that wrote it")
+        return cls(root, manifest)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.counts[-1])
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest["shards"])
+
+    @property
+    def max_captions(self) -> int:
+        """The largest number of captions of a sample: above 1, ``captions`` in KEY.json lists them."""
+        return int(self.manifest.get("max_captions", 1))
+
+    @property
+    def is_remote(self) -> bool:
+        """True where tars must be fetched through fsspec instead of opened."""
+        return "://" in self.root
+
+    def tar_path(self, shard: int) -> str:
+        """Path or URL of a shard's tar. A filtered view keeps no tars of its own: its paths point into the dataset it was made from."""
+        entry = self.manifest["shards"][shard]
+        path = str(entry.get("path", entry["name"]))
+        if "://" in path or path.startswith("/"):
+            return path
+        return f"{self.root}/{path}" if self.is_remote else os.path.normpath(f"{self.root}/{path}")
+
+    def index_path(self, shard: int) -> str:
+        """Path or URL of a shard's index."""
+        return f"{self.root}/{index_name(self.manifest['shards'][shard]['name'])}"
+
+    def shard(self, shard: int) -> NDArray[np.void]:
+        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises DataError when missing or short."""
+        rows = self._maps.get(shard)
+        if rows is None:
+            rows = self._maps[shard] = self._load(shard)
+        return rows
+
+    def _load(self, shard: int) -> NDArray[np.void]:
+        path = self.index_path(shard)
+        remedy = f"make it anew with `python -m data_tools index {self.root}`"
+        try:
+            rows = load_array(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; {remedy}") from None
+        except ValueError as error:
+            raise DataError(f"{path}: not an index ({error}); {remedy}") from None
+        expected = int(self.counts[shard + 1] - self.counts[shard])
+        if rows.dtype != ROW or rows.shape != (expected,):
+            raise DataError(f"{path}: {rows.shape} rows where the manifest says {expected}; {remedy}")
+        return rows
+
+    def locate(self, samples: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample numbers [n] -> (shard numbers [n], rows in those shards [n]), int64. Raises IndexError outside 0 .. num_samples - 1."""
+        samples = np.asarray(samples, np.int64)
+        if samples.size and (samples.min() < 0 or samples.max() >= self.num_samples):
+            raise IndexError(f"{self.root}: samples are 0 .. {self.num_samples - 1}")
+        shards = np.searchsorted(self.counts, samples, side="right") - 1
+        return shards, samples - self.counts[shards]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the side-car columns that `python -m data_tools join` laid beside the tars."""
+        return sorted(self.manifest.get("columns", {}))
+
+    def column(self, name: str) -> NDArray[Any] | Strings:
+        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or `Strings`."""
+        if name not in self.columns:
+            raise DataError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
+        entry = self.manifest["columns"][name]
+        values = load_array(f"{self.root}/{entry['file']}")
+        if "text" in entry:
+            return Strings(values, load_array(f"{self.root}/{entry['text']}"))
+        return values
+
+
+# NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython below 3.12).
+_parsing = Lock()
+
+
+def load_array(path: str) -> NDArray[Any]:
+    """A .npy file: mapped where local, read where remote. Raises FileNotFoundError, or ValueError when it is not a whole .npy file."""
+    if "://" not in path:
+        with _parsing:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    data = io.BytesIO(read_bytes(path))
+    with _parsing:
+        return np.asarray(np.load(data, allow_pickle=False))
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file, local or at an fsspec URL. Raises FileNotFoundError."""
+    if "://" not in path:
+        return Path(path).read_bytes()
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())
+
+
+def index_name(tar_name: str) -> str:
+    """00000.tar -> 00000.idx"""
+    return tar_name.removesuffix(".tar") + ".idx"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name as (key, extension): "a/b.jpg" -> ("a/b", "jpg"). A known last extension ends the key, so that "x.v1.jpg" and
+    "x.v2.jpg" stay two samples; otherwise the key ends at the first dot as in webdataset. Without a dot the extension is empty.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, last = base.rpartition(".")
+    if last.lower() in _KINDS and stem:
+        return folder + slash + stem, last.lower()
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest.lower()
+
+
+def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, dict[str, Member]]]:
+    """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), by the position of their picture. A sample
+    has a picture and a text or json; others are counted in ``problems`` as missing_image or missing_text and left out.
+    """
+    open_samples: dict[str, dict[str, Member]] = {}
+    closed: list[tuple[str, dict[str, Member]]] = []
+    for member in walk(path, problems):
+        key, extension = split_name(member.name)
+        kind = _KINDS.get(extension)
+        if kind is None or key.rpartition("/")[2].startswith("."):
+            continue
+        if member.size > _MAX_MEMBER or (kind == "image" and not member.size):
+            problems.append(Problem(member.offset - BLOCK, "too_large" if member.size else "empty_file", member.name))
+            continue
+        sample = open_samples.setdefault(key, {})
+        if kind in sample:
+            problems.append(Problem(member.offset - BLOCK, "duplicate_key", key))
+            if "image" not in sample or len(sample) < 2:
+                continue
+            closed.append((key, sample))
+            sample = open_samples[key] = {}
+        sample[kind] = member
+    closed.extend(open_samples.items())
+    whole = []
+    for key, sample in closed:
+        if "image" in sample and len(sample) > 1:
+            whole.append((key, sample))
+        else:
+            offset = min(member.offset for member in sample.values())
+            problems.append(Problem(offset, "missing_text" if "image" in sample else "missing_image", key))
+    return sorted(whole, key=lambda item: item[1]["image"].offset)
+
+
+def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[Problem]]:
+    """Rows [n] of dtype ROW for any tar, by raw header walk, with pictures hashed; and what is wrong with it. Sizes in pixels stay 0."""
+    problems: list[Problem] = []
+    samples = scan_samples(path, problems)
+    rows = np.zeros(len(samples), ROW)
+    with open(path, "rb") as file:
+        for row, (key, sample) in zip(rows, samples, strict=True):
+            for kind, member in sample.items():
+                row[f"{kind}_offset"], row[f"{kind}_size"] = member.offset, member.size
+            image = sample["image"]
+            row["image_format"] = IMAGE_FORMATS[split_name(image.name)[1]]
+            row["key_hash"] = hash_key(key)
+            row["digest"] = xxhash.xxh3_64_intdigest(os.pread(file.fileno(), image.size, image.offset))
+    return rows, problems
+
+
+def hash_key(key: str) -> int:
+    """xxh3_64 of a key, as the index holds it."""
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+
+
+def read_key(descriptor: int, row: np.void) -> str:
+    """The key of one sample, from the header that stands before its picture in the tar open at ``descriptor``."""
+    header = os.pread(descriptor, BLOCK, int(row["image_offset"]) - BLOCK)
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return split_name(name)[0]

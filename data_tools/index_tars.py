@@ -1,0 +1,140 @@
+"""Writes the index and the manifest for tars of any maker, or makes a lost index anew.
+
+    python -m data_tools index FOLDER
+
+By raw header walk: members may stand in any order, and what is broken in a tar costs its own samples, not those behind it. Beside each
+NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last. The tars are not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.headers import read_header
+from data_tools.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
+from data_tools.merge import REJECTS, summary
+from data_tools.output import Output
+from data_tools.reject import Reject
+from data_tools.sources.base import hash_text, read_pieces
+from data_tools.workers import TarReader, over_shards
+
+
+class Scan(NamedTuple):
+    """What a tar holds."""
+
+    entry: dict[str, Any]
+    max_captions: int
+    rejects: list[dict[str, Any]]
+    rows: NDArray[np.void]
+
+
+def scan(paths: list[Path], names: list[str], shard: int) -> Scan:
+    """Index rows of one tar, with sizes in pixels; pictures whose header cannot be read are left out."""
+    path, name = paths[shard], names[shard]
+    rows, problems = scan_tar(path)
+    rejects = [{"key": item.name, "reason": item.reason, "source": f"{name}@{item.offset}", "shard": shard} for item in problems]
+    sound = np.ones(len(rows), bool)
+    max_captions = 1
+    with TarReader(str(path)) as tar:
+        for number, row in enumerate(rows):
+            try:
+                header = read_header(tar.read(row, "image"))
+            except Reject as reject:
+                sound[number] = False
+                rejects.append({"key": "", "reason": reject.reason, "source": f"{name}@{row['image_offset'] - 512}", "shard": shard})
+                continue
+            if max(header.width, header.height) < 65536:
+                row["width"], row["height"] = header.width, header.height
+            max_captions = max(max_captions, _num_captions(tar.read(row, "json")))
+    digest = xxhash.xxh3_64()
+    for piece in read_pieces(path):
+        digest.update(piece)
+    entry = {"name": name, "samples": int(sound.sum()), "bytes": path.stat().st_size, "digest": digest.hexdigest()}
+    return Scan(entry, max_captions, rejects, rows[sound])
+
+
+def _num_captions(meta: bytes) -> int:
+    if b'"captions"' not in meta:
+        return 1
+    try:
+        captions = json.loads(meta).get("captions")
+    except (ValueError, AttributeError):
+        return 1
+    return len(captions) if isinstance(captions, list) else 1
+
+
+def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], list[str]]:
+    """(Paths, names) of the tars: those of the manifest where there is one, else all in the folder."""
+    if manifest is None:
+        found = sorted(folder.glob("*.tar"))
+        return found, [path.name for path in found]
+    paths = [folder / entry.get("path", entry["name"]) for entry in manifest["shards"]]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what is there")
+    if any("path" in entry for entry in manifest["shards"]):
+        raise DataError(f"{folder}: a view of another dataset has no tars of its own; make it anew with the verb that made it")
+    return paths, [entry["name"] for entry in manifest["shards"]]
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="local folder with .tar files")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; the index stands beside local tars")
+    output = Output(str(folder))
+    old = output.read_json(MANIFEST)
+    if old is not None and old.get("format") != FORMAT:
+        raise DataError(f"{folder}/{MANIFEST}: written by another tool; rename it")
+    paths, names = _tars(folder, old)
+    if not paths:
+        raise DataError(f"{folder}: no .tar files in it")
+    output.start()
+    entries, lines, max_captions = [], [], 1
+    for found in over_shards(partial(scan, paths, names), len(paths), arguments.processes):
+        buffer = io.BytesIO()
+        np.save(buffer, found.rows, allow_pickle=False)
+        output.write(index_name(found.entry["name"]), buffer.getvalue())
+        entries.append(found.entry)
+        lines += found.rejects
+        max_captions = max(max_captions, found.max_captions)
+    manifest = _manifest(old, entries, lines, max_captions)
+    if old is None or manifest["shards"] != old["shards"]:
+        output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+        output.write_json(MANIFEST, manifest)
+    output.finish()
+    print(summary(str(folder), manifest), file=sys.stderr)
+    return 0
+
+
+def _manifest(old: dict[str, Any] | None, entries: list[dict[str, Any]], lines: list[dict[str, Any]], max_captions: int) -> dict[str, Any]:
+    """That of the same tars as before stays; otherwise a new one. Side-car columns no longer fit once samples have changed."""
+    if old is not None and old["shards"] == entries:
+        return old
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": hash_text("index", entries),
+        "shards": entries,
+        "samples": sum(entry["samples"] for entry in entries),
+        "max_captions": max_captions,
+        "rejected": dict(sorted(Counter(line["reason"] for line in lines).items())),
+    }

@@ -1,0 +1,131 @@
+"""Lays columns beside the tars, one value a sample, without writing the tars again.
+
+    python -m data_tools join DATASET scores.parquet --on uid --columns similarity,recaption
+    python -m data_tools join DATASET embeddings.npy --name teacher          # [num_samples, d], in the order of samples
+
+Rows of the table (CSV, TSV, JSONL or Parquet) are matched by --on: a column of the table whose values are those of the samples' --with
+("key" unless said otherwise; or any column of the .json members). A sample without a row gets NaN or "". `Dataset.column(NAME)` then
+gives the values; `filter` and `cat` know them too. This is how scores, new captions or a teacher's embeddings join a dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.index import MANIFEST
+from data_tools.output import Output
+from data_tools.values import values_of
+from data_tools.view import write_column
+from data_tools.workers import open_local
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """Column name -> values, of a CSV, TSV, JSONL or Parquet file. Raises DataError when it cannot be read."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return dict(pq.read_table(path).to_pydict())
+        if suffix in (".csv", ".tsv"):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+        elif suffix in (".jsonl", ".ndjson"):
+            with open(path, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            raise DataError(f"{path}: known are .csv, .tsv, .jsonl, .parquet and .npy")
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not readable ({' '.join(str(error).split())[:200]})") from None
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
+    """Values with None where there is none -> integers, floats (NaN for none), rows of floats, or texts ("" for none)."""
+    given = [value for value in values if value is not None]
+    if any(isinstance(value, list) for value in given):
+        widths = {len(value) if isinstance(value, list) else -1 for value in given}
+        if len(widths) > 1:
+            raise DataError(f"{where}: lists of different lengths ({sorted(widths)[:4]})")
+        blank = [np.nan] * widths.pop()
+        return np.array([blank if value is None else value for value in values], np.float32)
+    if all(isinstance(value, bool | int) for value in given) and len(given) == len(values):
+        return np.array(values, np.int64)
+    try:
+        return np.array([np.nan if value is None or value == "" else float(value) for value in values], np.float64)
+    except (TypeError, ValueError):
+        return ["" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+
+
+def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.int64]:
+    """The row of the table for each sample's key, -1 where there is none [num_samples]. The last of several rows counts."""
+    rows = {str(value): row for row, value in enumerate(table[on])}
+    return np.fromiter((rows.get(str(key), -1) for key in keys), np.int64, len(keys))
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("table", metavar="TABLE")
+    parser.add_argument("--on", metavar="COLUMN", help="column of the table that names the sample")
+    parser.add_argument("--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")')
+    parser.add_argument("--columns", metavar="A,B,...", help="columns to join (default: all others)")
+    parser.add_argument("--name", metavar="NAME", help="name of the column of a .npy file (default: that of the file)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    dataset = open_local(arguments.dataset)
+    path = Path(arguments.table)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    columns: dict[str, NDArray[Any] | list[str]] = {}
+    matched = dataset.num_samples
+    if path.suffix == ".npy":
+        columns[arguments.name or path.stem] = _array(path, dataset.num_samples)
+    else:
+        table = read_table(path)
+        wanted = arguments.columns.split(",") if arguments.columns else [name for name in table if name != arguments.on]
+        unknown = [name for name in [arguments.on, *wanted] if name not in table]
+        if unknown:
+            raise DataError(f"{path}: no column {unknown[0]!r} (--on, --columns); there are: {', '.join(table)}")
+        rows = match(values_of(dataset, [arguments.key], arguments.processes)[arguments.key], table, arguments.on)
+        matched = int((rows >= 0).sum())
+        if not matched:
+            raise DataError(f"{path}: no value of {arguments.on!r} is the {arguments.key!r} of a sample; see `python -m data_tools cat`")
+        for name in wanted:
+            columns[name] = as_column([table[name][row] if row >= 0 else None for row in rows.tolist()], f"{path}: column {name!r}")
+    bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
+    if bad:
+        raise DataError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
+    output = Output(arguments.dataset)
+    output.start()
+    entries = {name: write_column(output, name, values) for name, values in columns.items()}
+    output.write_json(MANIFEST, {**dataset.manifest, "columns": {**dataset.manifest.get("columns", {}), **entries}})
+    output.finish()
+    print(f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples", file=sys.stderr)
+    return 0
+
+
+def _array(path: Path, num_samples: int) -> NDArray[Any]:
+    try:
+        values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path}: not a .npy file ({error})") from None
+    if values.ndim == 0 or values.shape[0] != num_samples:
+        raise DataError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
+    return values

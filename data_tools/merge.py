@@ -1,0 +1,108 @@
+"""Ends a sharding run: checks that every shard is there and writes rejects.jsonl and, last, manifest.json.
+
+    python -m data_tools merge OUT
+
+Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+from data_tools.errors import DataError
+from data_tools.index import FORMAT, MANIFEST, VERSION, index_name
+from data_tools.output import PARTS, Output
+
+PLAN = "plan.json"
+REJECTS = "rejects.jsonl"
+
+
+def record_of(output: Output, name: str) -> dict[str, Any] | None:
+    """The record of a finished shard; None when it must be written (again)."""
+    record = output.read_json(f"{PARTS}/{name}.json")
+    if record is None or output.size(name) != record["entry"]["bytes"] or output.size(index_name(name)) is None:
+        return None
+    return dict(record)
+
+
+def reopen_if_damaged(output: Output) -> None:
+    """Takes a manifest back when a shard it names is missing or has another size, so that a rerun writes that shard again.
+
+    The records of the sound shards are made anew from the manifest and rejects.jsonl.
+    """
+    manifest = output.read_json(MANIFEST)
+    if manifest is None:
+        return
+    names = [entry["name"] for entry in manifest["shards"]]
+    damaged = {
+        entry["name"]
+        for entry in manifest["shards"]
+        if output.size(entry["name"]) != entry["bytes"] or output.size(index_name(entry["name"])) is None
+    }
+    if not damaged:
+        return
+    print(f"{output.root}: writing again what is missing or cut: {', '.join(sorted(damaged))}", file=sys.stderr)
+    rejects: dict[int, list[dict[str, Any]]] = {}
+    for line in output.read_text(REJECTS).splitlines():
+        reject = json.loads(line)
+        if "shard" in reject:
+            rejects.setdefault(reject.pop("shard"), []).append(reject)
+    for number, (name, entry) in enumerate(zip(names, manifest["shards"], strict=True)):
+        if name not in damaged:
+            record = {"entry": entry, "max_captions": manifest["max_captions"], "rejects": rejects.get(number, [])}
+            output.write_json(f"{PARTS}/{name}.json", record)
+    output.remove(MANIFEST)
+
+
+def merge(output: Output) -> dict[str, Any]:
+    """Writes the manifest of a finished run and returns it. Raises DataError naming the shards that are missing."""
+    plan = output.read_json(PLAN)
+    if plan is None:
+        raise DataError(f"{output.root}/{PLAN}: no such file; run `python -m data_tools shard` first")
+    manifest = output.read_json(MANIFEST)
+    if manifest is not None and manifest.get("plan") == plan["plan"]:
+        output.finish()
+        return dict(manifest)
+    names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
+    records = [record_of(output, name) for name in names]
+    missing = [name for name, record in zip(names, records, strict=True) if record is None]
+    if missing:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise DataError(f"{output.root}: {len(missing)} of {len(names)} shards are not written ({some}); run their `shard --task` again")
+    whole = [record for record in records if record is not None]
+    lines = plan["problems"] + [{**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]]
+    rejected = Counter(line["reason"] for line in lines)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan["plan"],
+        "shards": [record["entry"] for record in whole],
+        "samples": sum(record["entry"]["samples"] for record in whole),
+        "max_captions": max(record["max_captions"] for record in whole),
+        "rejected": dict(sorted(rejected.items())),
+        "input": plan["input"],
+        "options": plan["options"],
+    }
+    output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+    output.write_json(MANIFEST, manifest)
+    output.finish()
+    return manifest
+
+
+def summary(root: str, manifest: dict[str, Any]) -> str:
+    """One line for people."""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items()) or "none"
+    size = sum(entry["bytes"] for entry in manifest["shards"])
+    return f"{root}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, {size / 1e6:,.1f} MB; left out: {rejected}"
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(prog="python -m data_tools merge", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("out", metavar="OUT", help="folder or fsspec URL that all tasks wrote to")
+    arguments = parser.parse_args(argv)
+    print(summary(arguments.out, merge(Output(arguments.out))), file=sys.stderr)
+    return 0

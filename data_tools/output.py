@@ -1,0 +1,144 @@
+"""Where shards go: a local folder, by rename, or any fsspec URL, by upload of finished files. A final name is always a whole file."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from data_tools.errors import DataError
+
+PARTS = ".parts"
+"""Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them all."""
+
+
+class Output:
+    """A dataset being written. ``scratch`` is the local folder where files grow."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/") or "/"
+        self.is_remote = "://" in self.root
+        if self.is_remote:
+            self._base = self._fs._strip_protocol(self.root)
+            self.scratch = Path(tempfile.mkdtemp(prefix="ringlip-shard-"))
+        else:
+            self.scratch = Path(self.root, PARTS)
+
+    @property
+    def _fs(self) -> Any:
+        # Asked for anew each time: fsspec keeps one for each process, and those of a parent do not work in its children.
+        return fsspec.core.url_to_fs(self.root)[0]
+
+    def start(self) -> None:
+        """Makes the folders."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self, task: str) -> Iterator[None]:
+        """Keeps a second run of the same task away for as long as this process or a child of it lives.
+
+        A killed run's children notice within a sample or two; they are waited for, so that nobody writes the same file twice.
+        """
+        if self.is_remote:
+            yield
+            return
+        descriptor = os.open(self.scratch / f"lock-{task}", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._wait_for(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _wait_for(self, descriptor: int) -> None:
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                print(f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice", file=sys.stderr)
+                return
+        raise DataError(f"{self.root}: another run is writing here; wait for it or end it")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a finished file, None where there is none."""
+        try:
+            return int(self._fs.info(f"{self._base}/{name}")["size"]) if self.is_remote else os.stat(f"{self.root}/{name}").st_size
+        except FileNotFoundError:
+            return None
+
+    def read_text(self, name: str) -> str:
+        """A finished UTF-8 file. Raises FileNotFoundError."""
+        data: bytes = self._fs.cat_file(f"{self._base}/{name}") if self.is_remote else Path(self.root, name).read_bytes()
+        return data.decode()
+
+    def read_json(self, name: str) -> Any | None:
+        """A finished JSON file, None where there is none. Raises DataError when it is damaged."""
+        try:
+            text = self.read_text(name)
+        except FileNotFoundError:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{self.root}/{name}: not readable as JSON ({error}); remove it and run again") from None
+
+    def publish(self, name: str, local: Path) -> None:
+        """Gives a finished and synced file its name, at once and as a whole."""
+        if self.is_remote:
+            self._fs.makedirs(os.path.dirname(f"{self._base}/{name}"), exist_ok=True)
+            self._fs.put_file(str(local), f"{self._base}/{name}")
+            local.unlink()
+            return
+        target = Path(self.root, name)
+        os.replace(local, target)
+        sync_folder(target.parent)
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, written aside, synced and renamed."""
+        local = self.scratch / f"{name.replace('/', '-')}.{uuid.uuid4().hex}.tmp"
+        with open(local, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.publish(name, local)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+    def remove(self, name: str) -> None:
+        """Removes a finished file if it is there."""
+        try:
+            if self.is_remote:
+                self._fs.rm_file(f"{self._base}/{name}")
+            else:
+                os.unlink(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return
+
+    def finish(self) -> None:
+        """Removes everything that was needed only while shards were being written."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.is_remote and self._fs.exists(f"{self._base}/{PARTS}"):
+            self._fs.rm(f"{self._base}/{PARTS}", recursive=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Why a sample is left out: one word, the same in ``rejects.jsonl``, in the manifest and on the progress line."""
+
+from __future__ import annotations
+
+REASONS = {
+    "row_malformed": "the line is not a row of the table (columns missing or too many, not JSON, not UTF-8)",
+    "image_missing": "no picture is named, or a caption has no picture beside it",
+    "file_missing": "the picture's file does not exist",
+    "file_unreadable": "the picture's file cannot be read",
+    "file_too_large": "the picture's file is larger than --max-bytes",
+    "empty_file": "the picture has 0 bytes",
+    "html": "the file holds a web page, not a picture",
+    "svg": "the file holds vector graphics",
+    "unknown_format": "the file is no picture that is known here",
+    "truncated": "the picture ends too early",
+    "corrupt": "the picture is damaged: a checksum or its compressed data is wrong",
+    "pixel_format": "pixels that have no defined brightness: float or 32-bit integers",
+    "too_many_pixels": "width x height in the header is above --max-pixels (nothing was decoded)",
+    "too_small": "a side is below --min-side",
+    "too_elongated": "the longer side is more than --max-aspect times the shorter one",
+    "caption_missing": "no caption, or null",
+    "caption_empty": "nothing is left of the caption once it is cleaned",
+    "missing_text": "a picture in a tar without its text",
+    "missing_image": "a text in a tar without its picture",
+    "duplicate_key": "a second member of the same name in a tar (both are kept where both are whole)",
+    "bad_header": "a damaged header in a tar; reading goes on at the next whole one",
+    "cut_in_member": "the tar ends inside a member",
+    "no_end_marker": "the tar ends without its end marker: it was cut",
+    "concatenated": "a second archive follows in the same tar; it is read too",
+    "link": "a link in a tar: never followed",
+    "special_file": "a device or pipe in a tar: never made",
+    "unsafe_name": "a name in a tar that points outside (absolute, or with ..)",
+    "too_large": "a member of 4 GiB or more in a tar",
+}
+"""Every reason that can stand in ``rejects.jsonl``."""
+
+
+class Reject(Exception):
+    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on."""
+
+    def __init__(self, reason: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,275 @@
+"""Image-text pairs in, webdataset tars with an index and a manifest out.
+
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --processes 8
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --resize 224
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16      # then: python -m data_tools merge OUT
+
+OUT then holds 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row left out, with the reason)
+and, written last, manifest.json. The bytes depend on the input and the options alone, not on --processes or --task. A run that was
+stopped or killed continues when it is started again with the same options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.errors import DataError
+from data_tools.images import ImageOptions
+from data_tools.index import MANIFEST
+from data_tools.merge import PLAN, merge, record_of, reopen_if_damaged, summary
+from data_tools.on_ray import shard_on_ray
+from data_tools.output import Output
+from data_tools.plan import Plan, ShardOptions
+from data_tools.pool import write_shards
+from data_tools.progress import Progress
+from data_tools.sources import KINDS, SourceOptions, open_source
+from data_tools.tally import Tally
+
+_FEW = 1000
+"""Rows to see before the share of rejected ones means anything."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All options of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pairs", metavar="PAIRS", help="the input")
+    parser.add_argument("out", metavar="OUT", help="folder, or any URL that fsspec writes to (s3://, gs://, ...)")
+    _add_input(parser.add_argument_group("input"))
+    _add_pictures(parser.add_argument_group("pictures"))
+    group = parser.add_argument_group("shards")
+    group.add_argument("--shard-size", type=_positive, default=5000, metavar="N", help="input rows a shard (default 5000)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the order of samples (default 0)")
+    group.add_argument("--keep-order", action="store_true", help="keep the order of the input instead of permuting it")
+    group.add_argument(
+        "--max-caption", type=_positive, default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
+    )
+    group = parser.add_argument_group("running (these do not change what is written)")
+    group.add_argument(
+        "--processes", type=_positive, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
+    )
+    group.add_argument(
+        "--task",
+        type=_task,
+        default=(0, 1),
+        metavar="I/N",
+        help="write only every N-th shard, from the I-th (0 .. N - 1); `merge` ends the run",
+    )
+    group.add_argument("--ray", type=_positive, metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
+    group.add_argument("--strict", action="store_true", help="end at the first row that cannot be used")
+    group.add_argument(
+        "--max-rejected", type=float, default=0.5, metavar="SHARE", help="end when more than this share of rows is left out (default 0.5)"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress line")
+    return parser
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--image", metavar="COLUMN", help="column with the picture's path, URL or bytes")
+    group.add_argument(
+        "--caption", metavar="COLUMN", action="append", default=[], help="column with the caption, or a list of them; may be repeated"
+    )
+    group.add_argument("--input", choices=KINDS, help="kind of PAIRS, where its name does not tell")
+    group.add_argument("--columns", metavar="A,B,...", help="names of the columns of a table without a header line")
+    group.add_argument("--no-quotes", action="store_true", help="double quotes in a CSV or TSV file are letters, not enclosures of fields")
+    group.add_argument("--images", metavar="DIR", help="folder or URL where relative paths start (default: that of the file they stand in)")
+
+
+def _add_pictures(group: argparse._ArgumentGroup) -> None:
+    defaults = ImageOptions()
+    group.add_argument(
+        "--resize", type=_positive, metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
+    )
+    group.add_argument(
+        "--resize-mode",
+        choices=("shorter", "longer", "crop"),
+        default="shorter",
+        help="which side becomes --resize; crop cuts the centre square (default shorter)",
+    )
+    group.add_argument(
+        "--filter",
+        choices=("hamming", "bicubic", "lanczos"),
+        default=defaults.filter,
+        help=f"how --resize averages pixels, fastest first; bicubic is what most models' image processors do (default {defaults.filter})",
+    )
+    group.add_argument(
+        "--encode",
+        choices=("auto", "jpg", "png", "webp"),
+        default="auto",
+        help="format of pictures that must be encoded anew (default auto: PNG if the input was lossless, else JPEG)",
+    )
+    group.add_argument(
+        "--quality",
+        type=_positive,
+        default=defaults.quality,
+        metavar="Q",
+        help=f"JPEG and WebP quality of those (default {defaults.quality})",
+    )
+    group.add_argument(
+        "--min-side",
+        type=_positive,
+        default=defaults.min_side,
+        metavar="N",
+        help=f"leave out pictures with a shorter side (default {defaults.min_side})",
+    )
+    group.add_argument(
+        "--max-aspect",
+        type=float,
+        default=defaults.max_aspect,
+        metavar="X",
+        help=f"leave out pictures more elongated than X:1 (default {defaults.max_aspect:g})",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=_positive,
+        default=defaults.max_pixels,
+        metavar="N",
+        help=f"leave out larger pictures, by their header (default {defaults.max_pixels})",
+    )
+    group.add_argument(
+        "--max-bytes",
+        type=_positive,
+        default=defaults.max_bytes,
+        metavar="N",
+        help=f"leave out larger files (default {defaults.max_bytes})",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "number above 0"
+
+
+def _task(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return int(index), int(count)
+
+
+def options_of(arguments: argparse.Namespace) -> ShardOptions:
+    """What the arguments say that decides bytes."""
+    columns = tuple(arguments.columns.split(",")) if arguments.columns else ()
+    source = SourceOptions(arguments.image, tuple(arguments.caption), columns, not arguments.no_quotes, arguments.images)
+    images = ImageOptions(
+        resize=arguments.resize,
+        resize_mode=arguments.resize_mode,
+        filter=arguments.filter,
+        encode=arguments.encode,
+        quality=arguments.quality,
+        min_side=arguments.min_side,
+        max_aspect=arguments.max_aspect,
+        max_pixels=arguments.max_pixels,
+        max_bytes=arguments.max_bytes,
+    )
+    return ShardOptions(source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption)
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Opens the input and decides everything."""
+    options = options_of(arguments)
+    source = open_source(arguments.pairs, arguments.input, options.source)
+    pairs = Path(arguments.pairs)
+    root = arguments.images or str(pairs if pairs.is_dir() else pairs.parent)
+    plan = Plan(source, options, root, pairs.name)
+    first = next(source.rows(np.arange(1))).image
+    if isinstance(first, str) and first.startswith(("http://", "https://")):
+        raise DataError(f"{arguments.pairs}: pictures are web addresses; fetch them with img2dataset, then shard the folder it writes")
+    return plan
+
+
+def refuse_other(plan: Plan, output: Output) -> None:
+    """Raises DataError when another plan was begun here: its shards must not be mixed with ours."""
+    found = output.read_json(PLAN)
+    if found is None:
+        if output.size(MANIFEST) is not None:
+            raise DataError(f"{output.root}: holds another dataset; choose another folder, or remove it")
+    elif found["plan"] != plan.hash:
+        raise DataError(f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one")
+
+
+def _difference(found: dict[str, object], plan: Plan) -> str:
+    mine = plan.describe()
+    if found["input"] != mine["input"]:
+        return "another input"
+    flat_found, flat_mine = _flatten(found["options"]), _flatten(mine["options"])
+    changed = [
+        f"{key}={flat_found.get(key)!r} (now {value!r})" for key, value in flat_mine.items() if str(flat_found.get(key)) != str(value)
+    ]
+    return ", ".join(changed) or "another version of this tool"
+
+
+def _flatten(tree: object) -> dict[str, object]:
+    assert isinstance(tree, dict)
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value)
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.Namespace) -> None:
+    """Writes what this task has still to write."""
+    index, count = task
+    mine = list(range(index, plan.num_shards, count))
+    records = {shard: record_of(output, plan.shard_name(shard)) for shard in mine}
+    todo = [shard for shard in mine if records[shard] is None]
+    rows = {shard: min(plan.options.shard_size, plan.num_rows - shard * plan.options.shard_size) for shard in mine}
+    done = sum(rows[shard] for shard in mine if shard not in todo)
+    earlier = sum(len(record["rejects"]) for record in records.values() if record)
+    progress = Progress(sum(rows.values()), done, arguments.quiet)
+
+    def hear(tally: Tally) -> None:
+        progress.add(tally)
+        rejected, seen = sum(progress.rejected.values()) + earlier, progress.seen + done
+        if seen >= min(_FEW, progress.total) and rejected > arguments.max_rejected * seen:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in progress.rejected.most_common())
+            raise DataError(f"{arguments.pairs}: {rejected} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected")
+
+    write_shards(plan, output, todo, arguments.processes, arguments.strict, hear)
+    progress.close()
+
+
+def run_task(arguments: argparse.Namespace) -> Output:
+    """Writes what one task has to write; any number of tasks may run at the same time, anywhere."""
+    plan = make_plan(arguments)
+    output = Output(arguments.out)
+    refuse_other(plan, output)
+    output.start()
+    with output.locked("{}-of-{}".format(*arguments.task)):
+        reopen_if_damaged(output)
+        if output.read_json(MANIFEST) is None:
+            if output.read_json(PLAN) is None:
+                output.write_json(PLAN, plan.describe())
+            run(plan, output, arguments.task, arguments)
+        else:
+            output.finish()
+    return output
+
+
+def main(argv: list[str]) -> int | None:
+    arguments = make_parser().parse_args(argv)
+    if arguments.ray:
+        shard_on_ray(arguments)
+        output = Output(arguments.out)
+    else:
+        output = run_task(arguments)
+    index, count = arguments.task
+    if count > 1:
+        print(f"task {index} of {count} is done; when all are: python -m data_tools merge {arguments.out}", file=sys.stderr)
+        return 0
+    print(summary(arguments.out, merge(output)), file=sys.stderr)
+    return 0

@@ -1,0 +1,149 @@
+"""CSV, TSV and JSONL: text files of one row a line, read by position.
+
+Where each row starts is found once (8 bytes a row); workers then read any row without holding the file in memory. Quoted fields may
+hold line breaks, so a file with quotes is split by the ``csv`` module itself, not by its line breaks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
+
+csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
+_MAX_LINES = 10_000
+"""A quoted field that runs over more lines than this was surely never meant to be one."""
+
+
+class TableSource:
+    """One CSV, TSV or JSONL file."""
+
+    def __init__(self, path: Path, kind: str, options: SourceOptions) -> None:
+        self.path, self.kind, self.options = path, kind, options
+        self.problems: list[Problem] = []
+        self._file: mmap.mmap | None = None
+        with open(path, "rb") as file:
+            head = file.read(4)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{path}: this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+            start = 3 if head[:3] == b"\xef\xbb\xbf" else 0
+        starts, self._lines = self._split(start)
+        self.columns = self._read_columns(starts)
+        if kind != "jsonl":
+            require_columns(str(path), self.columns, options)
+        elif options.image is None or not options.captions:
+            raise DataError(f"{path}: say which keys hold the picture and the caption: --image KEY --caption KEY")
+        first = 0 if kind == "jsonl" or options.columns else 1
+        self._starts, self._lines = starts[first:], self._lines[first:]
+        self.blocks = [len(self._starts) - 1]
+
+    def fingerprint(self) -> str:
+        return hash_file(self.path)
+
+    def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
+        data = self._map()
+        for number in numbers.tolist():
+            raw = data[int(self._starts[number]) : int(self._starts[number + 1])]
+            source = f"{self.path.name}:{int(self._lines[number])}"
+            record = self._parse(raw)
+            if record is None:
+                yield Row(source, None, [], fault="row_malformed")
+                continue
+            image, captions, columns = split_columns(record, self.options)
+            yield Row(source, image_value(image), captions, columns)
+
+    def _parse(self, raw: bytes) -> dict[str, Any] | None:
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        if self.kind == "jsonl":
+            try:
+                record = json.loads(text)
+            except ValueError:
+                return None
+            return record if isinstance(record, dict) else None
+        fields: list[str] = next(self._reader([text]), [])
+        return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else None
+
+    def _reader(self, lines: Any) -> Any:
+        delimiter = "\t" if self.kind == "tsv" else ","
+        if self.options.quotes:
+            return csv.reader(lines, delimiter=delimiter)
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+
+    def _map(self) -> mmap.mmap | bytes:
+        if self._file is None:
+            with open(self.path, "rb") as file:
+                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def _split(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(Where each row starts, with the end of the last [n + 1]; the line it starts on, counted from 1 [n]), blank lines left out."""
+        size = self.path.stat().st_size
+        if size <= start:
+            raise DataError(f"{self.path}: the file is empty")
+        ends = _line_ends(self.path, size)
+        begins = np.concatenate([[start], ends[:-1]]).astype(np.int64)
+        lines = np.arange(1, len(begins) + 1)
+        if self.kind != "jsonl" and self.options.quotes and self._has_quotes():
+            rows = self._quoted_rows()
+            begins, lines = begins[rows], lines[rows]
+        edges = np.concatenate([begins, [size]])
+        data = self._map()
+        short = np.flatnonzero(np.diff(edges) <= 2)
+        blank = short[[not data[int(edges[i]) : int(edges[i + 1])].strip() for i in short]] if short.size else short
+        # A blank line joins the row before it, where both parsers ignore it; blank lines at the top join nothing.
+        keep = np.ones(len(begins), bool)
+        keep[blank] = False
+        return np.concatenate([begins[keep], [size]]), lines[keep]
+
+    def _has_quotes(self) -> bool:
+        return self._map().find(b'"') >= 0
+
+    def _quoted_rows(self) -> NDArray[np.int64]:
+        """The number of the line that each row starts on, counted from 0."""
+        starts, last = [], 0
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+            reader = self._reader(file)
+            for _ in reader:
+                if reader.line_num - last > _MAX_LINES:
+                    remedy = "--no-quotes reads quotes as letters"
+                    raise DataError(f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}")
+                starts.append(last)
+                last = reader.line_num
+        return np.array(starts, np.int64)
+
+    def _read_columns(self, starts: NDArray[np.int64]) -> list[str]:
+        if self.kind == "jsonl":
+            return []
+        if self.options.columns:
+            return list(self.options.columns)
+        raw = self._map()[int(starts[0]) : int(starts[1])]
+        try:
+            return next(self._reader([raw.decode("utf-8")]))
+        except (UnicodeDecodeError, StopIteration):
+            raise DataError(f"{self.path}: the first line is not a UTF-8 header of column names") from None
+
+
+def _line_ends(path: Path, size: int) -> NDArray[np.int64]:
+    """The offset behind every line break, and the size of the file where it does not end in one."""
+    found, offset = [], 0
+    with open(path, "rb") as file:
+        while piece := file.read(16 << 20):
+            found.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == 10) + (offset + 1))
+            offset += len(piece)
+    ends = np.concatenate(found) if found else np.zeros(0, np.int64)
+    return ends if len(ends) and ends[-1] == size else np.append(ends, size)

@@ -1,0 +1,85 @@
+"""Webdataset tars of any maker (img2dataset's output too), read by position after one walk over their headers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_tools import walk
+from data_tools.index import read_key, scan_samples
+from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, split_columns
+
+_PLACE = np.dtype([("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))])
+
+
+class TarSource:
+    """Samples of one or several tars. Whatever is broken in them is a problem with its offset; whole samples behind it are read."""
+
+    def __init__(self, paths: list[Path], options: SourceOptions) -> None:
+        self.paths, self.options = paths, options
+        self.problems: list[Problem] = []
+        self.columns: list[str] = []
+        found = []
+        for number, path in enumerate(paths):
+            problems: list[walk.Problem] = []
+            samples = scan_samples(path, problems)
+            places = np.zeros(len(samples), _PLACE)
+            places["tar"] = number
+            for place, (_, sample) in zip(places, samples, strict=True):
+                for kind, member in sample.items():
+                    place[f"{kind}_offset"], place[f"{kind}_size"] = member.offset, member.size
+            found.append(places)
+            self.problems += [Problem(problem.name, problem.reason, f"{path.name}@{problem.offset}") for problem in problems]
+        self._places = np.concatenate(found)
+        self.blocks = [len(self._places)]
+        self._descriptors: dict[int, int] = {}
+
+    def fingerprint(self) -> str:
+        sizes = [(path.name, path.stat().st_size) for path in self.paths]
+        return hash_text(sizes, xxhash.xxh3_128_hexdigest(self._places.tobytes()), [problem._asdict() for problem in self.problems])
+
+    def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
+        for place in self._places[numbers]:
+            descriptor = self._open(int(place["tar"]))
+            key = read_key(descriptor, place)
+            source = f"{self.paths[int(place['tar'])].name}:{key}"
+            image = os.pread(descriptor, int(place["image_size"]), int(place["image_offset"]))
+            try:
+                record = json.loads(os.pread(descriptor, int(place["json_size"]), int(place["json_offset"])) or b"{}")
+                text = os.pread(descriptor, int(place["text_size"]), int(place["text_offset"])).decode("utf-8")
+            except ValueError:
+                record, text = None, ""
+            if not isinstance(record, dict):
+                yield Row(source, image, [], fault="row_malformed")
+                continue
+            captions, columns = self._captions(record, [text] if place["text_size"] else [])
+            yield Row(source, image, captions, columns)
+
+    def _captions(self, record: dict[str, Any], texts: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """(Captions, other columns): the columns named by --caption, else the list that `shard` writes, else the text."""
+        record.pop("sample", None)
+        if self.options.captions:
+            _, captions, record = split_columns(record, self.options)
+            return captions, record
+        several = record.pop("captions", None)
+        if isinstance(several, list):
+            return several, record
+        if not texts and "caption" in record:
+            return [record.pop("caption")], record
+        return texts, record
+
+    def _open(self, tar: int) -> int:
+        # Descriptors stay open: a permuted order returns to every tar. Thousands of tars are more than most limits allow.
+        descriptor = self._descriptors.get(tar)
+        if descriptor is None:
+            if len(self._descriptors) >= 200:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            descriptor = self._descriptors[tar] = os.open(self.paths[tar], os.O_RDONLY)
+        return descriptor

@@ -1,0 +1,174 @@
+"""What is in a dataset: sizes, shapes, captions, languages, duplicates, and a contact sheet to look at.
+
+    python -m data_tools stats DATASET                   # writes DATASET/stats.json and DATASET/stats.html
+    python -m data_tools stats DATASET --out REPORT      # to another folder
+    python -m data_tools stats DATASET --captions 0      # looks at every caption, not at a random 50,000
+
+Sizes in pixels and bytes, formats and exact duplicates are those of all samples (from the index); captions are those of a random choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.index import Dataset
+from data_tools.languages import guess_language
+from data_tools.order import permute
+from data_tools.stats_page import Picture, render
+from data_tools.workers import TarReader, open_local, over_shards
+
+_WORD = re.compile(r"[^\W_]+")
+_FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}
+_QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+
+
+def describe_numbers(values: NDArray[Any]) -> dict[str, Any]:
+    """Mean, quantiles and a histogram (at most 40 bins, logarithmic where values span more than a factor of 50)."""
+    values = np.asarray(values, np.float64)
+    if not values.size:
+        return {"count": 0}
+    low, high = float(values.min()), float(values.max())
+    if high > 50 * max(low, 1) and low >= 0:
+        edges = np.unique(np.geomspace(max(low, 1), high, 41))
+        edges[0], edges[-1] = low, high  # rounding must not push the extremes out
+    elif high > low:
+        whole = bool(np.all(values == np.round(values)))
+        step = max(1.0, np.ceil((high - low + 1) / 40)) if whole else (high - low) / 40
+        edges = np.arange(low, high + step * 1.5, step)
+    else:
+        edges = np.array([low, low + 1])
+    counts, _ = np.histogram(values, edges)
+    quantiles = dict(zip([f"{share:g}" for share in _QUANTILES], np.quantile(values, _QUANTILES).round(3).tolist(), strict=True))
+    return {
+        "count": int(values.size),
+        "mean": round(float(values.mean()), 3),
+        "quantiles": quantiles,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+class _Captions:
+    """What the captions of one shard say."""
+
+    def __init__(self) -> None:
+        self.characters: list[int] = []
+        self.words: list[int] = []
+        self.vocabulary: Counter[str] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.texts: Counter[str] = Counter()
+
+    def add(self, text: str) -> None:
+        words = _WORD.findall(text.lower())
+        self.characters.append(len(text))
+        self.words.append(len(words))
+        self.vocabulary.update(words)
+        self.languages[guess_language(text)] += 1
+        self.texts[text] += 1
+
+
+def _read_captions(dataset: Dataset, chosen: list[NDArray[np.int64]], shard: int) -> _Captions:
+    found = _Captions()
+    rows = dataset.shard(shard)
+    with TarReader(dataset.tar_path(shard)) as tar:
+        for row in chosen[shard].tolist():
+            found.add(tar.read(rows[row], "text").decode("utf-8", "replace"))
+    return found
+
+
+def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
+    """A random ``count`` of samples (all when 0), always the same ones: rows for each shard."""
+    total = dataset.num_samples
+    samples = np.sort(permute(np.arange(min(count, total) if count else total), total, 0))
+    shards, rows = dataset.locate(samples)
+    return [rows[shards == shard] for shard in range(dataset.num_shards)]
+
+
+def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, Any]:
+    """All figures, as JSON can hold them."""
+    rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
+    fields = {name: np.concatenate([part[name] for part in rows]) for name in ("width", "height", "image_size", "image_format", "digest")}
+    known = (fields["width"] > 0) & (fields["height"] > 0)
+    width, height = fields["width"][known].astype(np.int64), fields["height"][known].astype(np.int64)
+    _, copies = np.unique(fields["digest"], return_counts=True)
+    formats = Counter(_FORMATS[value] for value in fields["image_format"].tolist())
+    work = partial(_read_captions, dataset, choose(dataset, num_captions))
+    captions = _Captions()
+    for part in over_shards(work, dataset.num_shards, processes):
+        captions.characters += part.characters
+        captions.words += part.words
+        captions.vocabulary += part.vocabulary
+        captions.languages += part.languages
+        captions.texts += part.texts
+    repeated = [(text, count) for text, count in captions.texts.most_common(20) if count > 1]
+    return {
+        "samples": dataset.num_samples,
+        "shards": dataset.num_shards,
+        "bytes": sum(int(entry["bytes"]) for entry in dataset.manifest["shards"]),
+        "rejected": dataset.manifest.get("rejected", {}),
+        "max_captions": dataset.max_captions,
+        "formats": dict(formats.most_common()),
+        "width": describe_numbers(width),
+        "height": describe_numbers(height),
+        "aspect": describe_numbers(width / np.maximum(height, 1)),
+        "image_bytes": describe_numbers(fields["image_size"]),
+        "duplicate_pictures": {"groups": int((copies > 1).sum()), "extra": int((copies - 1).sum())},
+        "captions": {
+            "looked_at": len(captions.characters),
+            "characters": describe_numbers(np.array(captions.characters)),
+            "words": describe_numbers(np.array(captions.words)),
+            "languages": dict(captions.languages.most_common()),
+            "vocabulary": len(captions.vocabulary),
+            "common_words": captions.vocabulary.most_common(60),
+            "repeated_extra": sum(count - 1 for count in captions.texts.values()),
+            "repeated": repeated,
+        },
+    }
+
+
+def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
+    """Random pictures with what belongs to them."""
+    pictures = []
+    for shard, places in enumerate(choose(dataset, count)):
+        with TarReader(dataset.tar_path(shard)) as tar:
+            for place in places.tolist():
+                row = dataset.shard(shard)[place]
+                text = tar.read(row, "text").decode("utf-8", "replace")
+                number = int(dataset.counts[shard]) + place
+                pictures.append(Picture(number, tar.read(row, "image"), text, int(row["width"]), int(row["height"])))
+    return pictures
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
+    parser.add_argument("--captions", type=int, default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)")
+    parser.add_argument("--pictures", type=int, default=60, metavar="N", help="pictures on the contact sheet (default 60)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    dataset = open_local(arguments.dataset)
+    if not dataset.num_samples:
+        raise DataError(f"{arguments.dataset}: holds no samples")
+    out = Path(arguments.out or arguments.dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = collect(dataset, max(0, arguments.captions), arguments.processes)
+    (out / "stats.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures > 0 else []
+    (out / "stats.html").write_text(render(Path(arguments.dataset).resolve().name, figures, pictures), encoding="utf-8")
+    print(f"{out}/stats.html and stats.json: {figures['samples']:,} samples", file=sys.stderr)
+    return 0

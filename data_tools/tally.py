@@ -1,0 +1,53 @@
+"""Counting what happens to rows, and passing it on a few times a second."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_SECONDS = 0.2
+_ROWS = 200
+
+
+@dataclass
+class Tally:
+    """What has happened to rows since the last report."""
+
+    images: int = 0
+    bytes: int = 0
+    """Read, before any change."""
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class Reporter:
+    """Gathers a worker's counts. With ``parent``, ends the process as soon as it has another parent: the run was killed."""
+
+    def __init__(self, send: Callable[[Tally], None], parent: int | None = None) -> None:
+        self._send, self._parent = send, parent
+        self._tally, self._rows, self._sent = Tally(), 0, time.monotonic()
+
+    def image(self, num_bytes: int) -> None:
+        """A sample was written."""
+        self._tally.images += 1
+        self._tally.bytes += num_bytes
+        self._tick()
+
+    def reject(self, reason: str) -> None:
+        """A row was left out."""
+        self._tally.rejected[reason] += 1
+        self._tick()
+
+    def _tick(self) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            os._exit(1)
+        self._rows += 1
+        if self._rows >= _ROWS or time.monotonic() - self._sent > _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what has gathered."""
+        self._send(self._tally)
+        self._tally, self._rows, self._sent = Tally(), 0, time.monotonic()

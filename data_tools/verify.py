@@ -1,0 +1,106 @@
+"""Is a dataset still what was written? Names every damaged sample.
+
+    python -m data_tools verify DATASET            # digests, counts, members, and every picture decoded
+    python -m data_tools verify DATASET --quick    # digests and counts alone
+
+One line on stdout for each damage: SHARD, KEY (or "-"), what is wrong. Exit code 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+
+import numpy as np
+import xxhash
+
+from data_tools import walk
+from data_tools.errors import DataError
+from data_tools.headers import read_header
+from data_tools.images import check_pixels
+from data_tools.index import Dataset, hash_key, read_key
+from data_tools.reject import REASONS, Reject
+from data_tools.sources.base import read_pieces
+from data_tools.workers import TarReader, open_local, over_shards
+
+Damage = tuple[str, str]
+"""(Key or "-", what is wrong)."""
+
+
+def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
+    """Everything wrong with one shard; an empty list when it is sound."""
+    path = dataset.tar_path(shard)
+    entry = dataset.manifest["shards"][shard]
+    try:
+        rows = dataset.shard(shard)
+    except DataError as error:
+        return [("-", str(error))]
+    if not os.path.exists(path):
+        return [("-", "the tar is missing; fetch or write this shard again")]
+    digest = xxhash.xxh3_64()
+    for piece in read_pieces(path):
+        digest.update(piece)
+    changed = digest.hexdigest() != entry["digest"]
+    if quick and not changed:
+        return []
+    found: list[Damage] = []
+    with TarReader(path) as tar:
+        for row in rows:
+            found += [(key, fault) for key, fault in _check_sample(tar, row, not quick)]
+    if changed:
+        problems: list[walk.Problem] = []
+        for _ in walk.walk(path, problems):
+            pass
+        found += [("-", f"{REASONS[problem.reason]} (byte {problem.offset})") for problem in problems]
+        size = os.path.getsize(path)
+        found.append(
+            ("-", f"the tar's digest is {digest.hexdigest()}, the manifest says {entry['digest']} ({size} of {entry['bytes']} bytes)")
+        )
+    return found
+
+
+def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
+    key = read_key(tar.descriptor, row)
+    if hash_key(key) != int(row["key_hash"]):
+        return [(key or "-", f"its header is damaged, or stands elsewhere (picture at byte {row['image_offset']})")]
+    image = tar.read(row, "image")
+    if len(image) != int(row["image_size"]) or xxhash.xxh3_64_intdigest(image) != int(row["digest"]):
+        return [(key, "the picture's bytes have changed")]
+    faults = []
+    try:
+        tar.read(row, "text").decode("utf-8")
+    except UnicodeDecodeError:
+        faults.append((key, "its caption is not UTF-8"))
+    try:
+        json.loads(tar.read(row, "json") or b"{}")
+    except ValueError:
+        faults.append((key, "its .json member is not JSON"))
+    if decode:
+        try:
+            check_pixels(image, read_header(image))
+        except Reject as reject:
+            faults.append((key, REASONS[reject.reason]))
+    return faults
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("--quick", action="store_true", help="compare digests and counts; look at samples only where they differ")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    dataset = open_local(arguments.dataset)
+    total = 0
+    work = partial(verify_shard, dataset, arguments.quick)
+    for shard, found in enumerate(over_shards(work, dataset.num_shards, arguments.processes)):
+        total += len(found)
+        for key, fault in found:
+            print(f"{dataset.manifest['shards'][shard]['name']}\t{key}\t{fault}")
+    state = f"{total} damages" if total else "sound"
+    print(f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr)
+    return 1 if total else 0

@@ -1,0 +1,72 @@
+"""A word-level tokenizer from the captions of a dataset, for models that are trained from nothing on a small language.
+
+    python -m data_tools vocabulary demo/shards/train demo/tokenizer
+
+writes ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers.AutoTokenizer.from_pretrained`` loads. A token is a word or
+a mark of punctuation, lower-cased; id 0 is padding, 1 the end of every caption, 2 an unknown word (not the end token: transformers' CLIP
+takes an end token 2 for that of old configs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.errors import DataError
+from data_tools.index import Dataset
+
+SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
+
+
+def captions(dataset: Dataset) -> Iterator[str]:
+    """Every caption, shard by shard."""
+    for number in range(dataset.num_shards):
+        rows = dataset.shard(number)
+        with open(dataset.tar_path(number), "rb") as tar:
+            for offset, size in zip(rows["text_offset"].tolist(), rows["text_size"].tolist(), strict=True):
+                tar.seek(offset)
+                yield tar.read(size).decode("utf-8", errors="replace")
+
+
+def train(texts: Iterator[str], size: int, num_tokens: int) -> tuple[str, dict[str, object]]:
+    """The contents of tokenizer.json and tokenizer_config.json for the ``size`` most frequent words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", SPECIAL.index("[EOS]"))])
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=size, special_tokens=list(SPECIAL)))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": num_tokens,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "eos_token": "[EOS]",
+        "padding_side": "right",
+    }
+    return tokenizer.to_str(), config
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools vocabulary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a dataset written by `data_tools shard`")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer")
+    parser.add_argument("--size", type=int, default=8192, help="words kept, the most frequent first (default 8192)")
+    parser.add_argument("--num-tokens", type=int, default=16, help="context length, end token included (default 16)")
+    options = parser.parse_args(argv)
+    if options.size <= len(SPECIAL):
+        raise DataError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
+    tokenizer, config = train(captions(Dataset.open(options.shards)), options.size, options.num_tokens)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    aside = options.out / "tokenizer.json.tmp"
+    aside.write_text(tokenizer, encoding="utf-8")
+    aside.rename(options.out / "tokenizer.json")
+    print(f"{len(json.loads(tokenizer)['model']['vocab']):,} words -> {options.out}", file=sys.stderr)
+    return 0

@@ -1,0 +1,110 @@
+"""Writes one shard of a plan: reads its rows, checks them, and leaves a tar, an index and a record of what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_tools.captions import clean_all
+from data_tools.errors import DataError
+from data_tools.images import prepare
+from data_tools.index import IMAGE_FORMATS, ROW, hash_key, index_name
+from data_tools.output import PARTS, Output
+from data_tools.plan import Plan
+from data_tools.reject import REASONS, Reject
+from data_tools.sources.base import Row, read_image
+from data_tools.tally import Reporter
+from data_tools.tar import TarWriter
+
+RESERVED = ("captions", "sample")
+"""Names in the .json member that are ours; a column of the same name is stored as column_NAME."""
+
+
+def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, strict: bool = False) -> dict[str, Any]:
+    """Writes shard number ``shard`` and returns its record. Raises DataError at the first row left out when ``strict``."""
+    name = plan.shard_name(shard)
+    numbers = plan.rows_of(shard)
+    local = output.scratch / f"{name}.tmp"
+    writer = TarWriter(local)
+    index = np.zeros(len(numbers), ROW)
+    rejects: list[dict[str, Any]] = []
+    kept, max_captions = 0, 1
+    try:
+        for number, row in zip(numbers.tolist(), plan.source.rows(numbers), strict=True):
+            key = plan.key(number)
+            try:
+                entry, num_captions, num_bytes = _write_sample(plan, writer, key, row)
+            except Reject as reject:
+                if strict:
+                    raise DataError(f"{row.source}: {REASONS[reject.reason]} ({reject.reason}; --strict ends at the first)") from None
+                rejects.append({"key": key, "reason": reject.reason, "source": row.source})
+                reporter.reject(reject.reason)
+            else:
+                index[kept] = entry
+                kept += 1
+                max_captions = max(max_captions, num_captions)
+                reporter.image(num_bytes)
+        reporter.flush()
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    return _publish(output, name, local, writer, index[:kept], rejects, max_captions)
+
+
+def _publish(
+    output: Output, name: str, local: Path, writer: TarWriter, index: Any, rejects: list[dict[str, Any]], max_captions: int
+) -> dict[str, Any]:
+    """Tar, then index, then the record: where the record is, the others are whole."""
+    aside = output.scratch / f"{index_name(name)}.tmp"
+    with open(aside, "wb") as file:
+        np.save(file, index, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    output.publish(name, local)
+    output.publish(index_name(name), aside)
+    entry = {"name": name, "samples": len(index), "bytes": writer.bytes, "digest": writer.digest}
+    record = {"entry": entry, "max_captions": max_captions, "rejects": rejects}
+    output.write_json(f"{PARTS}/{name}.json", record)
+    return record
+
+
+def _write_sample(plan: Plan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
+    """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is written."""
+    if row.fault is not None:
+        raise Reject(row.fault)
+    captions, cut = clean_all(row.captions, plan.options.max_caption)
+    data = read_image(row, plan.image_root, plan.options.images.max_bytes)
+    picture = prepare(data, plan.options.images)
+    about: dict[str, Any] = {"source": row.source, "width": picture.width, "height": picture.height}
+    if isinstance(row.image, str):
+        about["image"] = row.image
+    if picture.changed:
+        about["changed"] = picture.changed
+    if cut:
+        about["caption_cut"] = True
+    record = {(f"column_{name}" if name in RESERVED else name): value for name, value in row.columns.items()}
+    if len(captions) > 1:
+        record["captions"] = captions
+    record["sample"] = about
+    text = captions[0].encode()
+    meta = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
+    entry = (
+        writer.add(f"{key}.{picture.extension}", picture.data),
+        len(picture.data),
+        IMAGE_FORMATS[picture.extension],
+        writer.add(f"{key}.txt", text),
+        len(text),
+        writer.add(f"{key}.json", meta),
+        len(meta),
+        hash_key(key),
+        xxhash.xxh3_64_intdigest(picture.data),
+        picture.width,
+        picture.height,
+    )
+    return entry, len(captions), len(data)

@@ -1,0 +1,319 @@
+"""A training run to which things happen: real ranks, forked from a warm parent, under a launcher process that may be killed as well.
+
+    python -m tests.chaos --faults 50 --seed 0        # a line a fault, and the longest time to the exit of all ranks
+
+Every rank writes down which samples each of its steps takes. After each fault the ranks must end by themselves, within LIMIT seconds; then
+the run is started again on another number of ranks, and its curve and its samples are compared with those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
+import numpy as np
+import psutil
+import yaml
+
+from tests.clusters import free_port
+from tests.test_train import curve, make_shards
+from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
+from trainer import train
+from trainer.checkpoint import tensors
+from trainer.settings import run_verb
+from trainer.types import Batch
+
+LIMIT = 30.0
+"""Seconds from a fault to the exit of all ranks."""
+STEPS_A_FAULT = 6
+SIZE = 16
+ROOM = 24 * 2**20
+"""Bytes of the file system that gets full: some checkpoints of the tiny model."""
+MOST = 240.0
+"""Seconds without progress after which a start has failed: nothing here takes a tenth of it, but machines are shared."""
+
+
+def recipe_in(folder: Path, steps: int) -> Path:
+    tree: dict[str, Any] = {
+        "run": {"directory": str(folder / "whole"), "samples": steps * SIZE},
+        "model": {"config": tiny_config(layers=1), "tokenizer": tiny_tokenizer()},
+        "data": {"train": str(make_shards(folder / "pairs", tiny_captions(60))), "workers": 0},
+        "batch": {"size": SIZE, "micro_batch": 4},
+        "optim": {"lr": 1e-3, "eps": 1e-4},
+        "engine": {"precision": "fp32"},
+        "log": {"every": 1, "line_seconds": 1000, "trackers": "none"},
+        "checkpoint": {"every": 2 * SIZE, "keep": 3},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, output: Path) -> None:
+    """The life of a rank, ``python -m trainer.train`` in all but the imports; never returns."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    step, write = train.Run.step, tensors.DigestFile.write
+
+    def noted(self: train.Run, batch: Batch) -> Any:
+        with (seen / f"{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps([self.samples_seen, rank, world, batch.ids.tolist()]) + "\n")
+        return step(self, batch)
+
+    def slow(self: Any, data: Any) -> None:
+        time.sleep(0.002)  # else a fault would hardly ever meet a checkpoint that is being written
+        write(self, data)
+
+    train.Run.step, tensors.DigestFile.write = noted, slow  # type: ignore[method-assign]
+    sys.argv = ["trainer.train", *arguments]
+    try:
+        run_verb(train.main)
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(1)
+
+
+class Start:
+    """A launcher process and its ranks."""
+
+    def __init__(self, world: int, arguments: list[str], seen: Path, output: Path) -> None:
+        self.world = world
+        reading, writing = os.pipe()
+        port = free_port()
+        self.launcher = os.fork()
+        if self.launcher == 0:
+            ranks = []
+            for rank in range(world):
+                ranks.append(os.fork())
+                if ranks[-1] == 0:
+                    os.close(writing)
+                    _rank(rank, world, port, arguments, seen, output)
+            os.write(writing, json.dumps(ranks).encode())
+            os.close(writing)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+            os._exit(max(abs(code) for code in codes))
+        os.close(writing)
+        with os.fdopen(reading, "rb") as file:
+            self.ranks: list[int] = json.loads(file.read())
+
+    def alive(self) -> list[int]:
+        """Ranks that have not ended (one that nobody has taken leave of yet has ended)."""
+        found = []
+        for pid in self.ranks:
+            try:
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    found.append(pid)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def end(self) -> float:
+        """Waits until every rank has ended by itself; the seconds it took."""
+        began = time.monotonic()
+        while self.alive():
+            if time.monotonic() - began > LIMIT:
+                left = [self.ranks.index(pid) for pid in self.alive()]
+                self.kill()
+                raise AssertionError(f"ranks {left} of {self.world} are still there {LIMIT} s after the fault")
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        os.waitpid(self.launcher, 0)
+        return seconds
+
+    def kill(self) -> None:
+        for pid in [*self.alive(), self.launcher]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+class Chaos:
+    """The run, its faults, and what an undisturbed one did."""
+
+    def __init__(self, folder: Path, faults: int, seed: int, disk: Path | None) -> None:
+        self.folder, self.dice, self.disk = folder, random.Random(seed), disk
+        self.faults, self.steps = faults, STEPS_A_FAULT * (faults + 1)
+        self.recipe = recipe_in(folder, self.steps)
+        self.run = (disk or folder) / "run"
+        self.output = folder / "output"
+        self.longest = 0.0
+        self.expected, self.order = self._undisturbed()
+        self.arguments: list[str] = []
+
+    def _undisturbed(self) -> tuple[dict[int, float], dict[int, list[int]]]:
+        seen = self._folder("seen-whole")
+        start = Start(2, [str(self.recipe)], seen, self.output)
+        self._until(start, lambda: not start.alive())
+        start.end()
+        losses = {samples: loss for samples, loss, _ in curve(self.folder / "whole")}
+        order: dict[int, list[int]] = {}
+        for at, _, _, ids in sorted(self._seen(seen)):
+            order.setdefault(at, []).extend(ids)
+        assert len(losses) == len(order) == self.steps, self.output.read_text()
+        return losses, order
+
+    def _folder(self, name: str) -> Path:
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+    def _seen(self, folder: Path) -> Iterator[tuple[int, int, int, list[int]]]:
+        for path in folder.iterdir():
+            yield from self._lines(path)
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, int, int, list[int]]]:
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # a killed rank may leave half a line
+                yield tuple(json.loads(line))
+
+    def _until(self, start: Start, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + MOST
+        while not reached():
+            if not start.alive() and not reached():
+                raise AssertionError(f"the ranks ended too early:\n{self.output.read_text()[-4000:]}")
+            if time.monotonic() > deadline:
+                start.kill()
+                raise AssertionError(f"no progress:\n{self.output.read_text()[-4000:]}")
+            time.sleep(0.005)
+
+    def check(self, whole: bool = False) -> None:
+        """Nothing that was learnt or read may differ from the undisturbed run."""
+        found = curve(self.run) if (self.run / "log.jsonl").exists() else []
+        positions = [samples for samples, _, _ in found]
+        # From the first step on, none missing, none twice.
+        assert positions == sorted(self.expected)[: len(positions)]
+        np.testing.assert_allclose([loss for _, loss, _ in found], [self.expected[samples] for samples in positions], rtol=2e-4)
+        taken: dict[int, set[int]] = {}
+        for at, rank, world, ids in self._seen(self._folder("seen")):
+            rows = SIZE // world
+            assert ids == self.order[at][rank * rows : (rank + 1) * rows], (at, rank, world)
+            taken.setdefault(at, set()).update(range(rank * rows, (rank + 1) * rows))
+        if whole:
+            assert positions == sorted(self.expected)
+            assert sorted(taken) == sorted(self.order)
+            assert all(rows == set(range(SIZE)) for rows in taken.values())
+
+    def go(self, say: Callable[[str], None]) -> None:
+        """All faults, one a start; then to the end."""
+        kinds = [self.kill_rank, self.kill_launcher, self.kill_while_saving, self.truncate, self.signal] + [self.fill] * bool(self.disk)
+        plan: list[Callable[[Start], None]] = []
+        while len(plan) < self.faults:  # each kind before any comes again
+            plan += self.dice.sample(kinds, len(kinds))
+        for number, fault in enumerate(plan[: self.faults]):
+            start = self._start()
+            step = STEPS_A_FAULT * number + self.dice.randint(2, STEPS_A_FAULT)
+            self._until(start, lambda start=start, step=step: self._at(start) >= step * SIZE)  # type: ignore[misc]
+            time.sleep(self.dice.uniform(0, 0.1))
+            self.after: Callable[[], None] | None = None
+            fault(start)
+            seconds = start.end()
+            if self.after is not None:
+                self.after()
+            self.longest = max(self.longest, seconds)
+            say(f"{number + 1:3d} {fault.__name__:18} {start.world} rank(s), step {step:4d}: all ended after {seconds:5.2f} s")
+            self.check()
+        start = self._start()
+        self._until(start, lambda: not start.alive())
+        start.end()
+        self.check(whole=True)
+
+    def _start(self) -> Start:
+        overrides = [f"run.directory={self.run}", f"checkpoint.asynchronous={self.dice.random() < 0.5}"]
+        overrides += [f"engine.ds_config=zero{self.dice.choice([0, 1, 2])}"]
+        return Start(self.dice.choice([1, 2, 4]), [str(self.recipe), *overrides], self._folder("seen"), self.output)
+
+    def _at(self, start: Start) -> int:
+        """The position that a start has reached."""
+        paths = [self._folder("seen") / f"{pid}.jsonl" for pid in start.ranks]
+        return max((at for path in paths if path.exists() for at, *_ in self._lines(path)), default=0)
+
+    # ------------------------------------------------------------------------------------------------------------ faults
+
+    def kill_rank(self, start: Start) -> None:
+        os.kill(self.dice.choice(start.ranks), signal.SIGKILL)
+
+    def kill_launcher(self, start: Start) -> None:
+        os.kill(start.launcher, signal.SIGKILL)
+
+    def signal(self, start: Start) -> None:
+        os.kill(self.dice.choice(start.ranks), self.dice.choice([signal.SIGTERM, signal.SIGUSR1]))
+
+    def kill_while_saving(self, start: Start) -> None:
+        self._until(start, lambda: bool(list((self.run / "checkpoints").glob(".samples-*.partial"))))
+        os.kill(start.ranks[0], signal.SIGKILL)
+
+    def truncate(self, start: Start) -> None:
+        """The newest checkpoint loses its tail after everybody has gone."""
+        self._until(start, lambda: len(list((self.run / "checkpoints").glob("samples-*/checkpoint.json"))) >= 2)
+        self.kill_rank(start)
+
+        def cut() -> None:
+            newest = max((self.run / "checkpoints").glob("samples-*"))
+            path = newest / self.dice.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
+            os.truncate(path, path.stat().st_size // 2)
+
+        self.after = cut
+
+    def fill(self, start: Start) -> None:
+        """Not a byte is left; checkpoints fail and training goes on; then the machine dies, and somebody makes room."""
+        assert self.disk is not None
+        filler = self.disk / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (2**20, 4096, 1):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+        at = self._at(start)
+        last = self.steps * SIZE
+        self._until(start, lambda: self._at(start) >= min(at + 3 * SIZE, last - SIZE))
+        self.kill_rank(start)
+        self.after = filler.unlink
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A file system of ROOM bytes; None where this user may not mount one."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "ringlip-test", str(folder)], capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder) / "disk") as disk:
+        if disk is None:
+            print("no tmpfs may be mounted here (root may): the disk is never full")
+        chaos = Chaos(Path(folder), options.faults, options.seed, disk)
+        chaos.go(lambda line: print(line, flush=True))
+    print(f"{options.faults} faults in {time.monotonic() - began:.0f} s, nothing lost; the longest end took {chaos.longest:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

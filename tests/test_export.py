@@ -1,0 +1,137 @@
+"""Export: what plain transformers and plain PEFT load is what was trained, whatever ZeRO stage wrote the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel
+from transformers import logging as hf_logging
+
+from tests.tiny import KINDS, tiny_batch, tiny_model
+from trainer import config, export
+from trainer.checkpoint.tensors import Entry
+from trainer.checkpoint.whole import Contents, write
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.lora import LoraSettings
+from trainer.types import Embeddings, UserError
+
+hf_logging.disable_progress_bar()
+
+
+def recipe_of(model: ModelSettings, run: Path) -> config.Recipe:
+    tree = {
+        "run": {"directory": str(run), "samples": 64},
+        "model": model.model_dump(mode="json"),
+        "data": {"train": "x"},
+        "batch": {"size": 8},
+    }
+    return config.Recipe.model_validate(tree)
+
+
+def make_run(run: Path, model: DualEncoder) -> Path:
+    """A run directory with one checkpoint of ``model``, as training leaves it; returns the checkpoint."""
+    run.mkdir()
+    (run / "recipe.yaml").write_text(config.dump(recipe_of(model.settings, run)), encoding="utf-8")
+    state = dict(model.named_parameters())
+    entries = {"model.safetensors": [Entry(name, value.dtype, tuple(value.shape)) for name, value in state.items()]}
+    return write(run, Contents(64, entries, {"samples_seen": 64}), [("model.safetensors", name, value) for name, value in state.items()])
+
+
+@torch.no_grad()
+def embeddings(plain: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, model = tiny_batch(5, seed=11), tiny_model("clip" if "clip" in type(plain).__name__.lower() else "siglip")
+    if isinstance(plain, PeftModel):
+        model = tiny_model("clip" if plain.base_model.model.config.model_type == "clip" else "siglip")
+    pixels = batch.pixels * model.pixel_scale + model.pixel_shift
+    image, text = plain.get_image_features(pixel_values=pixels), plain.get_text_features(input_ids=batch.tokens)
+    return torch.nn.functional.normalize(image.pooler_output), torch.nn.functional.normalize(text.pooler_output)
+
+
+def same(plain: Any, z: Embeddings) -> None:
+    image, text = embeddings(plain.eval())
+    torch.testing.assert_close(image, z.image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text, z.text, atol=1e-5, rtol=0)
+
+
+EVALUATION = {
+    "metrics": {"image_to_text_r1": 0.785},
+    "standard_errors": {"image_to_text_r1": 0.013},
+    "ceilings": {},
+    "base_metrics": None,
+    "datasets": {"demo/test": {"pictures": 1000, "captions": 900}},
+    "command": "python -m trainer.evaluate runs/x",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_becomes_a_plain_directory_whose_card_works(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run, out = tiny_model(kind, seed=4).eval(), tmp_path / "run", tmp_path / "run" / "export"
+    folder = make_run(run, model)
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": str(folder)}))
+    assert export.main([str(run), str(out)]) == 0
+    z = model(*tiny_batch(5, seed=11)[:3])
+    same(AutoModel.from_pretrained(out), z)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert "| image_to_text_r1 | 78.5 | 1.3 |" in text
+    assert "64 pairs seen" in text
+    Image.new("RGB", (20, 30), (200, 30, 30)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(code, {})
+    assert "tensor([[" in capsys.readouterr().out
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "elsewhere"}))
+    assert export.main([str(folder), str(out)]) == 0
+    assert "was measured on elsewhere" in capsys.readouterr().out
+    assert "78.5" not in (out / "README.md").read_text(encoding="utf-8")
+    assert not list(run.glob(".export*"))
+
+
+def test_an_adapter_alone_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("siglip", seed=7).save_pretrained(tmp_path / "base")
+    model = build(ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    run = tmp_path / "run"
+    make_run(run, model)
+    assert export.main([str(run), str(run / "adapter")]) == 0
+    assert export.main([str(run), str(run / "export"), "--merge"]) == 0
+    z = model(*tiny_batch(5, seed=11)[:3])
+    same(PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), str(run / "adapter")), z)
+    same(AutoModel.from_pretrained(run / "export"), z)
+    text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    Image.new("RGB", (20, 30)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(code, {})
+    again = build(ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2, path=str(run / "adapter")))).eval()
+    torch.testing.assert_close(again(*tiny_batch(5, seed=11)[:3])[:4], z[:4], atol=1e-6, rtol=0)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", tiny_model())
+    make_run(tmp_path / "lora", tiny_model(lora=LoraSettings(rank=2)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    for arguments, message in (
+        ([tmp_path / "none", tmp_path / "out"], "neither a run directory"),
+        ([tmp_path / "run", tmp_path / "full"], "holds something else than a model"),
+        ([tmp_path / "run", tmp_path / "full" / "thesis.tex"], "is a file"),
+        ([tmp_path / "run", tmp_path / "out", "--merge"], "no model.lora"),
+        ([tmp_path / "lora", tmp_path / "out"], "add --merge"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            export.main([str(argument) for argument in arguments])
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

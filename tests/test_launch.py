@@ -1,0 +1,222 @@
+"""The launch scripts, with real launchers, ssh daemons and a real Slurm: two "nodes" of two ranks train as one node of four does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.clusters import free_port, slurm_nodes, ssh_nodes
+from tests.ranks import run_ranks
+from tests.test_train import curve, make_shards
+from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
+from trainer import train
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+LONG = 240
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    tree: dict[str, Any] = {
+        "run": {"directory": str(folder / "whole"), "samples": 96},
+        "model": {"config": tiny_config(), "tokenizer": tiny_tokenizer()},
+        "data": {"train": str(make_shards(folder / "pairs", tiny_captions(60))), "workers": 0},
+        "batch": {"size": 16, "micro_batch": 4},
+        "optim": {"lr": 3e-3, "eps": 1e-4},
+        "engine": {"precision": "fp32"},
+        "log": {"every": 1, "line_seconds": 1000, "trackers": "none"},
+        "checkpoint": {"every": 32},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> list[tuple[int, float, float]]:
+    """The curve of one node of four ranks."""
+    assert run_ranks(train.main, 4, [str(recipe)]) == [0] * 4
+    return curve(recipe.parent / "whole")
+
+
+def same(found: list[tuple[int, float, float]], expected: list[tuple[int, float, float]]) -> None:
+    assert [point[0] for point in found] == [point[0] for point in expected]
+    np.testing.assert_allclose([point[1] for point in found], [point[1] for point in expected], rtol=1e-5)
+
+
+def multinode(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--master-port", str(free_port()), *arguments]
+    environment = (environment or dict(os.environ)) | ENVIRONMENT | {"RINGLIP_RESTART_SECONDS": "0"}
+    return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A hostfile of two nodes of two ranks, and the environment that reaches them."""
+    with ssh_nodes(tmp_path / "ssh") as (names, environment):
+        (tmp_path / "hostfile").write_text("".join(f"{name} slots=2\n" for name in names))
+        (tmp_path / "env").write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
+        yield tmp_path / "hostfile", environment | {"DS_ENV_FILE": str(tmp_path / "env")}
+
+
+@pytest.mark.parametrize("ssh", ["pdsh", pytest.param("ssh", marks=pytest.mark.slow)])
+def test_two_nodes_over_ssh_train_as_one(
+    recipe: Path, whole: list[tuple[int, float, float]], hosts: tuple[Path, dict[str, str]], tmp_path: Path, ssh: str
+) -> None:
+    options = ["--ssh"] if ssh == "ssh" else []
+    done = multinode("--hostfile", str(hosts[0]), *options, str(recipe), f"run.directory={tmp_path / 'run'}", environment=hosts[1])
+    assert done.returncode == 0, done.stdout
+    same(curve(tmp_path / "run"), whole)
+
+
+def sbatch(environment: dict[str, str], recipe: Path, folder: Path, *overrides: str) -> str:
+    """Submits; the job's number."""
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={folder}/job.out", f"--chdir={ROOT}", str(ROOT / "launch" / "slurm.sbatch")]
+    command += [str(recipe), f"run.directory={folder / 'run'}", *overrides]
+    environment = environment | ENVIRONMENT | {"RANKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "RINGLIP_RESTART_SECONDS": "0"}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+def state_of(environment: dict[str, str], job: str) -> dict[str, str]:
+    text = subprocess.run(["scontrol", "show", "job", job], env=environment, check=True, capture_output=True, text=True).stdout
+    return dict(word.partition("=")[::2] for word in text.split())
+
+
+def wait_for_job(environment: dict[str, str], job: str, log: Path) -> dict[str, str]:
+    deadline = time.monotonic() + LONG
+    while (state := state_of(environment, job))["JobState"] not in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"):
+        assert time.monotonic() < deadline, log.read_text() if log.is_file() else state
+        time.sleep(0.3)
+    return state
+
+
+def test_two_nodes_under_slurm_train_as_one(recipe: Path, whole: list[tuple[int, float, float]], tmp_path: Path) -> None:
+    with slurm_nodes(tmp_path / "slurm") as environment:
+        state = wait_for_job(environment, sbatch(environment, recipe, tmp_path), tmp_path / "job.out")
+    assert state["JobState"] == "COMPLETED", (tmp_path / "job.out").read_text()
+    same(curve(tmp_path / "run"), whole)
+
+
+def checkpoint_of(run: Path, samples: int) -> None:
+    deadline = time.monotonic() + LONG
+    while not (run / "checkpoints" / f"samples-{samples:09d}").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_slurm_queues_a_job_again_that_was_told_to_stop(recipe: Path, tmp_path: Path) -> None:
+    with slurm_nodes(tmp_path / "slurm") as environment:
+        job = sbatch(environment, recipe, tmp_path, "run.samples=16000", "checkpoint.every=160")
+        checkpoint_of(tmp_path / "run", 160)
+        subprocess.run(["scancel", "--signal=USR1", job], env=environment, check=True)
+        log = tmp_path / "job.out"
+        deadline = time.monotonic() + LONG
+        while "resumed at" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        assert "queued again" in log.read_text()
+        assert int(state_of(environment, job)["Restarts"]) == 1
+        subprocess.run(["scancel", job], env=environment, check=True)
+        state = wait_for_job(environment, job, log)
+        assert (state["JobState"], int(state["Restarts"])) == ("CANCELLED", 1)  # what a person ends stays ended
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
+    recipe: Path, whole: list[tuple[int, float, float]], hosts: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """The data of rank 3 holds a bomb that goes off once: it is killed while it reads."""
+    run = tmp_path / "run"
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from trainer import train\n"
+        "real, fuse = train.Run.step, Path(sys.argv.pop())\n"
+        "def step(self, batch):\n"
+        "    if os.environ['RANK'] == '3' and self.samples_seen == 48 and not fuse.exists():\n"
+        "        fuse.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, batch)\n"
+        "train.Run.step = step\n"
+        "train.run_verb(train.main)\n"
+    )
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "*cache*", "runs", "demo"))
+    (tree / "trainer" / "bomb.py").write_text(code)
+    script = tree / "launch" / "multinode.sh"
+    script.write_text(script.read_text().replace("--module trainer.train", "--module trainer.bomb"))
+    command = ["bash", str(script), "--hostfile", str(hosts[0]), str(recipe), f"run.directory={run}", str(tmp_path / "fuse")]
+    environment = hosts[1] | ENVIRONMENT | {"MASTER_PORT": str(free_port()), "RINGLIP_RESTART_SECONDS": "0"}
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG, cwd=tree)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("error: rank 3 on ") == 1, done.stdout
+    assert "starting again from the last checkpoint (1 of 3)" in done.stdout
+    assert "resumed at 32 samples" in done.stdout
+    same(curve(run), whole)
+
+
+FINISHED = "echo 'runs/x: finished at 96 samples' >&2; exit 0"
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "starts"),
+    [
+        ([FINISHED], 0, 1),
+        (["exit 1", "exit 247", FINISHED], 0, 3),
+        (["exit 1"] * 9, 1, 3),  # --restarts 2
+        (["exit 75"] * 3 + [FINISHED], 0, 4),  # a signal is no failure
+        (["exit 2", FINISHED], 2, 1),  # a mistake stays one
+        (["exit 0", FINISHED], 0, 2),  # what DeepSpeed's launcher says when its child was killed
+    ],
+)
+def test_what_is_started_again(tmp_path: Path, ends: list[str], code: int, starts: int) -> None:
+    """The script around a launcher that ends as it is told to."""
+    for number, end in enumerate(ends):
+        (tmp_path / f"end-{number}").write_text(end)
+    stand_in = tmp_path / "deepspeed"
+    stand_in.write_text(
+        f"#!/bin/bash\nn=$(cat {tmp_path}/count 2>/dev/null || echo 0)\necho $((n + 1)) >{tmp_path}/count\n. {tmp_path}/end-$n\n"
+    )
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = multinode("--ranks", "1", "--restarts", "2", "recipe.yaml", environment=environment)
+    assert (done.returncode, int((tmp_path / "count").read_text())) == (code, starts), done.stdout
+
+
+@pytest.mark.slow
+def test_a_launcher_that_was_killed_is_no_success_and_its_ranks_make_room(
+    recipe: Path, whole: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
+    """DeepSpeed's own launcher exits with 0 then, and leaves its ranks behind."""
+    command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--ranks", "4", "--master-port", str(free_port())]
+    command += [str(recipe), f"run.directory={tmp_path / 'run'}", "run.samples=9600"]
+    with (tmp_path / "out").open("w") as out:
+        script = subprocess.Popen(command, env=os.environ | ENVIRONMENT | {"RINGLIP_RESTART_SECONDS": "0"}, stdout=out, stderr=out)
+        checkpoint_of(tmp_path / "run", 96)
+        [launch] = subprocess.run(
+            ["pgrep", "-f", f"deepspeed.launcher.launch.*{tmp_path / 'run'}"], check=True, capture_output=True, text=True
+        ).stdout.split()
+        os.kill(int(launch), signal.SIGKILL)
+        deadline = time.monotonic() + LONG
+        while "resumed at" not in (tmp_path / "out").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.2)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(LONG) == 75
+    text = (tmp_path / "out").read_text()
+    assert "stopped by SIGHUP" in text
+    assert "starting again from the last checkpoint (1 of 3)" in text
+    same(curve(tmp_path / "run")[:1], whole[:1])

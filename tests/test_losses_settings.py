@@ -1,0 +1,58 @@
+"""Every loss from a recipe's section: the union by name, its keys, and what its mistakes say."""
+
+import pytest
+
+from tests import dense
+from trainer.losses import LOSSES, LossSettings, QueueLoss, SigmoidLoss, SinkhornLoss, SoftmaxLoss, TripletLoss, build
+from trainer.settings import Settings, parse
+from trainer.types import UserError
+
+
+class Recipe(Settings):
+    loss: LossSettings
+
+
+RECIPES = [
+    ({"name": "sigmoid"}, SigmoidLoss),
+    ({"name": "sigmoid", "rows": 64, "exchange": "hierarchical", "node_size": 2, "wire": "bfloat16"}, SigmoidLoss),
+    ({"name": "sigmoid", "negatives": {"keep": "hardest", "ratio": 2}}, SigmoidLoss),
+    ({"name": "sigmoid", "negatives": {"keep": "random", "warmup": 0.1}}, SigmoidLoss),
+    ({"name": "sigmoid", "negatives": {"weight": 0.1}, "same_group": "mask"}, SigmoidLoss),
+    ({"name": "softmax", "label_smoothing": 0.1}, SoftmaxLoss),
+    ({"name": "softmax", "same_group": "positive"}, SoftmaxLoss),
+    ({"name": "queue", "width": 32, "size": 16}, QueueLoss),
+    ({"name": "sinkhorn", "mix": 0.3}, SinkhornLoss),
+    ({"name": "triplet", "margin": 0.1}, TripletLoss),
+]
+
+
+@pytest.mark.parametrize(("section", "kind"), RECIPES)
+def test_a_recipes_section_makes_a_loss_that_trains(section, kind):
+    loss = build(parse(Recipe, {"loss": section}, "recipe.yaml").loss)
+    assert type(loss) is kind
+    loss.progress(10, 100)
+    z = dense.take(dense.batch(9, near=0.35), [9], 0)
+    loss(z).backward()
+    assert z.image.grad.norm() > 0 and z.text.grad.norm() > 0
+    assert all(leaf.grad.shape == leaf.shape for leaf in z[:4])
+    assert not list(loss.parameters())
+
+
+def test_every_loss_is_in_a_recipe_here():
+    assert {kind for _, kind in RECIPES} == set(LOSSES.values())
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "sigmod"}, "did you mean 'sigmoid'"),
+        ({"name": "sigmoid", "row": 4}, "did you mean 'rows'"),
+        ({"name": "sigmoid", "negatives": {"ratios": 4}}, "did you mean 'ratio'"),
+        ({"name": "queue"}, "'loss.width' is required"),
+        ({"name": "sigmoid", "negatives": {"ratio": 0.5, "warmup": 0.1}}, "warmup grows the ratio from 1"),
+        ({"name": "triplet", "same_group": "positive"}, "same_group"),
+    ],
+)
+def test_mistakes_name_the_key(section, message):
+    with pytest.raises(UserError, match=message):
+        parse(Recipe, {"loss": section}, "recipe.yaml")

@@ -1,0 +1,65 @@
+"""The recipes that ship: they parse, they say how to launch them, and what their headers say of memory is what the planner answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer import config
+from trainer import plan as verb
+from trainer.config import Recipe
+from trainer.planning.auto import job_of
+from trainer.planning.memory import forecast
+from trainer.planning.search import Option, largest, usable_bytes, zero_section
+from trainer.planning.speed import default_card, step_seconds
+from trainer.planning.survey import look
+
+GIB = 1 << 30
+FOLDER = Path(config.__file__).parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+ANSWER = re.compile(r"#   (\d+) x (\d+) GiB \((.*), (.*)\): (.*); ([0-9.]+) GiB a GPU, ([0-9.]+) s a step")
+CASES = [(path, match) for path in RECIPES for match in ANSWER.finditer(path.read_text(encoding="utf-8"))]
+
+
+def line(gpus: int, memory: int, card: str, precision: str, overrides: list[str], peak: float, seconds: float) -> str:
+    """An answer as a recipe's header has it."""
+    return f"#   {gpus} x {memory} GiB ({card}, {precision}): {' '.join(overrides)}; {peak / GIB:.1f} GiB a GPU, {seconds:.1f} s a step"
+
+
+def chosen(recipe: Recipe, gpus: int, memory: int) -> str:
+    """What `python -m trainer.plan RECIPE --gpu-memory MEMORYGiB --gpus GPUS` chooses."""
+    card = default_card(memory * GIB)
+    option = verb.plan(recipe, memory * GIB, gpus).chosen
+    assert isinstance(option, Option)
+    return line(gpus, memory, card.name, card.precision("auto"), option.overrides(), option.peak.total, option.step_seconds)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_its_launch_command(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    recipe = config.load(path)
+    assert f"--module trainer.train trainer/recipes/{path.name}" in text.split("\nrun:")[0]
+    assert len(ANSWER.findall(text)) == (2 if recipe.model.path else 0)
+
+
+@pytest.mark.parametrize(("path", "match"), CASES, ids=[f"{path.stem}-{match[1]}x{match[2]}" for path, match in CASES])
+def test_the_memory_in_the_header_is_the_planners(path: Path, match: re.Match[str]) -> None:
+    gpus, memory, overrides = int(match[1]), int(match[2]), match[5].split()
+    recipe = config.load(path, overrides)
+    card = default_card(memory * GIB)
+    precision, rows = card.precision("auto"), recipe.batch.micro_batch
+    assert isinstance(rows, int)
+    survey, zero = look(recipe.model, precision, "cuda"), zero_section(recipe.engine.ds_config)
+    job = dataclasses.replace(job_of(recipe, gpus, 1), micro_batch=rows)
+    seconds = sum(step_seconds(survey, zero, job, card, precision, card.link).values())
+    assert match[0] == line(gpus, memory, card.name, precision, overrides, forecast(survey, zero, job).total, seconds)
+    assert largest(survey, zero, job, usable_bytes(memory * GIB))[0] == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "match"), CASES, ids=[f"{path.stem}-{match[1]}x{match[2]}" for path, match in CASES])
+def test_the_choice_in_the_header_is_the_planners(path: Path, match: re.Match[str]) -> None:
+    assert chosen(config.load(path), int(match[1]), int(match[2])) == match[0]

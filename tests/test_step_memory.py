@@ -1,0 +1,248 @@
+"""Out of memory on one rank: all ranks repeat the very same step with half the micro-batch. And what a step holds at its peak."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.exact import Case, GatheredSigmoid, captured, global_batch, local_slice, relative_errors, seed_rank
+from tests.ranks import run_ranks
+from tests.tensors import TensorMemory
+from tests.tiny import tiny_batch, tiny_model
+from trainer import distributed
+from trainer.engine import EngineSettings, build_engine
+from trainer.models.lock import LockSettings
+from trainer.optim import OptimSettings, build_optimizer
+from trainer.step import train_step
+from trainer.types import Embeddings, UserError
+
+ROWS = 16
+
+
+class CountingLoss(GatheredSigmoid):
+    """Holds state as a queue of past embeddings does, and can run out of memory as the losses do: after its exchange with other ranks."""
+
+    finishes_exchange = True
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.failures = 0
+
+    def forward(self, z: Embeddings) -> Tensor:
+        self.calls += 1
+        value = super().forward(z)
+        if self.failures and distributed.rank() == 1:
+            self.failures -= 1
+            raise torch.OutOfMemoryError("injected")
+        return value
+
+
+class Fault:
+    """Makes rank 1 run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in the backward pass."""
+
+    def __init__(self, layer: nn.Module, where: str, call: int = 2, times: int = 1) -> None:
+        self.where, self.call, self.left, self.seen = where, call, times, 0
+        layer.register_forward_hook(self)
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if distributed.rank() != 1 or not self.left or torch.is_grad_enabled() == (self.where == "first pass"):
+            return
+        self.seen += 1
+        if self.seen < self.call:
+            return
+        self.seen = 0
+        if self.where == "backward":
+            (output[0] if isinstance(output, tuple) else output).register_hook(self.fail)
+        else:
+            self.fail()
+
+    def fail(self, *_: Any) -> None:
+        if self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("injected")
+
+
+def interrupted(
+    stage: int, offload: str, where: str, micro_batch: int | None, reduce: Any = "once", times: int = 1
+) -> list[dict[str, Any]]:
+    """A step that is interrupted and one that had the smaller micro-batch from the start, each after an ordinary step."""
+    found = []
+    for broken in (True, False):
+        engine, loss = Case(stage=stage, offload=offload, dropout=0.2).engine(), CountingLoss()
+        seed_rank(distributed.rank())
+        train_step(engine, local_slice(global_batch(ROWS, 1)), loss, 4)
+        rows = micro_batch
+        if broken:
+            loss.failures = times if where == "loss" else 0
+            Fault(engine.module.towers.text_model.encoder.layers[1], where, 2 if micro_batch else 1, times if where != "loss" else 0)
+        else:
+            rows = (micro_batch or 8) // 2**times
+        result = train_step(engine, local_slice(global_batch(ROWS, 2)), loss, rows, reduce=reduce)
+        found.append({
+            "result": result,
+            "gradients": captured(engine),
+            "calls": loss.calls.item(),
+            "next number": torch.rand(1).item(),
+            "next loss": train_step(engine, local_slice(global_batch(ROWS, 3)), loss, result.micro_batch).loss,
+        })  # fmt: skip
+    return found
+
+
+CASES = [
+    (0, "", "first pass", 4, "once", 1),
+    (0, "", "second pass", 4, "once", 1),
+    (0, "", "backward", 4, "once", 1),
+    (1, "", "first pass", 4, "once", 1),
+    (1, "", "backward", 4, "once", 1),
+    (1, "", "loss", None, "once", 1),
+    (2, "", "second pass", 4, "once", 1),
+    (3, "", "loss", 4, "each", 1),
+    (1, "", "second pass", None, "once", 2),  # a single pass becomes two passes
+    (2, "", "backward", None, "once", 1),
+    (2, "optimizer", "backward", 4, "once", 2),
+    (2, "optimizer", "first pass", 4, "each", 1),
+]
+
+
+@pytest.mark.parametrize(("stage", "offload", "where", "micro_batch", "reduce", "times"), CASES)
+def test_a_step_interrupted_on_one_rank_ends_as_if_nothing_had_happened(
+    stage: int, offload: str, where: str, micro_batch: int | None, reduce: str, times: int
+) -> None:
+    """Bit for bit, dropout and the loss's own state included, and so does the step after it."""
+    ranks = run_ranks(interrupted, 2, stage, offload, where, micro_batch, reduce, times, timeout=180)
+    for broken, whole in ranks:
+        assert broken["result"] == whole["result"]
+        assert broken["result"].micro_batch == (micro_batch or 8) // 2**times
+        assert broken["calls"] == whole["calls"] == 2
+        assert broken["next number"] == whole["next number"]
+        assert broken["next loss"] == whole["next loss"]
+    broken, whole = ranks[0]
+    assert max(float(gradient.norm()) for gradient in whole["gradients"].values()) > 0
+    for name, gradient in whole["gradients"].items():
+        assert torch.equal(broken["gradients"][name], gradient), name
+
+
+def without_dropout() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    engine = Case(stage=2).engine()
+    train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 4)
+    whole = captured(engine)
+    Fault(engine.module.towers.text_model.encoder.layers[1], "second pass")
+    train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 4)
+    return whole, captured(engine)
+
+
+def test_without_dropout_the_result_is_that_of_the_larger_micro_batch_too() -> None:
+    whole, repeated = run_ranks(without_dropout, 2)[0]
+    assert max(relative_errors(repeated, {name: value.double() for name, value in whole.items()}).values()) < 1e-5
+
+
+def fails_always(stage: int, where: str, reduce: Any) -> tuple[str, float]:
+    engine = Case(stage=stage).engine()
+    train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 2)
+    Fault(engine.module.towers.text_model.encoder.layers[1], where, times=100)
+    start = time.monotonic()
+    try:
+        train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 2, reduce=reduce)
+    except (UserError, RuntimeError) as error:
+        if distributed.rank() == 1:
+            torch.distributed.destroy_process_group()  # as a process that ends does
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    raise AssertionError("there was not that much memory")
+
+
+def test_one_pair_too_many_is_said_with_what_would_help() -> None:
+    for message, _ in run_ranks(fails_always, 2, 1, "second pass", "once"):
+        assert message.startswith("UserError: out of memory with one pair at a time")
+        assert "ds_config" in message
+        assert "recompute" in message
+
+
+class BrokenOff(GatheredSigmoid):
+    """Runs out of memory on rank 1 before its exchange, and does not claim otherwise."""
+
+    def forward(self, z: Embeddings) -> Tensor:
+        if distributed.rank() == 1:
+            raise torch.OutOfMemoryError("injected")
+        return super().forward(z)
+
+
+def breaks_off() -> tuple[str, float]:
+    engine = Case().engine()
+    start = time.monotonic()
+    try:
+        train_step(engine, local_slice(global_batch(ROWS)), BrokenOff(), 2)
+    except (UserError, RuntimeError) as error:
+        if distributed.rank() == 1:
+            torch.distributed.destroy_process_group()
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    raise AssertionError("there was not that much memory")
+
+
+def test_a_loss_that_leaves_its_peers_waiting_ends_the_run_at_once() -> None:
+    (_, waited), (message, _) = run_ranks(breaks_off, 2)
+    assert message.startswith("UserError: rank 1 ran out of memory in the loss")
+    assert waited < 15
+
+
+@pytest.mark.parametrize(("stage", "where", "reduce"), [(3, "first pass", "once"), (3, "backward", "once"), (2, "backward", "each")])
+def test_amid_an_exchange_the_run_ends_at_once_and_says_why(stage: int, where: str, reduce: str) -> None:
+    """Peers inside a collective cannot be told: they must not sit there until the timeout (60 s here)."""
+    (_, waited), (message, _) = run_ranks(fails_always, 2, stage, where, reduce)
+    assert message.startswith("UserError: rank 1 ran out of memory")
+    assert "micro_batch" in message
+    assert waited < 15
+
+
+def peak_of_step(rows: int, micro_batch: int) -> tuple[int, int]:
+    """Bytes of tensors alive at the peak of a step, beyond those before it; and those of the cached inputs and embeddings."""
+    engine = Case(stage=2).engine()
+    batch = global_batch(rows).split(rows // distributed.world_size())[distributed.rank()]
+    train_step(engine, global_batch(64).split(32)[0], LinearLoss(), micro_batch)
+    with TensorMemory() as memory:
+        train_step(engine, batch, LinearLoss(), micro_batch)
+    width = engine.module.embed_dim
+    return memory.peak, 2 * 2 * 4 * batch.rows * width
+
+
+class LinearLoss(nn.Module):
+    """Costs no memory of its own: what is left is the step's."""
+
+    def forward(self, z: Embeddings) -> Tensor:
+        return (z.image[0] * z.text[0]).sum() * z.scale.sum() + z.bias.sum()
+
+
+@pytest.mark.parametrize(("few", "many"), [(512, 2048), pytest.param(1024, 32768, marks=pytest.mark.slow)])
+def test_peak_memory_grows_by_the_cached_embeddings_alone(few: int, many: int) -> None:
+    """At a fixed micro-batch: image and text embeddings and their gradients, 16 d bytes a local pair."""
+    (small, small_cache), _ = run_ranks(peak_of_step, 2, few, 32)
+    (large, large_cache), _ = run_ranks(peak_of_step, 2, many, 32, timeout=600)
+    print(f"peak of a step: {small} bytes at {few} pairs, {large} at {many}; stated growth {large_cache - small_cache}")
+    stated = large_cache - small_cache
+    assert small > small_cache
+    assert 0.9 * stated <= large - small <= 1.05 * stated, (large - small, stated)
+
+
+def peak_with_lock(locked: bool) -> tuple[int, int]:
+    """Bytes at the peak of a one-pass step beyond those before it, and bytes of the image tower's trainable parameters."""
+    model = tiny_model("siglip", layers=4, width=128, lock=LockSettings(image=locked))
+    size = sum(p.nbytes for name, p in model.named_parameters() if "vision" in name)
+    engine = build_engine(model, build_optimizer(model, OptimSettings()), EngineSettings(ds_config="zero0", precision="fp32"))
+    train_step(engine, tiny_batch(8), LinearLoss())
+    with TensorMemory() as memory:
+        train_step(engine, tiny_batch(8), LinearLoss())
+    assert all(p.grad is None for name, p in model.named_parameters() if locked and "vision" in name)
+    return memory.peak, size
+
+
+def test_a_locked_tower_costs_no_gradient_memory() -> None:
+    """Measured: locking it saves all of its gradients and its activations."""
+    [(whole, size)] = run_ranks(peak_with_lock, 1, False)
+    [(locked, _)] = run_ranks(peak_with_lock, 1, True)
+    print(f"peak of a step beyond the state: {whole} bytes, {locked} with the image tower locked; it has {size} bytes of weights")
+    assert whole - locked > size

@@ -1,0 +1,242 @@
+"""Whatever becomes of a rank, the others end soon and one line says which rank it was, where, at which step and why. Real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainer.types import RunFailed, UserError
+from trainer.watchdog import Watchdog
+from trainer.watchdog.wire import GRACE, Patience
+
+LIMIT = 30.0
+"""Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
+
+
+class Ended(NamedTuple):
+    codes: list[int]
+    seconds: float
+    """From the fault to the last exit."""
+    lines: list[str]
+    """What all ranks printed that begins with "error:"."""
+    output: str
+
+
+def ranks(folder: Path, world: int, work: Callable[[Watchdog], None], silence: float = 20.0, timeout: float = 60.0) -> list[int]:
+    """Forks ranks that run ``work`` under a watchdog; returns their process ids. Each writes its stderr to ``folder``."""
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+                sys.stderr = os.fdopen(2, "w")  # not pytest's
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+                meet = f"file://{folder}/meet"
+                dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+                with Watchdog(silence) as watch:
+                    work(watch)
+                code = 0
+            except UserError as error:
+                if not error.told:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                code = error.code
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+                code = 1
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    return pids
+
+
+def collect(folder: Path, pids: list[int], skip: int | None = None, since: float | None = None) -> Ended:
+    """Waits for all but ``skip`` (stopped: killed afterwards); a rank that outlives the limit by far is killed and fails the test."""
+    began = since or time.monotonic()
+    codes = {}
+    seconds = 0.0
+    deadline = time.monotonic() + 4 * LIMIT
+    while len(codes) < len(pids) - (skip is not None):
+        for rank, pid in enumerate(pids):
+            if rank in codes or rank == skip:
+                continue
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[rank], seconds = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        if time.monotonic() > deadline:
+            for rank, pid in enumerate(pids):
+                if rank not in codes:
+                    os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"ranks {sorted(set(range(len(pids))) - codes.keys())} never ended")
+        time.sleep(0.01)
+    if skip is not None:
+        os.kill(pids[skip], signal.SIGKILL)
+        os.waitpid(pids[skip], 0)
+    output = "".join((folder / f"stderr-{rank}").read_text() for rank in range(len(pids)))
+    return Ended([codes[r] for r in sorted(codes)], seconds, [line for line in output.splitlines() if line.startswith("error:")], output)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def collectives(watch: Watchdog) -> None:
+    for step in range(1, 1_000_000):
+        watch.doing("training", step)
+        dist.all_reduce(torch.ones(1))
+
+
+def apart(watch: Watchdog) -> None:
+    """Nothing that could tell a rank of another."""
+    watch.doing("reading data", 7)
+    time.sleep(600)
+
+
+def started(folder: Path, work: Callable[[Watchdog], None]) -> Callable[[Watchdog], None]:
+    def wrapped(watch: Watchdog) -> None:
+        watch.doing("reading data", 7)
+        dist.barrier()
+        time.sleep(1.1)  # so that everybody has been heard
+        (folder / f"ready-{dist.get_rank()}").touch()
+        work(watch)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(("victim", "work"), [(0, collectives), (1, collectives), (0, apart), (2, apart)])
+def test_a_killed_rank_ends_all_others_with_one_line(tmp_path: Path, victim: int, work: Callable[[Watchdog], None]) -> None:
+    pids = ranks(tmp_path, 3, started(tmp_path, work))
+    for rank in range(3):
+        wait_for(tmp_path / f"ready-{rank}")
+    began = time.monotonic()
+    os.kill(pids[victim], signal.SIGKILL)
+    ended = collect(tmp_path, pids, since=began)
+    assert ended.seconds < LIMIT
+    assert [code for rank, code in enumerate(ended.codes) if rank != victim] == [1, 1]
+    [line] = ended.lines
+    assert line.startswith(f"error: rank {victim} on {socket.gethostname()} at step ")
+    assert "gone without a word" in line
+    if work is apart:
+        assert "at step 7 (reading data)" in line
+    assert "Traceback" not in ended.output  # that its neighbours fail too is no news
+
+
+@pytest.mark.slow  # seconds of silence: on a busy machine more than its margin may pass
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_is_noticed_by_its_silence(tmp_path: Path, victim: int) -> None:
+    pids = ranks(tmp_path, 3, started(tmp_path, apart), silence=6)
+    for rank in range(3):
+        wait_for(tmp_path / f"ready-{rank}")
+    os.kill(pids[victim], signal.SIGSTOP)
+    ended = collect(tmp_path, pids, skip=victim)
+    assert ended.codes == [1, 1]
+    [line] = ended.lines
+    assert f"rank {victim} on {socket.gethostname()} at step 7 (reading data): silent for 6 s" in line
+
+
+def test_an_error_of_one_rank_is_the_one_line_of_all(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        watch.doing("reading data", 3)
+        if dist.get_rank() == 1:
+            raise RunFailed("data worker 0 has been silent for 300 s while reading a.tar")
+        dist.barrier()
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work))
+    where = socket.gethostname()
+    assert ended.lines == [
+        f"error: rank 1 on {where} at step 3 (reading data): data worker 0 has been silent for 300 s while reading a.tar"
+    ]
+    assert ended.codes == [1, 1, 1]
+
+
+def test_a_bug_shows_its_traceback_once(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        if dist.get_rank() == 2:
+            raise KeyError("a bug")
+        dist.barrier()
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work))
+    assert len(ended.lines) == 1 and "rank 2" in ended.lines[0] and "KeyError: 'a bug'" in ended.lines[0]
+    assert ended.output.count("Traceback") == 1
+    assert ended.codes == [1, 1, 1]
+
+
+def test_a_mistake_on_all_ranks_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        raise UserError("batch.size 15 does not divide")
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work))
+    assert len(ended.lines) == 1
+    assert ended.codes == [2, 2, 2]
+
+
+def test_whom_the_others_wait_for_in_vain_is_named(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        dist.barrier()
+        watch.doing("training", 4)
+        if dist.get_rank() == 1:
+            watch.doing("reading data", 4)
+            time.sleep(600)
+        time.sleep(1)
+        watch.doing("saving a checkpoint", 4)
+        dist.all_reduce(torch.ones(1))
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work, timeout=4))
+    [line] = ended.lines
+    assert "rank 1 on" in line and "at step 4 (reading data)" in line and "the others waited in vain" in line
+
+
+def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        watch.doing("training", 1)
+        time.sleep(0.7 * dist.get_rank())  # ranks do not leave together
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work))
+    assert ended.codes == [0, 0, 0], ended.output
+    assert ended.output == ""
+
+
+def test_a_forked_worker_does_not_hide_the_death_of_its_rank(tmp_path: Path) -> None:
+    def work(watch: Watchdog) -> None:
+        if dist.get_rank() == 1 and os.fork() == 0:
+            (tmp_path / "worker").touch()
+            time.sleep(60)
+            os._exit(0)
+        apart(watch)
+
+    pids = ranks(tmp_path, 2, started(tmp_path, work), silence=500)
+    wait_for(tmp_path / "worker")
+    os.kill(pids[1], signal.SIGKILL)
+    ended = collect(tmp_path, pids)
+    assert "gone without a word" in ended.lines[0]
+
+
+def test_a_pause_of_ones_own_is_not_held_against_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    patience = Patience()
+    assert not patience.over(False, 20)
+    now[0] += 3600  # suspended, or starved
+    assert not patience.over(False, 20)
+    for _ in range(39):
+        now[0] += 0.5
+        assert not patience.over(False, 20)
+    now[0] += 1.0
+    assert patience.over(False, 20)
+    assert GRACE < 20

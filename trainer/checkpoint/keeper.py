@@ -1,0 +1,146 @@
+"""When a run saves, what it keeps and what it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer import distributed
+from trainer.checkpoint import store, whole
+from trainer.settings import Settings
+from trainer.types import UserError
+
+
+class CheckpointSettings(Settings):
+    """When to save, what to keep and what to resume from."""
+
+    every: int = Field(default=1_000_000, ge=1)
+    "Pairs between checkpoints; the end of the run, a signal and a stop save too."
+    keep: int = Field(default=2, ge=1)
+    "How many of the newest checkpoints stay."
+    keep_every: int = Field(default=0, ge=0)
+    "Beside them, the first checkpoint in every so many pairs stays for good (0: none)."
+    resume: str = "auto"
+    """`auto` goes on from the run's newest good checkpoint; `never` demands a run directory without any; a path (a checkpoint or another
+    run) is where a run that has none of its own yet begins."""
+    asynchronous: bool = False
+    "Write from a copy in the memory of rank 0 (12 bytes a parameter) while training goes on."
+    on_failure: Literal["continue", "stop"] = "continue"
+    "A disk that is full or fails: warn and train on with the checkpoints there are, or end the run."
+
+
+class Checkpointer:
+    """A run's checkpoints. Every rank makes one and calls its methods at the same points; rank 0 alone touches the disk."""
+
+    def __init__(self, run_dir: Path, settings: CheckpointSettings) -> None:
+        self._run_dir, self._settings = run_dir, settings
+        self._at: int | None = None
+        self._background: Background | None = Background() if settings.asynchronous else None
+
+    def due(self, before: int, after: int) -> bool:
+        """Whether a step from position ``before`` to ``after`` (samples_seen) ends where a checkpoint belongs."""
+        return before // self._settings.every != after // self._settings.every
+
+    def resume(self, engine: Any, loss: nn.Module | None = None) -> whole.Resumed | None:
+        """Loads what the settings say, if there is anything; None for a run that begins."""
+        start = whole.on_main(lambda: {"folder": self._start()})["folder"]
+        if start is None:
+            return None
+        resumed = whole.restore(Path(start), engine, loss)
+        self._at = resumed.samples_seen
+        return resumed
+
+    def _start(self) -> str | None:
+        own = store.listing(self._run_dir)
+        if self._settings.resume == "never":
+            if own:
+                raise UserError(f"{own[-1]} exists and checkpoint.resume is never: choose another run.directory, or resume=auto")
+            return None
+        newest = store.newest_good(self._run_dir)
+        if newest is not None:
+            return str(newest)
+        if self._settings.resume != "auto":
+            return str(store.find(Path(self._settings.resume)))
+        if own:
+            raise UserError(f"{store.checkpoints_dir(self._run_dir)}: every checkpoint is damaged; remove them to begin anew")
+        return None
+
+    def save(self, engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Module | None = None) -> None:
+        """Saves this position, unless it is saved already. A failing disk warns or raises UserError, as the settings say."""
+        self.wait()
+        if self._at == samples_seen:
+            return
+        if self._background is None:
+            try:
+                whole.save(self._run_dir, engine, samples_seen, extra, loss, self._settings.keep, self._settings.keep_every)
+            except OSError as error:
+                self._failed(str(error))
+            else:
+                self._at = samples_seen
+            return
+        plan = whole.contents(engine, samples_seen, extra, loss)
+        copies = self._background.copy(whole.pieces(engine, loss))
+        self._at = samples_seen
+        if distributed.is_main():
+            self._background.start(lambda: self._write(plan, copies))
+
+    def _write(self, plan: whole.Contents, tensors: list[whole.Piece]) -> str | None:
+        try:
+            whole.write(self._run_dir, plan, tensors, self._settings.keep, self._settings.keep_every)
+        except OSError as error:
+            return whole.explain(error, self._run_dir, plan)
+        return None
+
+    def wait(self) -> None:
+        """Until what is being written in the background lies on the disk."""
+        if self._background is None:
+            return
+        error = whole.share({"error": self._background.join() if distributed.is_main() else None})["error"]
+        if error is not None:
+            self._at = None
+            self._failed(error)
+
+    def _failed(self, error: str) -> None:
+        text = f"no checkpoint could be written: {error}; the ones before it are untouched"
+        if self._settings.on_failure == "stop":
+            raise UserError(f"{text}; make room and start again")
+        distributed.say(f"warning: {text}; training goes on (checkpoint.on_failure)")
+
+    def close(self) -> None:
+        """At the end of a run."""
+        self.wait()
+
+
+class Background:
+    """One thread that writes copies of tensors. The copies' memory is kept from one checkpoint to the next."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._future: Future[str | None] | None = None
+
+    def copy(self, tensors: Iterable[whole.Piece]) -> list[whole.Piece]:
+        """The tensors in host memory, on rank 0."""
+        copies: list[whole.Piece] = []
+        for file, name, tensor in tensors:
+            memory = self._memory.get((file, name))
+            if memory is None or memory.shape != tensor.shape:
+                memory = self._memory[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copies.append((file, name, memory.copy_(tensor)))
+        return copies
+
+    def start(self, work: Callable[[], str | None]) -> None:
+        """Runs ``work``, which returns what went wrong."""
+        assert self._future is None
+        self._future = self._pool.submit(work)
+
+    def join(self) -> str | None:
+        """Waits for it; what went wrong."""
+        future, self._future = self._future, None
+        return future.result() if future else None

@@ -1,0 +1,199 @@
+"""Checkpoints as directories that are whole or not there, whatever dies in between.
+
+    <run>/checkpoints/samples-000123456/{model.safetensors, optimizer.safetensors, state.json, checkpoint.json}
+    <run>/checkpoints/latest                                         the name of the newest: resuming begins there
+
+A checkpoint is written under another name, each file synced, the manifest (``checkpoint.json``: sizes and digests) last; then the
+directory is renamed, and then ``latest`` moves. To go back to an older one, write its name into ``latest``: what comes after it belongs
+to a course the run has left, and is removed at the next save. Everything here happens on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.tensors import DigestFile, digest_of
+from trainer.distributed import say
+from trainer.types import UserError
+
+MANIFEST = "checkpoint.json"
+FORMAT = "ringlip-checkpoint"
+VERSION = 1
+NAME = re.compile(r"samples-(\d+)")
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def name_of(samples_seen: int) -> str:
+    return f"samples-{samples_seen:09d}"
+
+
+def samples_of(folder: Path) -> int:
+    """The position in its name."""
+    match = NAME.fullmatch(folder.name)
+    assert match, folder
+    return int(match.group(1))
+
+
+def listing(run_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, good or not, oldest first."""
+    folder = checkpoints_dir(run_dir)
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=samples_of)
+
+
+class Draft:
+    """A checkpoint on its way: ``file`` for each part, then ``finish``; or ``abandon``."""
+
+    def __init__(self, run_dir: Path, samples_seen: int) -> None:
+        self.samples_seen = samples_seen
+        self.final = checkpoints_dir(run_dir) / name_of(samples_seen)
+        self._parent = checkpoints_dir(run_dir)
+        self._parent.mkdir(parents=True, exist_ok=True)
+        for left_over in self._parent.glob(".*"):  # of a run that died while it wrote
+            _remove(left_over)
+        self._folder = self._parent / f".{self.final.name}.partial"
+        self._folder.mkdir()
+        self._files: dict[str, DigestFile] = {}
+
+    def file(self, name: str) -> DigestFile:
+        self._files[name] = DigestFile(self._folder / name)
+        return self._files[name]
+
+    def write(self, name: str, data: dict[str, Any]) -> None:
+        """A JSON file."""
+        self.file(name).write(json.dumps(data, indent=1).encode())
+
+    def finish(self) -> Path:
+        """Makes it a checkpoint, and the latest."""
+        files = {name: file.close() for name, file in self._files.items()}
+        manifest = {"format": FORMAT, "version": VERSION, "samples_seen": self.samples_seen, "files": files}
+        last = DigestFile(self._folder / MANIFEST)
+        last.write(json.dumps(manifest, indent=1).encode())
+        last.close()
+        _sync(self._folder)
+        if self.final.exists():  # written before, by a course of the run that is replaced now
+            os.rename(self.final, self._parent / f".{self.final.name}.replaced")
+        os.rename(self._folder, self.final)
+        _sync(self._parent)
+        _point(self._parent, self.final.name)
+        _remove(self._parent / f".{self.final.name}.replaced")
+        return self.final
+
+    def abandon(self) -> None:
+        """Gives the space back."""
+        for file in self._files.values():
+            file.abandon()
+        _remove(self._folder)
+
+
+def _point(parent: Path, name: str) -> None:
+    aside = parent / ".latest"
+    with open(aside, "w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, parent / "latest")
+    _sync(parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; raises UserError when this is no whole checkpoint."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST} there, so it is not a whole checkpoint; name another, or its run directory")
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT or not all(entry.keys() >= {"bytes", "xxh3_128"} for entry in files.values()):
+            raise ValueError("unknown fields")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    if manifest["version"] > VERSION:
+        raise UserError(f"{path}: written by a newer RingLIP (format {manifest['version']}, known here: {VERSION}); update this one")
+    return manifest
+
+
+def verify(folder: Path, only: str | None = None) -> None:
+    """Raises UserError when a file of the checkpoint is missing, too short or changed (``only`` looks at that one). Reads every byte."""
+    for name, entry in read_manifest(folder)["files"].items():
+        if only not in (None, name):
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes where {entry['bytes']} were written")
+        if digest_of(path) != entry["xxh3_128"]:
+            raise UserError(f"{path}: its content has changed since it was written (digest)")
+
+
+def newest_good(run_dir: Path, warn: Callable[[str], None] = say) -> Path | None:
+    """The checkpoint to go on from: the one ``latest`` names, or the first before it that is undamaged. None when there is none."""
+    candidates = listing(run_dir)
+    pointer = checkpoints_dir(run_dir) / "latest"
+    named = checkpoints_dir(run_dir) / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    if named in candidates:
+        candidates = candidates[: candidates.index(named) + 1]
+    for folder in reversed(candidates):
+        try:
+            verify(folder)
+        except UserError as error:
+            warn(f"warning: damaged checkpoint passed over: {error}")
+        else:
+            return folder
+    return None
+
+
+def find(where: Path) -> Path:
+    """A run directory's newest good checkpoint, or the checkpoint itself, verified; raises UserError."""
+    if (where / MANIFEST).is_file():
+        verify(where)
+        return where
+    folder = newest_good(where)
+    if folder is None:
+        hint = "all of them are damaged" if listing(where) else "none there"
+        raise UserError(f"{where}: no checkpoint to load ({hint}); name a run directory or one of its checkpoints/samples-*")
+    return folder
+
+
+def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
+    """Keeps the last ``keep`` up to position ``newest`` and, where ``keep_every`` is not 0, the first one in every so many samples."""
+    folders = listing(run_dir)
+    ours = [folder for folder in folders if samples_of(folder) <= newest]
+    kept = set(ours[-keep:])
+    if keep_every:
+        first: dict[int, Path] = {}
+        for folder in ours:
+            first.setdefault(samples_of(folder) // keep_every, folder)
+        kept |= {folder for block, folder in first.items() if block}
+    for folder in folders:
+        if folder in kept:
+            continue
+        if samples_of(folder) > newest:
+            say(f"removed {folder}: the run went back to before it and took another course")
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is never taken for whole
+        shutil.rmtree(folder)

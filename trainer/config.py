@@ -1,0 +1,107 @@
+"""A recipe: one YAML file whose sections are the settings of the components they name.
+
+    python -m trainer.train --help                                 # every key, its default and what it does
+    python -m trainer.train trainer/recipes/glyphs.yaml optim.lr=1e-3 loss.rows=256
+
+What is computed stands here; where tensors live stands in ``ds_configs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+from pydantic import Field, model_validator
+
+from trainer.checkpoint import CheckpointSettings
+from trainer.data import DataSettings
+from trainer.distill import DistillSettings
+from trainer.engine import EngineSettings
+from trainer.evals import EvalSettings
+from trainer.losses import LossSettings, SigmoidSettings
+from trainer.metrics import LogSettings
+from trainer.models import ModelSettings
+from trainer.optim import OptimSettings
+from trainer.settings import Settings, describe, override, parse, read_yaml
+from trainer.step import BatchSettings
+from trainer.types import UserError
+
+
+class RunSettings(Settings):
+    """What a run is called and how long it is."""
+
+    directory: Path = Path("runs/default")
+    "Where everything the run writes goes; a run that is there already is resumed."
+    samples: int = Field(gt=0)
+    "Pairs to train on, repeats counted; the run ends at the first global batch that reaches it."
+    seed: int = 0
+    "Fixes the initial weights, the order of samples, augmentation and dropout."
+    timeout: float = Field(600.0, gt=0)
+    "Seconds after which a rank that hears nothing from its peers in a collective gives up."
+    silence: float = Field(20.0, ge=0)
+    "Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no watchdog."
+
+
+class Recipe(Settings):
+    """All that decides what is computed."""
+
+    run: RunSettings
+    "Name, length and seed."
+    model: ModelSettings
+    "The two towers, pretrained or from a config."
+    data: DataSettings
+    "Shards, loading, augmentation."
+    loss: LossSettings = SigmoidSettings()
+    "The objective and how ranks exchange embeddings."
+    distill: DistillSettings | None = None
+    "A teacher to learn from beside the pairs; null: none."
+    batch: BatchSettings
+    "Global batch and micro-batch."
+    optim: OptimSettings = OptimSettings()
+    "AdamW, its schedule, clipping and what happens at gradient spikes."
+    engine: EngineSettings = EngineSettings()
+    "DeepSpeed: which ds_config, which precision."
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    "When to save, what to keep, what to resume from."
+    log: LogSettings = LogSettings()
+    "Progress line and trackers."
+    eval: EvalSettings = EvalSettings()
+    "Retrieval and zero-shot during training and by `python -m trainer.evaluate`."
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.run.samples < self.batch.size:
+            raise ValueError(f"run.samples is {self.run.samples}, less than one global batch (batch.size {self.batch.size})")
+        if self.distill is not None and self.model.stored.side is not None:
+            raise ValueError("distill.teacher would have to see what is not read where embeddings are stored; take model.stored out")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.run.samples // self.batch.size)
+
+
+def load(path: Path, assignments: list[str] | None = None) -> Recipe:
+    """The recipe in ``path`` with ``section.key=value`` laid over it; UserError names file and key."""
+    return parse(Recipe, override(read_yaml(path), assignments or []), str(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key, so that a run directory explains itself and loads again."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=140)
+
+
+def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
+    """Reads ``RECIPE [section.key=value ...]``; the ``--local_rank`` that the deepspeed launcher adds is not ours to use."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; trainer/recipes/ holds those that come with RingLIP")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe; values are read as YAML")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UserError(f"{rest[0]!r} is not an option: settings are written section.key=value, without dashes")
+    return load(options.recipe, options.overrides)

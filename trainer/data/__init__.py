@@ -1,0 +1,8 @@
+"""Pairs from tar shards to batches: ``build_loader`` is endless and resumable; evaluation reads ``Source`` in order."""
+
+from trainer.data.loader import Loader as Loader
+from trainer.data.loader import build_loader as build_loader
+from trainer.data.reader import Skipped as Skipped
+from trainer.data.settings import AugmentSettings as AugmentSettings
+from trainer.data.settings import DataSettings as DataSettings
+from trainer.data.settings import SourceSettings as SourceSettings

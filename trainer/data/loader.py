@@ -1,0 +1,232 @@
+"""The endless stream of this rank's batches.
+
+    loader = build_loader(settings.data, model.preprocess, batch_size=4096, rank=0, world=2, seed=0, samples_seen=0)
+    for batch in loader: ...                                       # Batch of 2048 pairs, for ever
+    loader.skipped, loader.wait_seconds; loader.close()
+
+Global batch s is the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice. Worker
+processes fill chunks of it in shared memory; a thread of this process copies them into batches (pinned where there is a GPU) ahead of
+the consumer. Closing, garbage collection and interpreter exit end both.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator
+from itertools import count, cycle
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.data.memory import MemoryReader, fits_memory
+from trainer.data.opening import open_source
+from trainer.data.reader import Reader, Rows, Skip, Skipped
+from trainer.data.remote import FetchAhead
+from trainer.data.settings import DataSettings
+from trainer.data.workers import Pool, shared_array, stalled
+from trainer.distributed import say
+from trainer.types import Batch, Preprocess, RunFailed, UserError
+
+CHUNK = 64
+"""Pairs a worker makes at a time: small enough to share a batch among workers, large enough to tokenize together."""
+
+
+class Chunk(NamedTuple):
+    """Positions [start, stop) of the run, to be written into slot ``slot`` of the shared buffers."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+def build_loader(
+    settings: DataSettings, preprocess: Preprocess, batch_size: int, rank: int, world: int, seed: int, samples_seen: int
+) -> Loader:
+    """The batches of rank ``rank`` of ``world`` from position ``samples_seen`` on; ``batch_size`` is global.
+
+    Raises UserError where the batch does not divide by the ranks, a dataset or shard is missing, or a mixture cannot be drawn.
+    """
+    check_divides(batch_size, world)
+    if not settings.sources:
+        raise UserError("data.train: an empty list; name at least one dataset")
+    sources = [open_source(source, settings) for source in settings.sources]
+    in_memory = fits_memory(sources, settings, preprocess)
+    reader = (MemoryReader if in_memory else Reader)(sources, settings, preprocess, seed)
+    workers = 0 if in_memory else settings.num_workers()
+    kept = ", kept decoded in memory" if in_memory else ""
+    say(f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a rank{kept}")
+    return Loader(reader, batch_size, rank, world, samples_seen, workers)
+
+
+def check_divides(batch_size: int, world: int) -> None:
+    """Raises UserError naming the nearest batch sizes that every rank can take an equal part of."""
+    if batch_size < 1 or batch_size % world:
+        lower, upper = batch_size // world * world, (batch_size // world + 1) * world
+        nearest = f"{lower} or {upper}" if lower > 0 else str(upper)
+        raise UserError(f"batch.size: {batch_size} does not divide by {world} ranks; the nearest that do are {nearest}")
+
+
+class Loader:
+    """Iterates Batch for ever. Not thread-safe; one consumer."""
+
+    def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
+        self.reader, self.batch_size = reader, batch_size
+        self.samples_seen = samples_seen
+        """Position after the last batch handed out, over all ranks: what a checkpoint keeps."""
+        self.skipped = Skipped()
+        self.wait_seconds = 0.0
+        """Time the consumer has waited for batches."""
+        self._feed = _Feed(reader, batch_size, rank, world, samples_seen, workers)
+        self._finalizer = weakref.finalize(self, self._feed.close)  # also runs at interpreter exit
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch, skips = self._feed.get()
+        self.wait_seconds += time.perf_counter() - began
+        self.samples_seen += self.batch_size
+        for skip in self.skipped.add(skips)[:3]:
+            say(f"data: replaced {skip.key}: {skip.reason}")
+        return batch
+
+    def close(self) -> None:
+        """Ends workers and thread and closes the tars. Safe to call again."""
+        self._finalizer()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Made = tuple[Batch, list[Skip]]
+BATCH_TYPES = {np.uint8: torch.uint8, np.float16: torch.float16, np.int32: torch.int64, np.bool_: torch.bool, np.int64: torch.int64}
+"""dtype of a reader's rows -> of the batch."""
+
+
+class _Feed:
+    """What runs beside the consumer. It does not know the Loader, so that dropping the Loader ends it."""
+
+    def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
+        settings = reader.settings
+        self.reader, self.batch_size, self.start = reader, batch_size, samples_seen
+        self.rows = batch_size // world
+        self.offset = rank * self.rows
+        self.reading = Chunk(0, samples_seen + self.offset, samples_seen + self.offset + self.rows)
+        self.chunk = min(CHUNK, self.rows)
+        self.chunks_a_batch = -(-self.rows // self.chunk)
+        self.ahead = max(self.chunks_a_batch * settings.prefetch, 2 * workers)
+        self.pool: Pool | None = None
+        if workers:
+            shapes = Rows.shapes(self.chunk, reader.preprocess)
+            self.shared = [shared_array((self.ahead + 1, *shape), dtype) for shape, dtype in shapes]
+            self.pool = Pool(self._work, workers, settings.stall_seconds, self._describe)  # forks: before any thread starts
+        self.fetcher = FetchAhead(reader.fetch) if reader.remote_shards(samples_seen) else None
+        # the current device belongs to a thread: without this every rank's pinned memory would open a context on GPU 0
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.batches: Queue[Made | BaseException] = Queue(settings.prefetch)
+        self.ended = Event()
+        self.thread = Thread(target=self._run, name="loader", daemon=True)
+        self.thread.start()
+
+    def _work(self, chunk: Chunk) -> tuple[Chunk, list[Skip]]:
+        return chunk, self.reader.fill(np.arange(chunk.start, chunk.stop), self._slot(chunk))
+
+    def _slot(self, chunk: Chunk) -> Rows:
+        return Rows(*(array[chunk.slot, : chunk.stop - chunk.start] for array in self.shared))
+
+    def _describe(self, chunk: Chunk) -> str:
+        return self.reader.describe(np.arange(chunk.start, chunk.stop))
+
+    def _run(self) -> None:
+        if self.device is not None:
+            torch.cuda.set_device(self.device)
+        try:
+            for batch in self._in_process() if self.pool is None else self._from_workers(self.pool):
+                if not self._put(batch):
+                    return
+        except BaseException as error:  # the consumer raises it
+            self._put(error)
+
+    def _in_process(self) -> Iterator[Made]:
+        for first in self._batch_starts():
+            self.reading = Chunk(0, first, first + self.rows)
+            batch, rows = self._empty_batch()
+            skips = self.reader.fill(np.arange(first, first + self.rows), rows)
+            yield batch, skips
+
+    def _from_workers(self, pool: Pool) -> Iterator[Made]:
+        results = pool.run(self._chunks(), self.ahead)
+        for first in count(self.start + self.offset, self.batch_size):
+            batch, rows = self._empty_batch()
+            skips: list[Skip] = []
+            for _ in range(self.chunks_a_batch):
+                chunk, found = next(results)
+                skips += found
+                pairs: Iterator[tuple[NDArray[Any], NDArray[Any]]] = zip(rows, self._slot(chunk), strict=True)
+                for target, made in pairs:
+                    target[chunk.start - first : chunk.stop - first] = made
+            yield batch, skips
+
+    def _chunks(self) -> Iterator[Chunk]:
+        slots = cycle(range(self.ahead + 1))
+        for first in self._batch_starts():
+            for start in range(first, first + self.rows, self.chunk):
+                yield Chunk(next(slots), start, min(start + self.chunk, first + self.rows))
+
+    def _batch_starts(self) -> Iterator[int]:
+        """First position of each of this rank's batches; shards that lie ahead are asked for on the way."""
+        for position in count(self.start, self.batch_size):
+            if self.fetcher is not None:
+                self.fetcher.want(self.reader.remote_shards(position))
+            yield position + self.offset
+
+    def _empty_batch(self) -> tuple[Batch, Rows]:
+        """A new batch and its tensors as numpy arrays: copying through numpy stays in this thread."""
+        shapes = Rows.shapes(self.rows, self.reader.preprocess)
+        tensors = [torch.empty(shape, dtype=BATCH_TYPES[dtype], pin_memory=self.device is not None) for shape, dtype in shapes]
+        return Batch(*tensors), Rows(*(tensor.numpy() for tensor in tensors))
+
+    def _put(self, item: Made | BaseException) -> bool:
+        while not self.ended.is_set():
+            try:
+                self.batches.put(item, timeout=0.2)
+                return True
+            except Full:
+                continue
+        return False
+
+    def get(self) -> Made:
+        """The next batch, or the error that ended the thread. Workers are watched by their pool, a thread from here."""
+        if self.ended.is_set():
+            raise RuntimeError("this loader is closed")
+        limit = self.reader.settings.stall_seconds
+        try:
+            item = self.batches.get(timeout=limit if self.pool is None else None)
+        except Empty:
+            raise RunFailed(stalled("the loader", limit, self._describe(self.reading))) from None
+        if isinstance(item, BaseException):
+            self.batches.put(item)  # whoever asks again gets the same answer
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.ended.set()
+        if self.pool is not None:
+            self.pool.kill()
+        if self.fetcher is not None:
+            self.fetcher.close()
+        self.thread.join(5)  # a thread that hangs in a read is left behind: it is a daemon
+        if self.pool is not None:
+            self.pool.close()
+        if not self.thread.is_alive():
+            for source in self.reader.sources:
+                source.close()

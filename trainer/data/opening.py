@@ -1,0 +1,173 @@
+"""From what a recipe names (a folder, a URL, a tar, a pattern of tars) to a Source.
+
+Tars without an index are walked once, header by header, and the index is kept in data.cache_dir: an exact order, exact resume and
+random access then hold for them too. What that costs is said in the log.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.index import Dataset, load_array, scan_tar
+from trainer.data.remote import ShardCache
+from trainer.data.settings import DataSettings, SourceSettings
+from trainer.data.source import Source, missing
+from trainer.distributed import say
+from trainer.types import UserError
+
+
+def open_source(source: SourceSettings, settings: DataSettings) -> Source:
+    """Opens one dataset and checks that its shards are there. Raises UserError naming the file and the remedy."""
+    path = os.path.expanduser(source.path) if "://" not in source.path else source.path
+    if not path:
+        raise UserError(
+            "data: no dataset given; name a folder of shards, for example data.train=shards/train or data.validation=shards/validation"
+        )
+    cache = ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30)) if "://" in path else None
+    try:
+        dataset = _open_dataset(path, settings, cache)
+    except DataError as error:
+        raise UserError(str(error)) from None
+    if dataset.num_samples == 0:
+        raise UserError(f"{path}: no samples in it; look at rejects.jsonl beside the shards for why")
+    fields = source.caption if source.caption is not None else settings.caption
+    return Source(dataset, [fields] if isinstance(fields, str) else list(fields), settings, cache)
+
+
+def _open_dataset(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
+    if cache is not None:
+        fs, _ = fsspec.core.url_to_fs(path)
+        if fs.exists(f"{path.rstrip('/')}/manifest.json"):
+            return MirroredDataset(path, Dataset.open(path).manifest, cache)
+    elif Path(path, "manifest.json").exists():
+        dataset = Dataset.open(path)
+        _check_present(dataset)
+        return dataset
+    return _scan(path, settings, cache)
+
+
+def _check_present(dataset: Dataset) -> None:
+    """Raises UserError naming the first shard that is not there: one listing a folder, not one request a shard."""
+    listed: dict[str, set[str]] = {}
+    for shard in range(dataset.num_shards):
+        path = dataset.tar_path(shard)
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in listed[folder]:
+            raise UserError(missing(path))
+
+
+class MirroredDataset(Dataset):
+    """A remote dataset whose indexes are fetched to local disk once a node and mapped there by every process."""
+
+    def __init__(self, root: str, manifest: dict[str, Any], cache: ShardCache):
+        super().__init__(root, manifest)
+        self.mirror = cache
+
+    def index_path(self, shard: int) -> str:
+        return self.mirror.fetch_index(super().index_path(shard))
+
+
+class ScannedDataset(Dataset):
+    """Tars of other makers, with indexes of ours in the cache folder."""
+
+    def __init__(self, root: str, manifest: dict[str, Any], indexes: list[Path]):
+        super().__init__(root, manifest)
+        self.indexes = indexes
+
+    def index_path(self, shard: int) -> str:
+        return str(self.indexes[shard])
+
+
+def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
+    tars = _find_tars(path)
+    if not tars:
+        raise UserError(f"{path}: no manifest.json and no .tar there; make shards with `python -m data_tools shard`, or check the path")
+    keeper = cache or ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30))
+    entries, indexes, problems = [], [], Counter[str]()
+    said = False
+    for tar in tars:
+        kept = keeper.root / "indexes" / f"{_fingerprint(tar)}.idx"
+        with keeper.lock(kept.name):
+            if not kept.exists():
+                if not said:
+                    say(_cost(path, len(tars), cache is not None))
+                    said = True
+                rows, found = scan_tar(keeper.fetch(tar) if cache else tar)
+                problems.update(problem.reason for problem in found)
+                _save(kept, rows)
+        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(load_array(str(kept)))})
+        indexes.append(kept)
+    if problems:
+        listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
+        say(f"data: {path}: problems in its tars, what is whole is used: {listed}")
+    return ScannedDataset(path, {"shards": entries, "max_captions": 1}, indexes)
+
+
+def _cost(path: str, count: int, remote: bool) -> str:
+    how = "fetching and reading each tar once" if remote else "reading each tar once"
+    return f"data: {path} has no index: making one for {count} tars by {how}; `python -m data_tools index` would keep it beside them"
+
+
+def _save(path: Path, rows: NDArray[np.void]) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.save(file, rows)
+    part.replace(path)
+
+
+def _fingerprint(tar: str) -> str:
+    """Changes when the tar does, so that a kept index is never that of another file."""
+    if "://" in tar:
+        fs, inner = fsspec.core.url_to_fs(tar)
+        info = fs.info(inner)
+        stamp = [tar, info.get("size"), info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")]
+    else:
+        stat = os.stat(tar)
+        stamp = [os.path.abspath(tar), stat.st_size, stat.st_mtime_ns]
+    return xxhash.xxh3_128_hexdigest("\n".join(map(str, stamp)).encode())
+
+
+def _find_tars(path: str) -> list[str]:
+    found: list[str] = []
+    for one in _braces(path):
+        if "://" in one:
+            fs, inner = fsspec.core.url_to_fs(one)
+            pattern = inner if inner.endswith(".tar") else f"{inner.rstrip('/')}/*.tar"
+            matches = sorted(map(str, fs.glob(pattern))) if "*" in pattern else [inner]
+            found += [fs.unstrip_protocol(match) for match in matches]
+        elif os.path.isdir(one):
+            found += sorted(glob.glob(f"{glob.escape(one)}/*.tar"))
+        elif "*" in one:
+            found += sorted(glob.glob(one))
+        else:
+            found.append(one)
+    for tar in found:
+        if "://" not in tar and not os.path.isfile(tar):
+            raise UserError(f"{tar}: no such file; check the path, or make shards with `python -m data_tools shard`")
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """Spells out {000..123} and {a,b}, as webdataset and the shell do."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
+    for choice in choices:
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])

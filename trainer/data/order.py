@@ -1,0 +1,229 @@
+"""The order of samples as arithmetic: position -> (source, sample), whatever the size, in O(1) memory.
+
+    order = FullOrder(sizes=[1_000_000_000], draws=[1_000_000_000], seed=7)
+    sources, samples = order(np.arange(4096))
+
+A position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one integer with any number
+of ranks and workers. The permutation is a keyed Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", CT-RSA 2002): nothing is stored and nothing is sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.types import UserError
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+ROUNDS = 6  # even, so that halves of unequal width end where they began
+
+
+def derive_key(*parts: int | str) -> int:
+    """64 bits that depend on every part: what seeds each permutation and each augmentation."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
+
+
+def scramble(words: Words) -> Words:
+    """The splitmix64 finaliser: neighbouring inputs give unrelated outputs. uint64 of any shape."""
+    words = words ^ (words >> np.uint64(30))
+    words = words * np.uint64(0xBF58476D1CE4E5B9)
+    words = words ^ (words >> np.uint64(27))
+    words = words * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def uniforms(key: int, positions: Ints, count: int) -> NDArray[np.float64]:
+    """[b, count] numbers in [0, 1) that depend on (key, position) alone, never on who asks for them."""
+    columns = scramble(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
+    rows = scramble(positions.astype(np.uint64) + np.uint64(key ^ 0x5851F42D4C957F2D))
+    return (scramble(rows[:, None] ^ columns[None, :]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Permutation:
+    """A keyed permutation of ``range(size)``, computed and never stored."""
+
+    def __init__(self, size: int, key: int):
+        assert size > 0
+        self.size = size
+        bits = max(2, (size - 1).bit_length())
+        self.widths = (bits // 2, bits - bits // 2)
+        self.keys = scramble(np.arange(ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
+
+    def __call__(self, positions: Ints) -> Ints:
+        """int64 positions in [0, size) -> int64 images in [0, size)."""
+        words = self._cipher(positions.astype(np.uint64))
+        outside = np.flatnonzero(words >= self.size)
+        while outside.size:  # the cipher's domain is a power of two below 2 * size: walk its cycle until inside
+            words[outside] = self._cipher(words[outside])
+            outside = outside[words[outside] >= self.size]
+        return words.astype(np.int64)
+
+    def _cipher(self, words: Words) -> Words:
+        left_bits, right_bits = (np.uint64(width) for width in self.widths)
+        left, right = words >> right_bits, words & ((np.uint64(1) << right_bits) - np.uint64(1))
+        for key in self.keys:
+            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ (mixed >> (np.uint64(64) - left_bits))
+            left_bits, right_bits = right_bits, left_bits
+        return (left << right_bits) | right
+
+
+def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsamples: Sequence[float]) -> list[int]:
+    """How many pairs an epoch draws from each source.
+
+    With weights, an epoch is as long as the sources together and is shared out in their proportion (largest remainders); else a source
+    of n samples gives upsample * n. What a source gives beyond or below its size continues in the next epoch where it stopped, so over
+    the run every sample of a source is drawn equally often, give or take one.
+    """
+    if any(weight is not None for weight in weights):
+        if any(weight is None for weight in weights):
+            raise UserError("data.train: either every source has a weight or none has; give the missing ones, or use upsample")
+        total, scale = sum(sizes), sum(weight for weight in weights if weight is not None)
+        exact = [total * weight / scale for weight in weights if weight is not None]
+        draws = [int(share) for share in exact]
+        for index in sorted(range(len(sizes)), key=lambda i: draws[i] - exact[i])[: total - sum(draws)]:
+            draws[index] += 1
+    else:
+        draws = [round(size * factor) for size, factor in zip(sizes, upsamples, strict=True)]
+    if min(draws) < 1:
+        raise UserError(f"data.train: source {draws.index(min(draws))} would give no pair in an epoch; raise its weight or upsample")
+    return draws
+
+
+class Order(Protocol):
+    """Position -> (source, sample), for all ranks and for ever."""
+
+    epoch: int
+    """Pairs in an epoch."""
+
+    def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
+        """[b] positions -> ([b] source numbers, [b] sample numbers within their sources)."""
+        ...
+
+
+class FullOrder:
+    """Every epoch is one permutation of everything: for local tars, where any sample costs one pread."""
+
+    def __init__(self, sizes: Sequence[int], draws: Sequence[int], seed: int):
+        self.sizes, self.draws, self.seed = list(sizes), list(draws), seed
+        self.ends = np.cumsum(draws, dtype=np.int64)
+        self.epoch = int(self.ends[-1])
+
+    def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
+        epochs = positions // self.epoch
+        slots = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            mask = epochs == epoch
+            slots[mask] = Permutation(self.epoch, derive_key(self.seed, "epoch", int(epoch)))(positions[mask] - epoch * self.epoch)
+        sources = np.searchsorted(self.ends, slots, side="right")
+        samples = np.empty_like(positions)
+        for source in np.unique(sources):
+            mask = sources == source
+            draws = self.draws[source]
+            samples[mask] = self._draw(int(source), epochs[mask] * draws + slots[mask] - (self.ends[source] - draws))
+        return sources, samples
+
+    def _draw(self, source: int, stream: Ints) -> Ints:
+        """The source's own endless stream: cycle after cycle over all its samples, each in an order of its own."""
+        size = self.sizes[source]
+        if self.draws[source] == size:
+            return stream % size  # the epoch's permutation has shuffled it already
+        cycles, samples = stream // size, np.empty_like(stream)
+        for cycle in np.unique(cycles):
+            mask = cycles == cycle
+            samples[mask] = Permutation(size, derive_key(self.seed, "source", source, int(cycle)))(stream[mask] - cycle * size)
+        return samples
+
+
+class Segments(NamedTuple):
+    """One epoch of a windowed order: runs of consecutive samples, in the order in which they are read."""
+
+    sources: Ints
+    firsts: Ints
+    ends: Ints
+    """Cumulative lengths."""
+    window_ends: Ints
+
+
+class WindowOrder:
+    """An epoch visits shards in a permuted order and shuffles within ``window`` of them: for remote shards behind a local cache.
+
+    Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` holds the first sample of each shard of
+    source i and, last, its size.
+    """
+
+    def __init__(self, starts: Sequence[Ints], draws: Sequence[int], seed: int, window: int):
+        self.starts, self.draws, self.seed, self.window = list(starts), list(draws), seed, window
+        self.epoch = sum(draws)
+        self.segments = lru_cache(maxsize=2)(self._segments)
+
+    def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
+        epochs = positions // self.epoch
+        sources, samples = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            mask = epochs == epoch
+            sources[mask], samples[mask] = self._in_epoch(int(epoch), positions[mask] - epoch * self.epoch)
+        return sources, samples
+
+    def _in_epoch(self, epoch: int, slots: Ints) -> tuple[Ints, Ints]:
+        parts = self.segments(epoch)
+        windows = np.searchsorted(parts.window_ends, slots, side="right")
+        inside = np.empty_like(slots)
+        for window in np.unique(windows):
+            mask = windows == window
+            start = int(parts.window_ends[window - 1]) if window else 0
+            shuffle = Permutation(int(parts.window_ends[window]) - start, derive_key(self.seed, "window", epoch, int(window)))
+            inside[mask] = shuffle(slots[mask] - start) + start
+        which = np.searchsorted(parts.ends, inside, side="right")
+        # ends - inside counts down from the segment's length, so the sample is read from the segment's far end
+        return parts.sources[which], parts.firsts[which] + parts.ends[which] - inside - 1
+
+    def windows_at(self, position: int, count: int) -> list[tuple[int, int]]:
+        """(source, first sample) of every run of samples in the ``count`` windows from ``position`` on: what to fetch ahead."""
+        epoch, slot = divmod(position, self.epoch)
+        runs: list[tuple[int, int]] = []
+        window = int(np.searchsorted(self.segments(epoch).window_ends, slot, side="right"))
+        for _ in range(count):
+            if window == len(self.segments(epoch).window_ends):
+                epoch, window = epoch + 1, 0
+            parts = self.segments(epoch)
+            span = slice(window * self.window, (window + 1) * self.window)
+            runs += zip(parts.sources[span].tolist(), parts.firsts[span].tolist(), strict=True)
+            window += 1
+        return runs
+
+    def _segments(self, epoch: int) -> Segments:
+        sources, firsts, lengths = [], [], []
+        for source, draws in enumerate(self.draws):
+            for first, length in self._runs(source, epoch * draws, (epoch + 1) * draws):
+                sources.append(np.full(len(first), source, dtype=np.int64))
+                firsts.append(first)
+                lengths.append(length)
+        order = np.concatenate(lengths).size
+        shuffle = Permutation(order, derive_key(self.seed, "shards", epoch))(np.arange(order))
+        ends = np.cumsum(np.concatenate(lengths)[shuffle])
+        window_ends = np.append(ends[self.window - 1 : -1 : self.window], ends[-1])
+        return Segments(np.concatenate(sources)[shuffle], np.concatenate(firsts)[shuffle], ends, window_ends)
+
+    def _runs(self, source: int, begin: int, end: int) -> list[tuple[Ints, Ints]]:
+        """Draws [begin, end) of the source's endless stream, as runs (first samples, lengths), cycle by cycle."""
+        starts = self.starts[source]
+        size, runs = int(starts[-1]), []
+        for cycle in range(begin // size, (end - 1) // size + 1):
+            shards = Permutation(len(starts) - 1, derive_key(self.seed, "source", source, cycle))(np.arange(len(starts) - 1))
+            firsts, lengths = starts[shards], starts[shards + 1] - starts[shards]
+            ends = np.cumsum(lengths)
+            cut = np.clip(begin - cycle * size - (ends - lengths), 0, lengths)  # drawn in the epoch before
+            kept = np.clip(end - cycle * size - (ends - lengths), 0, lengths) - cut
+            runs.append(((firsts + cut)[kept > 0], kept[kept > 0]))
+        return runs

@@ -1,0 +1,217 @@
+"""Positions of the run -> rows of a batch: which sample, which caption, which augmentation, and what to do when one is damaged.
+
+A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide who calls it, which is why
+they never change a batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.data.augment import NUM_DRAWS, augment
+from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
+from trainer.data.settings import DataSettings
+from trainer.data.source import Source
+from trainer.data.stored import StoredColumn
+from trainer.data.transforms import Damaged, decode, fit, least_size
+from trainer.types import Preprocess, UserError
+
+ATTEMPTS = 100
+"""Replacements tried for one damaged sample before the dataset itself is called damaged."""
+KEPT_KEYS = 1000
+
+
+class Rows(NamedTuple):
+    """Arrays that a reader fills, all with the same number of rows b."""
+
+    pixels: NDArray[Any]
+    """[b, 3, h, w] uint8, or [b, k] float16 where image embeddings are stored"""
+    tokens: NDArray[Any]
+    """[b, n], or [b, k] float16 where text embeddings are stored"""
+    token_mask: NDArray[np.bool_]
+    """[b, n]"""
+    ids: Ints
+    """[b] number of the sample over all sources, in their order."""
+    groups: Ints
+    """[b] xxh3_64 of the caption."""
+
+    @classmethod
+    def shapes(cls, rows: int, preprocess: Preprocess) -> list[tuple[tuple[int, ...], type[Any]]]:
+        """Shape and dtype of each array."""
+        tokens, stored = (rows, preprocess.num_tokens), preprocess.stored
+        side = stored.side if stored else None
+        embedding: tuple[tuple[int, ...], type[Any]] = ((rows, stored.width if stored else 0), np.float16)
+        return [
+            embedding if side == "image" else ((rows, 3, *preprocess.image_size), np.uint8),
+            embedding if side == "text" else (tokens, np.int32),
+            (tokens, np.bool_),
+            ((rows,), np.int64),
+            ((rows,), np.int64),
+        ]
+
+
+class Skip(NamedTuple):
+    """A damaged sample that was met and replaced."""
+
+    key: str
+    reason: str
+
+
+@dataclass
+class Skipped:
+    """Damaged samples met so far on this rank; goes into the checkpoint."""
+
+    count: int = 0
+    keys: list[str] = field(default_factory=list)
+    """TAR:KEY of the first thousand different ones."""
+    reasons: dict[str, int] = field(default_factory=Counter)
+
+    def add(self, skips: Iterable[Skip]) -> list[Skip]:
+        """Records ``skips`` and returns those whose key is new."""
+        new = []
+        for skip in skips:
+            self.count += 1
+            self.reasons[skip.reason] = self.reasons.get(skip.reason, 0) + 1
+            if len(self.keys) < KEPT_KEYS and skip.key not in self.keys:
+                self.keys.append(skip.key)
+                new.append(skip)
+        return new
+
+
+class Reader:
+    """Fills rows for positions, reading and decoding each sample when asked."""
+
+    def __init__(self, sources: Sequence[Source], settings: DataSettings, preprocess: Preprocess, seed: int):
+        self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
+        self.order = make_order(self.sources, settings, seed)
+        self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
+        self.draw_key = derive_key(seed, "augment")
+        self.stored = preprocess.stored
+        if self.stored is not None and self.stored.side == "image" and settings.augment.active:
+            raise UserError("data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or model.stored")
+        self.columns = [StoredColumn(source.dataset, self.stored, source.fields) for source in self.sources] if self.stored else []
+
+    def fill(self, positions: Ints, rows: Rows) -> list[Skip]:
+        """Writes the samples at ``positions`` [b] into ``rows``; returns what was damaged and replaced. Raises UserError, never Damaged."""
+        sources, samples = self.order(positions)
+        draws = uniforms(self.draw_key, positions, NUM_DRAWS)
+        captions, skips = [], []
+        for row, position in enumerate(positions.tolist()):
+            source, sample = int(sources[row]), int(samples[row])
+            for attempt in range(ATTEMPTS + 1):
+                try:
+                    caption = self._sample(source, sample, draws[row], rows, row)
+                    break
+                except Damaged as error:
+                    skips.append(Skip(self.sources[source].key(sample), str(error)))
+                    self.check_attempts(attempt, source, skips[-1])
+                    sample = self.replacement(source, position, attempt)
+            captions.append(caption)
+            rows.ids[row] = self.first_ids[source] + sample
+        self.write_text(captions, rows)
+        return skips
+
+    def _sample(self, source: int, sample: int, draws: NDArray[np.float64], rows: Rows, row: int) -> str:
+        side = self.stored.side if self.stored else None
+        if side is not None:
+            (rows.pixels if side == "image" else rows.tokens)[row] = self.columns[source].read(sample)
+        if side == "image":
+            captions = self.sources[source].captions(sample)
+        else:
+            raw = self.sources[source].read(sample)
+            rows.pixels[row] = self._picture(raw.image, draws)
+            captions = raw.captions
+        return captions[int(draws[0] * len(captions))]
+
+    def _picture(self, image: bytes, draws: NDArray[np.float64]) -> NDArray[np.uint8]:
+        settings, preprocess = self.settings, self.preprocess
+        if settings.augment.active:
+            # a crop needs more pixels than the whole picture does
+            scaling = settings.jpeg_scaling / settings.augment.crop_scale[0] ** 0.5
+            pixels = decode(image, settings.max_pixels, least_size(scaling, preprocess))
+            return augment(pixels, settings.augment, preprocess, draws).numpy()
+        pixels = decode(image, settings.max_pixels, least_size(settings.jpeg_scaling, preprocess))
+        return fit(pixels, preprocess).numpy()
+
+    def write_text(self, captions: list[str], rows: Rows) -> None:
+        """Tokens, mask and groups of ``captions`` into the first rows."""
+        if self.stored is not None and self.stored.side == "text":
+            rows.token_mask[: len(captions)] = True
+        else:
+            tokens, mask = self.preprocess.tokenize(captions)
+            rows.tokens[: len(captions)] = tokens.numpy()
+            rows.token_mask[: len(captions)] = mask.numpy()
+        rows.groups[: len(captions)] = [hash_caption(caption) for caption in captions]
+
+    def replacement(self, source: int, position: int, attempt: int) -> int:
+        """Which sample stands in at ``position`` after ``attempt`` + 1 damaged ones: the same whoever asks."""
+        return derive_key(self.seed, "replacement", position, attempt) % self.sources[source].size
+
+    def check_attempts(self, attempt: int, source: int, last: Skip) -> None:
+        """Raises UserError when so many samples in a row are damaged that the dataset must be."""
+        if attempt >= ATTEMPTS:
+            root = self.sources[source].dataset.root
+            remedy = f"look with `python -m data_tools verify {root}`, and check data.caption"
+            raise UserError(f"{root}: {attempt + 1} samples in a row cannot be used, the last {last.key}: {last.reason}; {remedy}")
+
+    def remote_shards(self, position: int) -> list[str]:
+        """URLs of the shards read from ``position`` on, in this window of the order and the next; empty where all are local."""
+        if not isinstance(self.order, WindowOrder) or all(source.cache is None for source in self.sources):
+            return []
+        runs = self.order.windows_at(position, 2)
+        return list(dict.fromkeys(self.sources[source].shard_name(first) for source, first in runs if self.sources[source].cache))
+
+    def fetch(self, url: str) -> str:
+        """Brings a remote shard to local disk."""
+        return next(source.cache for source in self.sources if source.cache).fetch(url)
+
+    def keys(self, ids: Iterable[int]) -> list[str]:
+        """TAR:KEY of samples by ``Batch.ids``: what to look at when a step went wrong."""
+        found = []
+        for number in ids:
+            source = int(np.searchsorted(self.first_ids, number, side="right")) - 1
+            found.append(self.sources[source].key(int(number - self.first_ids[source])))
+        return found
+
+    def describe(self, positions: Ints) -> str:
+        """The shards that hold ``positions``, for messages about a worker that stopped."""
+        pairs = zip(*self.order(positions), strict=True)
+        names = dict.fromkeys(self.sources[source].shard_name(int(sample)) for source, sample in pairs)
+        listed = list(names)
+        return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def make_order(sources: Sequence[Source], settings: DataSettings, seed: int) -> Order:
+    """The order of the whole run over all sources, as the settings ask."""
+    given = settings.sources
+    draws = draws_per_epoch([source.size for source in sources], [one.weight for one in given], [one.upsample for one in given])
+    remote = any(source.cache is not None for source in sources)
+    if remote:
+        check_window(sources, settings)
+    if settings.shuffle == "window" or (settings.shuffle == "auto" and remote):
+        return WindowOrder([source.dataset.counts for source in sources], draws, seed, settings.window)
+    return FullOrder([source.size for source in sources], draws, seed)
+
+
+def check_window(sources: Sequence[Source], settings: DataSettings) -> None:
+    """Raises UserError where the shards of a window and the next do not fit the cache: each would be fetched again and again."""
+    sizes = [entry.get("bytes", 0) for source in sources if source.cache for entry in source.dataset.manifest["shards"]]
+    need = sum(sorted(sizes)[-2 * settings.window :])
+    if need > settings.cache_limit * 2**30:
+        raise UserError(
+            f"data.cache_limit: {settings.cache_limit:g} GiB hold less than two windows of {settings.window} shards "
+            f"({need / 2**30:.2f} GiB); raise it, or lower data.window"
+        )
+
+
+def hash_caption(caption: str) -> int:
+    """xxh3_64 of a caption as a signed 64-bit integer: equal captions are one group."""
+    value = xxhash.xxh3_64_intdigest(caption.encode("utf-8", "replace"))
+    return value - (1 << 64) if value >> 63 else value

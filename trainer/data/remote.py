@@ -1,0 +1,173 @@
+"""Remote shards on local disk: fetched whole, once a node, least recently used evicted first.
+
+    cache = ShardCache("~/.cache/ringlip", limit=100 << 30)
+    path = cache.fetch("s3://bucket/train/00012.tar")
+
+Processes of a node share the folder: a lock file per shard lets one fetch while the others wait, and a shard evicted while somebody
+reads it stays readable through the open file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import fsspec
+import xxhash
+
+from trainer.types import UserError
+
+ATTEMPTS = 3
+PIECE = 8 << 20
+
+
+class ShardCache:
+    """A folder of fetched files, at most ``limit`` bytes of tars beside what is being read."""
+
+    def __init__(self, folder: str, limit: int, retry_seconds: float = 2.0):
+        self.root = Path(folder).expanduser()
+        self.limit, self.retry_seconds = limit, retry_seconds
+        for part in ("shards", "locks", "indexes"):
+            (self.root / part).mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, url: str) -> str:
+        """The local path of a remote tar, fetched if it is not here. Raises UserError when it is missing or does not arrive whole."""
+        path = self.root / "shards" / _local_name(url)
+        if not _touch(path):
+            with self.lock(path.name):
+                if not _touch(path):
+                    self._download(url, path, make_room=True)
+        return str(path)
+
+    def fetch_index(self, url: str) -> str:
+        """As ``fetch`` for the small files beside the tars, which are never evicted."""
+        path = self.root / "indexes" / _local_name(url)
+        if not path.exists():
+            with self.lock(path.name):
+                if not path.exists():
+                    self._download(url, path, make_room=False)
+        return str(path)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Holds ``name`` against all processes of this node; a killed holder lets go."""
+        with open(self.root / "locks" / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _download(self, url: str, path: Path, make_room: bool) -> None:
+        part = path.with_name(path.name + ".part")
+        for attempt in range(ATTEMPTS):
+            try:
+                with fsspec.open(url, "rb") as remote:
+                    size = getattr(remote, "size", None)
+                    if make_room:
+                        self._reserve(part, int(size or 0), url)
+                    with open(part, "r+b" if make_room else "wb") as local:
+                        while piece := remote.read(PIECE):
+                            local.write(piece)
+                        arrived = local.tell()
+                if size is not None and arrived != size:
+                    raise OSError(f"{arrived} of {size} bytes arrived")
+                part.replace(path)
+                return
+            except FileNotFoundError:
+                raise UserError(f"{url}: no such file; upload it, or make the manifest anew") from None
+            except (OSError, TimeoutError) as error:
+                part.unlink(missing_ok=True)
+                if attempt + 1 == ATTEMPTS:
+                    raise UserError(f"{url}: not fetched in {ATTEMPTS} attempts ({error}); check network and credentials") from error
+                time.sleep(self.retry_seconds * 2**attempt)
+
+    def _reserve(self, part: Path, size: int, url: str) -> None:
+        """Evicts until ``size`` bytes more are within the limit, and takes them: others who fetch at this moment count them."""
+        if size > self.limit:
+            raise UserError(f"{url}: {size / 2**30:.1f} GiB are above data.cache_limit; raise it or write smaller shards")
+        with self.lock("eviction"):
+            part.unlink(missing_ok=True)
+            used = size + self._being_fetched()
+            files = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in _stats(part.parent, "*.tar"))
+            used += sum(length for _, length, _ in files)
+            for _, length, path in files:
+                if used <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                used -= length
+            with open(part, "wb") as file:
+                file.truncate(size)
+
+    def _being_fetched(self) -> int:
+        """Bytes reserved by others; what killed processes left half fetched (nobody holds its lock) is removed."""
+        reserved = 0
+        for part, stat in _stats(self.root / "shards", "*.part"):
+            with open(self.root / "locks" / f"{part.name.removesuffix('.part')}.lock", "w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    reserved += stat.st_size
+                    continue
+                part.unlink(missing_ok=True)
+        return reserved
+
+
+def _stats(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob(pattern):
+        try:
+            yield path, path.stat()
+        except FileNotFoundError:
+            continue  # evicted by another process, or whole by now
+
+
+def _touch(path: Path) -> bool:
+    try:
+        os.utime(path)  # the time of last use decides who is evicted
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _local_name(url: str) -> str:
+    return f"{xxhash.xxh3_64_hexdigest(url.encode())}-{url.rpartition('/')[2]}"
+
+
+class FetchAhead:
+    """A thread that fetches what will be read next, so that workers find it on disk. Failures are left to the reader, who names them."""
+
+    def __init__(self, fetch: Callable[[str], str]):
+        self.fetch = fetch
+        self.wanted: SimpleQueue[list[str] | None] = SimpleQueue()
+        self.thread = Thread(target=self._run, name="fetch-ahead", daemon=True)
+        self.thread.start()
+
+    def want(self, urls: list[str]) -> None:
+        """Replaces what has not been fetched yet by ``urls``, in order of need."""
+        self.wanted.put(urls)
+
+    def close(self) -> None:
+        """Ends the thread after the file it is fetching."""
+        self.wanted.put(None)
+
+    def _run(self) -> None:
+        waiting: list[str] | None = []
+        while waiting is not None:
+            waiting = self._newest(waiting)
+            if waiting:
+                try:
+                    self.fetch(waiting.pop(0))
+                except UserError:
+                    waiting = []
+
+    def _newest(self, waiting: list[str]) -> list[str] | None:
+        newest: list[str] | None = waiting or self.wanted.get()
+        while newest is not None:
+            try:
+                newest = self.wanted.get_nowait()
+            except Empty:
+                return newest
+        return None

@@ -1,0 +1,112 @@
+"""What the ``data:`` section of a recipe sets."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainer.settings import Settings
+
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""Where torchrun, deepspeed, Slurm and Open MPI say how many ranks share this node."""
+
+
+class SourceSettings(Settings):
+    """One dataset of a mixture."""
+
+    path: str
+    """Folder or fsspec URL of shards, a .tar, or a pattern such as tars/{000..099}.tar."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this dataset among the pairs drawn; either every dataset has one or none."""
+    upsample: float = Field(default=1.0, gt=0)
+    """How often an epoch draws each of its samples, where there are no weights; 0.5 draws every sample in two epochs."""
+    caption: str | list[str] | None = None
+    """As data.caption, for this dataset alone."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SourceSettings:
+        if self.weight is not None and self.upsample != 1.0:
+            raise ValueError("weight and upsample say the same thing in two ways: keep one")
+        return self
+
+
+class AugmentSettings(Settings):
+    """Random changes to training pictures, drawn from (seed, position): the same with any number of ranks and workers."""
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: smallest and largest share of the picture's area; (1, 1) is off, (0.9, 1) is CLIP's."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect of the crop, relative to the picture's own when the model squashes, absolute when it crops."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a left-right flip; captions that say left or right, and letters, forbid it."""
+    randaugment: int = Field(default=0, ge=0, le=4)
+    """How many light changes of colour, contrast or sharpness each picture gets (RandAugment, arXiv 1909.13719, without geometry)."""
+    magnitude: float = Field(default=0.3, ge=0, le=1)
+    """Strength of each such change."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentSettings:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale is (least, most) with 0 < least <= most <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_ratio is (least, most) with 0 < least <= most")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """True where some picture may change."""
+        return self.crops or self.flip > 0 or self.randaugment > 0
+
+    @property
+    def crops(self) -> bool:
+        return self.crop_scale != (1.0, 1.0)
+
+
+class DataSettings(Settings):
+    """Where pairs come from and what is done to them on the way to the model."""
+
+    train: str | list[SourceSettings] = ""
+    """Shards to train on: one path, or a list of {path, weight | upsample}."""
+    validation: str = ""
+    """Shards to evaluate on during training."""
+    caption: str | list[str] = "txt"
+    """Caption of a pair: "txt" (all the sample has), or fields of its .json or columns laid beside by `data_tools join`; of several one is
+    drawn from (seed, position)."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where data.cache_decoded is used."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches made ahead of the one in use."""
+    shuffle: Literal["auto", "full", "window"] = "auto"
+    """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window where shards are remote."""
+    window: int = Field(default=32, ge=1)
+    """Shards that a windowed shuffle mixes."""
+    augment: AugmentSettings = AugmentSettings()
+    """Random changes to training pictures."""
+    cache_decoded: float = Field(default=1.0, ge=0)
+    """GiB per rank: sets whose resized pictures fit are decoded once and kept, where nothing is augmented; 0 is off."""
+    cache_dir: str = "~/.cache/ringlip"
+    """Local folder for remote shards and for indexes of tars that came without."""
+    cache_limit: float = Field(default=100.0, gt=0)
+    """GiB of remote shards kept in data.cache_dir, on each node."""
+    check_digests: bool = True
+    """Compare every picture's bytes with the index (8 GB/s a core): a flipped bit is a damaged sample, not a wrong picture."""
+    jpeg_scaling: float = Field(default=0.0, ge=0)
+    """Above 0, decode a JPEG at the smallest M/8 size that is this many times what is needed: faster, slightly other pixels."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Larger pictures are damaged samples: the size is read from the header, before memory is spent."""
+    stall_seconds: float = Field(default=300.0, gt=0)
+    """A worker silent for so long ends the run, with its name and the shard it was reading."""
+
+    @property
+    def sources(self) -> list[SourceSettings]:
+        """The training mixture as a list, whatever way it was written."""
+        return [SourceSettings(path=self.train)] if isinstance(self.train, str) else self.train
+
+    def num_workers(self) -> int:
+        """Processes per rank; ``auto`` shares this node's cores among its ranks and leaves each one for the model."""
+        if self.workers != "auto":
+            return max(0, self.workers)
+        ranks = next((int(os.environ[name]) for name in RANKS_HERE if os.environ.get(name, "").isdigit()), 1)
+        return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))

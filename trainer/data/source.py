@@ -1,0 +1,193 @@
+"""One dataset of shards, read sample by sample with pread: picture bytes, captions, metadata.
+
+Nothing is read in order and nothing is kept but mapped indexes and a few open files, so that any sample costs one small read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from threading import Lock
+from tokenize import TokenError
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from data_tools.errors import DataError
+from data_tools.index import Dataset, Strings, read_key
+from trainer.data.remote import ShardCache
+from trainer.data.settings import DataSettings
+from trainer.data.transforms import Damaged
+from trainer.types import UserError
+
+OPEN_FILES = 64
+
+
+class Raw(NamedTuple):
+    """What the tars hold of one sample."""
+
+    image: bytes
+    captions: list[str]
+    """At least one, none empty."""
+
+
+class OpenTar:
+    """A file descriptor that closes with its last user, so that forgetting a file never closes it under a reader's hands."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.length = os.fstat(self.descriptor).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Source:
+    """Samples 0 .. size - 1 of one dataset. Reading raises Damaged for what is wrong with one sample, UserError for a missing file."""
+
+    def __init__(self, dataset: Dataset, fields: list[str], settings: DataSettings, cache: ShardCache | None):
+        self.dataset, self.cache, self.check_digests = dataset, cache, settings.check_digests
+        self.size = dataset.num_samples
+        self.fields = ["captions"] if fields == ["txt"] and dataset.max_captions > 1 else fields
+        self.fields = [] if self.fields == ["txt"] else self.fields
+        self.columns = {field: _texts(dataset, field) for field in self.fields if field in dataset.columns}
+        self.open_files: OrderedDict[int, OpenTar] = OrderedDict()
+        self.lock = Lock()
+        self.most_open = OPEN_FILES if cache is None else 2 * settings.window  # an open file keeps its disk space when it is evicted
+
+    def captions(self, sample: int) -> list[str]:
+        """The captions of one sample alone."""
+        return self._captions(sample, *self._entry(sample))
+
+    def read(self, sample: int) -> Raw:
+        """Picture bytes and captions of one sample."""
+        shard, entry = self._entry(sample)
+        if entry["image_size"] == 0:
+            raise Damaged("no picture")
+        image = self._read(shard, entry["image_offset"], entry["image_size"])
+        if self.check_digests and entry["digest"] and xxhash.xxh3_64_intdigest(image) != entry["digest"]:
+            raise Damaged("picture bytes differ from the index")
+        return Raw(image, self._captions(sample, shard, entry))
+
+    def metadata(self, sample: int) -> dict[str, Any]:
+        """The sample's .json member; empty where it has none."""
+        shard, entry = self._entry(sample)
+        return self._json(shard, entry)
+
+    def shard_name(self, sample: int) -> str:
+        """Path or URL of the tar that holds a sample."""
+        return self.dataset.tar_path(self._shard(sample))
+
+    def key(self, sample: int) -> str:
+        """A sample's name for people: TAR:KEY, read from the header in front of its picture."""
+        shard, entry = self._entry(sample)
+        try:
+            key = read_key(self._file(shard).descriptor, entry)
+        except (OSError, OverflowError):  # of a tar or an index that is damaged just there
+            key = ""
+        return f"{self.dataset.tar_path(shard)}:{key or f'sample {sample}'}"
+
+    def close(self) -> None:
+        """Closes the open tars."""
+        self.open_files.clear()
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self.dataset.counts, sample, side="right")) - 1
+
+    def _entry(self, sample: int) -> tuple[int, np.void]:
+        shard = self._shard(sample)
+        try:
+            return shard, self.dataset.shard(shard)[sample - int(self.dataset.counts[shard])]
+        except DataError as error:
+            raise UserError(str(error)) from None
+        except (SyntaxError, TokenError, TypeError, EOFError, OverflowError) as error:  # numpy on a damaged header
+            path = self.dataset.index_path(shard)
+            raise UserError(f"{path}: not an index ({error}); make it anew with `python -m data_tools index`") from None
+
+    def _captions(self, sample: int, shard: int, entry: np.void) -> list[str]:
+        if self.fields:
+            beside, within = ([field for field in self.fields if (field in self.columns) is there] for there in (True, False))
+            found = [self.columns[field][sample] for field in beside]
+            found += _strings([self._field(shard, entry, field) for field in within])
+        else:
+            found = [self._text(shard, entry)]
+        captions = [caption.strip() for caption in found if caption.strip()]
+        if not captions:
+            raise Damaged(f"no caption in {' or '.join(self.fields)}" if self.fields else "empty caption")
+        return captions
+
+    def _field(self, shard: int, entry: np.void, field: str) -> Any:
+        if field == "txt":
+            return self._text(shard, entry)
+        value = self._json(shard, entry).get(field)
+        # a sample with one caption among others with several has it in .txt alone
+        return self._text(shard, entry) if value is None and field == "captions" else value
+
+    def _text(self, shard: int, entry: np.void) -> str:
+        return self._read(shard, entry["text_offset"], entry["text_size"]).decode("utf-8", "replace")
+
+    def _json(self, shard: int, entry: np.void) -> dict[str, Any]:
+        if entry["json_size"] == 0:
+            return {}
+        try:
+            tree = json.loads(self._read(shard, entry["json_offset"], entry["json_size"]))
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f".json is not JSON ({error})") from error
+        return tree if isinstance(tree, dict) else {}
+
+    def _read(self, shard: int, offset: np.unsignedinteger, size: np.unsignedinteger) -> bytes:
+        length, tar = int(size), self._file(shard)
+        if int(offset) + length > tar.length:  # said before memory is taken for a size that a damaged index states
+            raise Damaged("the tar ends before this sample: it was cut")
+        try:
+            return os.pread(tar.descriptor, length, int(offset))
+        except OSError as error:
+            raise Damaged(f"not readable ({error.strerror})") from error
+
+    def _file(self, shard: int) -> OpenTar:
+        with self.lock:  # evaluation reads with several threads
+            tar = self.open_files.get(shard)
+            if tar is None:
+                tar = self.open_files[shard] = self._open(shard)
+                if len(self.open_files) > self.most_open:
+                    self.open_files.popitem(last=False)
+            else:
+                self.open_files.move_to_end(shard)
+            return tar
+
+    def _open(self, shard: int) -> OpenTar:
+        for _ in range(10):
+            try:
+                return OpenTar(self._local(shard))
+            except FileNotFoundError:
+                if self.cache is None:
+                    break  # otherwise another process has evicted it in between: fetch it again
+            except OSError as error:
+                raise UserError(f"{self.dataset.tar_path(shard)}: cannot be opened ({error.strerror}); check its permissions") from error
+        raise UserError(missing(self.dataset.tar_path(shard)))
+
+    def _local(self, shard: int) -> str:
+        path = self.dataset.tar_path(shard)
+        return path if self.cache is None else self.cache.fetch(path)
+
+
+def _texts(dataset: Dataset, name: str) -> Strings:
+    column = dataset.column(name)
+    if not isinstance(column, Strings):
+        raise UserError(f"{dataset.root}: the joined column {name!r} holds numbers; data.caption needs one of texts")
+    return column
+
+
+def missing(path: str) -> str:
+    """What to say of a tar that is not there."""
+    return f"{path}: no such shard; copy it there, or make the manifest anew with `python -m data_tools index {os.path.dirname(path)}`"
+
+
+def _strings(values: list[Any]) -> list[str]:
+    found: list[str] = []
+    for value in values:
+        found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return found

@@ -1,0 +1,206 @@
+"""Embeddings of a locked tower as a side-car column of a dataset: read row by row in training, written in parts that survive a kill.
+
+    column = StoredColumn(dataset, preprocess.stored)         # refuses what another tower made
+    column.read(17)                                           # [k] float16
+
+A column is what `python -m data_tools join` lays beside the tars, ``columns/NAME.npy`` [num_samples, k] in the order of sample numbers, so
+views keep it and no tar is touched. float16, or int8 with ``NAME.scale`` (float32, a factor a row) beside it. The manifest's entry says
+which tower made it. A row of zeros is a sample that could not be embedded: it counts as damaged, as it would with the tower.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_tools.errors import DataError
+from data_tools.index import MANIFEST, Dataset, Strings
+from trainer.data.transforms import Damaged
+from trainer.types import Stored, UserError
+
+Storage = Literal["fp16", "int8"]
+Half = NDArray[np.float16]
+ROWS = 8192
+"""Samples of a part: what a killed run may lose, on each rank."""
+
+
+class StoredColumn:
+    """The rows of one dataset's column. Raises UserError where it is not there, not whole, or of another tower."""
+
+    def __init__(self, dataset: Dataset, stored: Stored, captions: list[str]) -> None:
+        where = f"{dataset.root}: the stored embeddings {stored.column!r}"
+        again = f"write others with `python -m trainer.embed RECIPE model.stored.{stored.side}=ANOTHER_NAME`, or name the ones that fit"
+        entry = dataset.manifest.get("columns", {}).get(stored.column)
+        if entry is None:
+            there = ", ".join(dataset.columns) or "none"
+            raise UserError(f"{where} are not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`")
+        if "tower" not in entry:
+            raise UserError(f"{where} do not say which tower made them: a column of `data_tools join` cannot stand for one; {again}")
+        if entry["side"] != stored.side:
+            raise UserError(f"{where} are of the {entry['side']} tower, model.stored.{stored.side} needs the other's; {again}")
+        try:
+            values = dataset.column(stored.column)
+            scale = dataset.column(f"{stored.column}.scale") if entry["dtype"] == "int8" else None
+        except (DataError, FileNotFoundError, ValueError) as error:
+            raise UserError(f"{where} cannot be read ({error}); {again}") from None
+        assert not isinstance(values, Strings), "texts have no tower"
+        assert not isinstance(scale, Strings), "texts have no tower"
+        if values.ndim != 2 or values.shape[1] != stored.width:
+            raise UserError(f"{where} have shape {list(values.shape)}, the tower gives {stored.width} numbers a sample; {again}")
+        if entry["tower"] != stored.tower:
+            made, ours = entry["tower"][:12], stored.tower[:12]
+            raise UserError(f"{where} were made by another tower (fingerprint {made} of {entry['model']}, here it is {ours}); {again}")
+        if len(values) != dataset.num_samples or (scale is not None and len(scale) != dataset.num_samples):
+            raise UserError(f"{where} are {len(values):,}, the dataset has {dataset.num_samples:,} samples; {again}")
+        if stored.side == "text" and entry["captions"] != captions:
+            raise UserError(f"{where} are of the captions {entry['captions'] or 'txt'}, data.caption asks for {captions or 'txt'}; {again}")
+        self.values, self.scale = values, scale
+
+    def read(self, sample: int) -> Half:
+        """One sample's embedding [k]; raises Damaged where it has none."""
+        row = self.values[sample]
+        if not row.any():
+            raise Damaged("no stored embedding: the sample could not be used when they were made")
+        return row if self.scale is None else (row * self.scale[sample]).astype(np.float16)
+
+
+def to_int8(rows: Half) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """[n, k] -> int8 [n, k] and a factor a row [n]: the largest number of a row becomes 127."""
+    values = rows.astype(np.float32)
+    scale = np.abs(values).max(axis=1) / 127
+    return np.rint(values / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
+
+
+class ColumnWriter:
+    """A column on its way: parts in ``.parts``, each written aside, synced and renamed; the manifest last, from one rank.
+
+    A run that finds parts of the same tower and dataset goes on from them.
+    """
+
+    def __init__(self, dataset: Dataset, stored: Stored, storage: Storage, facts: dict[str, Any]) -> None:
+        if dataset.is_remote or not Path(dataset.root, MANIFEST).is_file():
+            remedy = "copy it to a local folder" if dataset.is_remote else f"`python -m data_tools index {dataset.root}` makes a manifest"
+            raise UserError(f"{dataset.root}: columns are written beside a local manifest: {remedy}")
+        self.dataset, self.stored, self.storage, self.facts = dataset, stored, storage, facts
+        state = [stored.tower, stored.column, facts, [[e["name"], e["samples"]] for e in dataset.manifest["shards"]]]
+        key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
+        self.scratch = Path(dataset.root, ".parts")
+        self.folder = self.scratch / f"embed-{stored.column}-{key}"
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.dataset.num_samples // ROWS)
+
+    def finished(self) -> bool:
+        """Whether the column is there already. Raises UserError where its name is taken by another."""
+        entry = self.dataset.manifest.get("columns", {}).get(self.stored.column)
+        if entry is None:
+            return False
+        StoredColumn(self.dataset, self.stored, self.facts.get("captions", []))
+        storage = "int8" if entry["dtype"] == "int8" else "fp16"
+        if storage != self.storage:
+            raise UserError(
+                f"{self.dataset.root}: the column {self.stored.column!r} is there as {storage}; give the {self.storage} another name"
+            )
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[list[int]]:
+        """Keeps a second run away, as long as this process lives; gives the parts that are still to be written."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with open(self.scratch / "lock-embed", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it") from None
+            self.folder.mkdir(exist_ok=True)
+            yield [part for part in range(self.num_parts) if not self._path(part).is_file()]
+
+    def samples(self, part: int) -> range:
+        return range(part * ROWS, min((part + 1) * ROWS, self.dataset.num_samples))
+
+    def write(self, part: int, rows: Half) -> None:
+        """One part [n, k], whole under its name or not there. Raises UserError where a number is too large for float16."""
+        if not np.isfinite(rows).all():
+            raise UserError("the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be stored")
+        _save(self._path(part), [rows], rows.shape, rows.dtype)
+
+    def finish(self) -> int:
+        """Joins the parts, names the column in the manifest and clears up; returns how many samples have no embedding."""
+        count, width = self.dataset.num_samples, self.stored.width
+        columns = Path(self.dataset.root, "columns")
+        columns.mkdir(exist_ok=True)
+        for left_over in columns.glob(f"{self.stored.column}.*.tmp"):  # of a run that was killed while it joined
+            left_over.unlink()
+        empty = 0
+        for part in range(self.num_parts):
+            empty += int((~self._read(part).any(axis=1)).sum())
+        name = self.stored.column
+        made = {"side": self.stored.side, "tower": self.stored.tower, "empty": empty, **self.facts}
+        parts = range(self.num_parts)
+        entries = {}
+        if self.storage == "int8":
+            _save(columns / f"{name}.npy", (to_int8(self._read(part))[0] for part in parts), (count, width), np.int8)
+            _save(columns / f"{name}.scale.npy", (to_int8(self._read(part))[1] for part in parts), (count,), np.float32)
+            entries[f"{name}.scale"] = {"file": f"columns/{name}.scale.npy", "dtype": "float32", "shape": [count]}
+        else:
+            _save(columns / f"{name}.npy", map(self._read, parts), (count, width), np.float16)
+        entries[name] = {
+            "file": f"columns/{name}.npy",
+            "dtype": "int8" if self.storage == "int8" else "float16",
+            "shape": [count, width],
+            **made,
+        }
+        manifest = Dataset.open(self.dataset.root).manifest  # another column may have been joined meanwhile
+        manifest = {**manifest, "columns": {**manifest.get("columns", {}), **entries}}
+        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        _publish(Path(self.dataset.root, MANIFEST), [text.encode()])
+        shutil.rmtree(self.folder)
+        return empty
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"{part:08d}.npy"
+
+    def _read(self, part: int) -> Half:
+        rows: Half = np.load(self._path(part), allow_pickle=False)
+        assert rows.shape == (len(self.samples(part)), self.stored.width), self._path(part)
+        return rows
+
+
+def _save(path: Path, pieces: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """A .npy file from pieces that follow each other."""
+
+    def chunks() -> Iterator[bytes]:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        text = repr(header)
+        text += " " * (-(len(text) + 11) % 64) + "\n"
+        yield b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
+        for piece in pieces:
+            yield np.ascontiguousarray(piece).tobytes()
+
+    _publish(path, chunks())
+
+
+def _publish(path: Path, chunks: Any) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

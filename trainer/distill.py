@@ -1,0 +1,113 @@
+"""Distillation: a frozen teacher looks at the same batch, and the student's similarities follow its own (trainer/losses/affinity.py).
+
+    python -m trainer.train RECIPE distill.teacher=openai/clip-vit-large-patch14 distill.weight=1
+
+The teacher lives outside the engine: whole on every rank, without gradient, in evaluation mode, in the engine's precision. It sees the
+pixels and tokens that the loader made for the student (each model normalises pixels its own way), whole ones where the student drops
+patches or tokens. It is in no checkpoint: a run that goes on is told by a fingerprint whether it still is the same teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from trainer import distributed
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.lock import LockSettings
+from trainer.models.lora import hold_base
+from trainer.models.stored import fingerprint, token_inputs
+from trainer.settings import Settings
+from trainer.types import Batch, Embeddings, Preprocess, UserError
+
+
+class DistillSettings(Settings):
+    """A teacher whose similarities over the global batch the student follows (CLIP-KD, arXiv 2307.12732; TinyCLIP, arXiv 2309.12314)."""
+
+    teacher: str
+    "Directory or hub name of a Hugging Face CLIP or SigLIP model with the student's image size and tokenizer."
+    weight: float = Field(default=1.0, gt=0)
+    "Of the divergence from the teacher, beside the recipe's loss."
+
+    @property
+    def model(self) -> ModelSettings:
+        """The teacher as a model section: its towers locked."""
+        return ModelSettings(path=self.teacher, lock=LockSettings(image=True, text=True))
+
+
+class Teacher:
+    """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and without it."""
+
+    def __init__(self, model: DualEncoder, path: str, autocasts: bool = False) -> None:
+        self.path, self.autocasts = path, autocasts
+        towers, preprocess = model.towers, model.preprocess
+        self.identity: dict[str, Any] = {
+            "image": fingerprint(towers, preprocess, "image"),
+            "text": fingerprint(towers, preprocess, "text"),
+            "scale": model.head.logit_scale.item(),
+        }
+        """What makes it the same teacher, wherever it lies."""
+        self.model = model.requires_grad_(False).eval().to(distributed.device())
+        if autocasts:
+            hold_base(towers, torch.bfloat16)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, rows: int) -> Embeddings:
+        """[b, k] float32 embeddings of the local batch, ``rows`` pairs at a time, and the teacher's scale and bias."""
+        device = distributed.device()
+        image, text = (torch.empty(batch.rows, self.model.embed_dim, device=device) for _ in range(2))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocasts):
+            scale, bias = self.model.head()
+            for index, part in enumerate(batch.split(rows)):
+                micro, places = part.to(device), slice(index * rows, index * rows + part.rows)
+                image[places] = self.model.embed_images(micro.pixels)
+                text[places] = self.model.embed_texts(micro.tokens, micro.token_mask)
+        return Embeddings(image, text, scale, bias)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"path": self.path, **self.identity}
+
+    def check_resumed(self, recorded: dict[str, Any] | None) -> None:
+        """Raises UserError where this run had another teacher before; one that had none may go on with this one."""
+        if recorded is None:
+            return
+        if any(recorded.get(key) != value for key, value in self.identity.items()):
+            raise UserError(
+                f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): give that one, "
+                "or begin another run.directory"
+            )
+
+
+def build_teacher(settings: DistillSettings, student: Preprocess, autocasts: bool) -> Teacher:
+    """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student sees."""
+    try:
+        model = build(settings.model)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", "distill.teacher")) from error
+    check_inputs(settings.teacher, student, model.preprocess)
+    return Teacher(model, settings.teacher, autocasts)
+
+
+def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
+    """Raises UserError where the student's pixels or tokens would mean something else to the teacher.
+
+    Mean and standard deviation may differ: pixels arrive as bytes, each model normalises them itself.
+    """
+    compared = (
+        ("pictures resized by", student.resize, teacher.resize, "take a teacher of the student's kind"),
+        ("pictures of", student.image_size, teacher.image_size, f"set model.image_size={teacher.image_size[0]}, or take another teacher"),
+        ("captions of", student.num_tokens, teacher.num_tokens, f"set model.num_tokens={teacher.num_tokens}, or take another teacher"),
+    )
+    for what, mine, theirs, remedy in compared:
+        if mine != theirs:
+            units = {"captions of": " tokens", "pictures of": " pixels"}.get(what, "")
+            raise UserError(f"distill.teacher {path!r} wants {what} {theirs}{units}, the student's are {mine}: {remedy}")
+    if token_inputs(student) != token_inputs(teacher):
+        raise UserError(
+            f"distill.teacher {path!r} has another tokenizer than the student: take a teacher with the student's, or train the student "
+            f"with model.tokenizer={path}"
+        )

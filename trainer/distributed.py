@@ -1,0 +1,136 @@
+"""Who am I among the ranks: the same answer under deepspeed, torchrun, accelerate, Slurm and Open MPI, or in one plain process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.types import UserError
+
+# deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their own.
+# A variable that only a started task has comes first: an interactive Slurm shell has the others too.
+FOREIGN_LAUNCHERS = (
+    ("SLURM_STEP_ID", {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"},
+    ),
+)
+
+
+_launcher: int | None = None
+"""Process id of what started this rank; None for a plain process, which nobody watches over."""
+
+
+def init(timeout_seconds: float = 600.0) -> None:
+    """Joins the process group (nccl on GPUs, gloo on CPUs); one plain process becomes a group of one. Safe to call again.
+
+    A peer that hangs ends the run after ``timeout_seconds``, so that no collective waits for ever.
+    """
+    if dist.is_initialized():
+        return
+    _adopt_foreign_launcher()
+    if "RANK" in os.environ:
+        global _launcher
+        _launcher = os.getppid()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed looks for them
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address of rank 0")
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def _adopt_foreign_launcher() -> None:
+    if "RANK" in os.environ:
+        return
+    for marker, names in FOREIGN_LAUNCHERS:
+        if marker in os.environ:
+            os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
+            return
+
+
+def orphaned() -> bool:
+    """True when the launcher that started this rank is gone: whoever starts the job again would find it still running."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def rank() -> int:
+    """This process among all; 0 when there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 when there is no process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes shared files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks when it is true on one: how ranks agree on out-of-memory, a signal or a bad gradient."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor([float(flag)], device=device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def stack_over_ranks(mine: torch.Tensor) -> torch.Tensor:
+    """[world, *mine.shape]: the tensors of all ranks, which must be of one shape and dtype, in rank order."""
+    if world_size() == 1:
+        return mine[None]
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone)
+
+
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """Averages of a few numbers for the log."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return (total / world_size()).tolist()
+
+
+def say(text: str) -> None:
+    """One line on the terminal, from rank 0 alone."""
+    if is_main():
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
+        print(clear + text, file=sys.stderr, flush=True)
+
+
+def shutdown() -> None:
+    """Leaves the process group; without this gloo complains at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

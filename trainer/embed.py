@@ -1,0 +1,191 @@
+"""Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv 2303.15343, section 4.2).
+
+    python -m trainer.embed RECIPE                                             # what RECIPE's model.stored names, for its data.train
+    python -m trainer.embed RECIPE model.stored.image=vit_b16 --storage int8
+    torchrun --nproc-per-node 8 -m trainer.embed RECIPE                        # or deepspeed --module: every rank embeds its share
+    deepspeed --module trainer.train RECIPE                                    # reads them
+
+The column lies beside the tars (columns/NAME.npy, named in the manifest with the tower's fingerprint), as `python -m data_tools join` lays
+them. A run that was killed goes on when the same command is given again; the manifest is written last. fp16 takes 2 bytes a number,
+int8 one and a factor a row. Rank 0 joins the parts in the end: raise run.timeout where that takes more than ten minutes. Exit codes:
+0 written (or there already), 2 a mistake in the recipe or the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer import config, distributed
+from trainer.checkpoint.whole import on_main
+from trainer.config import Recipe
+from trainer.data.opening import open_source
+from trainer.data.settings import SourceSettings
+from trainer.data.source import Source
+from trainer.data.stored import ColumnWriter, Half, Storage
+from trainer.data.transforms import Damaged, decode, fit, least_size
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.dual_encoder import stored_tower, whole
+from trainer.models.stored import StoredSettings
+from trainer.settings import describe, run_verb
+from trainer.types import Stored, UserError
+
+
+def main(argv: list[str]) -> int:
+    options = _options(argv)
+    recipe = config.load(options.recipe, options.overrides)
+    if recipe.model.stored.side is None:
+        raise UserError("model.stored is empty: name the column to write, for example model.stored.image=vit_b16 (with model.lock.image)")
+    if "RANK" in os.environ:
+        distributed.init(recipe.run.timeout)
+    try:
+        model = build(whole(recipe.model))
+        stored = stored_tower(model.towers, model.preprocess, recipe.model.stored)
+        embedder = Embedder(model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision)
+        for source in [SourceSettings(path=path) for path in options.data] if options.data else recipe.data.sources:
+            with torch.inference_mode():
+                embed(embedder, source, recipe, options.storage)
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage: Storage) -> None:
+    """Writes the column of one dataset; every rank calls."""
+    source = open_source(settings, recipe.data)
+    facts = embedder.facts(source)
+    writer = ColumnWriter(source.dataset, embedder.stored, storage, facts)
+    if on_main(lambda: {"there": writer.finished()})["there"]:
+        distributed.say(f"{source.dataset.root}: {embedder.stored.column!r} is there already, made by this tower")
+        return
+    with ExitStack() as lock:
+        missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
+        progress = Progress(source.size, sum(len(writer.samples(part)) for part in missing))
+        for part in missing[distributed.rank() :: distributed.world_size()]:
+            writer.write(part, np.concatenate(list(progress.over(embedder.rows(source, writer.samples(part))))))
+        distributed.barrier()
+        empty = on_main(lambda: {"empty": writer.finish()})["empty"]
+    left = f", {empty:,} could not be used and have none" if empty else ""
+    distributed.say(
+        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.stored.width} numbers as {embedder.stored.column!r}{left}"
+    )
+
+
+class Embedder:
+    """Samples of a source -> what the locked tower gives for them."""
+
+    def __init__(self, model: DualEncoder, stored: Stored, recipe: Recipe, batch_size: int, precision: str) -> None:
+        self.model, self.stored, self.recipe, self.batch_size, self.precision = model, stored, recipe, batch_size, precision
+        self.device = distributed.device()
+        self.threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def facts(self, source: Source) -> dict[str, object]:
+        """What the manifest says of the column beside its tower."""
+        texts = {"captions": source.fields} if self.stored.side == "text" else {}
+        return {"model": tower_path(self.recipe.model), "precision": self.precision, **texts}
+
+    def rows(self, source: Source, samples: range) -> Iterator[Half]:
+        """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs ahead of the tower."""
+        starts = range(samples.start, samples.stop, self.batch_size)
+        batches = [range(start, min(start + self.batch_size, samples.stop)) for start in starts]
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead: list[list[Future[Tensor | str | None]]] = []
+            for index in range(len(batches) + 1):
+                if index < len(batches):
+                    ahead.append([pool.submit(self._read, source, sample) for sample in batches[index]])
+                if index:
+                    yield self._embed([future.result() for future in ahead.pop(0)])
+
+    def _read(self, source: Source, sample: int) -> Tensor | str | None:
+        """The tower's input: uint8 [3, h, w], or a caption; None where the sample cannot be used."""
+        data, preprocess = self.recipe.data, self.model.preprocess
+        try:
+            if self.stored.side == "text":
+                captions = source.captions(sample)
+                if len(captions) > 1:
+                    raise UserError(
+                        f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: set data.caption"
+                    )
+                return captions[0]
+            raw = source.read(sample)
+            return fit(decode(raw.image, data.max_pixels, least_size(data.jpeg_scaling, preprocess)), preprocess)
+        except Damaged:
+            return None
+
+    def _embed(self, found: list[Tensor | str | None]) -> Half:
+        rows = np.zeros((len(found), self.stored.width), np.float16)
+        usable = [row for row, one in enumerate(found) if one is not None]
+        if not usable:
+            return rows
+        with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
+            if self.stored.side == "image":
+                pixels = torch.stack([one for one in found if isinstance(one, Tensor)])
+                output = self.model.tower_output("image", pixels.to(self.device))
+            else:
+                tokens, mask = self.model.preprocess.tokenize([one for one in found if isinstance(one, str)])
+                output = self.model.tower_output("text", tokens.to(self.device), mask.to(self.device))
+        rows[usable] = output.half().cpu().numpy()
+        return rows
+
+
+def tower_path(settings: ModelSettings) -> str:
+    """Where the stored tower comes from."""
+    tower = settings.image if settings.stored.side == "image" else settings.text
+    return str(settings.path or (tower.path if tower else ""))
+
+
+class Progress:
+    """A line every few seconds from rank 0: it counts its own share and takes the others to be as fast."""
+
+    def __init__(self, total: int, left: int) -> None:
+        self.total, self.left, self.seen = total, left, 0
+        self.began = self.said = time.monotonic()
+        if left < total:
+            distributed.say(f"going on: {total - left:,} of {total:,} samples are embedded already")
+
+    def over(self, batches: Iterator[Half]) -> Iterator[Half]:
+        """The same batches, counted."""
+        for rows in batches:
+            self.seen += len(rows)
+            now = time.monotonic()
+            if now - self.said > 5:
+                self.said = now
+                distributed.say(self.line(now))
+            yield rows
+
+    def line(self, now: float) -> str:
+        seen = min(self.left, self.seen * distributed.world_size())
+        rate = seen / max(now - self.began, 1e-3)
+        minutes, seconds = divmod(int((self.left - seen) / rate), 60)
+        return f"embedded {self.total - self.left + seen:,}/{self.total:,} | {rate:,.0f} samples/s | ETA {minutes}:{seconds:02d}"
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.embed",
+        description=__doc__,
+        epilog=describe(StoredSettings, "model.stored."),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe")
+    parser.add_argument("--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be given again")
+    parser.add_argument("--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples the tower sees at once (default 64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="what the tower computes in (default fp32)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    run_verb(main)

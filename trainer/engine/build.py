@@ -1,0 +1,236 @@
+"""A model under DeepSpeed, reduced to what a training step needs.
+
+    engine = build_engine(model, build_optimizer(model, recipe.optim), recipe.engine, clip=recipe.optim.clip)
+    z = engine.forward(pixels, tokens, token_mask)
+
+Several backward passes feed one optimizer step, at every ZeRO stage alike:
+
+    engine.start_gradients()
+    engine.backward(surrogate)                 # any number of times
+    norm = engine.finish_gradients()           # averages over ranks
+    engine.step()                              # or engine.discard_gradients()
+
+Gradients stay on each rank until ``finish_gradients`` reduces them once (least traffic), unless ``start_gradients(each=True)`` asks for
+a reduction in every backward: then ZeRO 2 and 3 never hold more than their shard (least memory). Otherwise nothing communicates between
+start and finish, but for the parameters that ZeRO-3 fetches: a rank that runs out of memory there can still tell the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from trainer import distributed
+from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
+from trainer.engine.state import WEIGHT, Fragment, average_weights, fragments
+from trainer.types import Embeddings, UserError
+
+# Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would go on to build one
+# for a minute that serves small all-reduces only. No extension is needed here.
+vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
+
+
+class Engine:
+    """DeepSpeed's engine behind the few calls that a step makes; every rank must make the same ones in the same order."""
+
+    def __init__(self, ds_engine: Any, merged_config: dict[str, Any]) -> None:
+        self.ds_engine = ds_engine
+        self.merged_config = merged_config
+        """What DeepSpeed was given: for ``<run>/deepspeed.json``."""
+        self.device = distributed.device()
+        self.zero_stage = int(merged_config["zero_optimization"]["stage"])
+        self.towers_trained: tuple[bool, bool] | None = None
+        """Whether (image, text) embeddings depend on a trainable parameter: learnt by the first step that needs to know."""
+        self._clip = float(merged_config["gradient_clipping"])
+        self._accumulation: AbstractContextManager[None] | None = None
+        self._each = False
+        self._scale: list[Fragment] | None = None
+
+    @property
+    def module(self) -> Any:
+        """The model itself. At ZeRO-3 its parameters are empty outside ``forward``."""
+        return self.ds_engine.module
+
+    @property
+    def forward_communicates(self) -> bool:
+        """True where a rank cannot leave ``forward`` without the others noticing (ZeRO-3 fetches parameters there)."""
+        return self.zero_stage == 3 and distributed.world_size() > 1
+
+    @property
+    def backward_communicates(self) -> bool:
+        """The same of ``backward`` between ``start_gradients`` and ``finish_gradients``."""
+        return self.forward_communicates or (self._reduces_in_backward and distributed.world_size() > 1)
+
+    @property
+    def _reduces_in_backward(self) -> bool:
+        return self._each and self.zero_stage >= 2  # ZeRO 0 and 1 keep whole gradients anyway
+
+    def forward(self, pixels: Tensor | None, tokens: Tensor | None, token_mask: Tensor | None) -> Embeddings:
+        """The model's forward; a tower whose input is None is not run."""
+        return self.ds_engine(pixels, tokens, token_mask)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next step; a parameter group with a ``rate`` learns at that many times it."""
+        for group in self.ds_engine.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate", 1.0)
+
+    def cap_scale(self, largest: float) -> None:
+        """Lowers the scale t = exp(logit_scale) to ``largest`` where it is above, in every copy that this rank holds."""
+        if self._scale is None:
+            self._scale = [fragment for fragment in fragments(self.ds_engine) if fragment.name.rsplit(".", 1)[-1] == "logit_scale"]
+        for fragment in self._scale:
+            holders = [fragment.read(WEIGHT), fragment.parameter.detach()]
+            if hasattr(fragment.parameter, "ds_tensor"):
+                holders.append(fragment.parameter.ds_tensor.detach())
+            for holder in holders:
+                holder.clamp_(max=math.log(largest))
+
+    def average_weights(self, decay: float) -> None:
+        """Moves the running average of the weights towards what they are now (``OptimSettings.ema``); 0 forgets it."""
+        average_weights(self.ds_engine, decay)
+
+    def start_gradients(self, each: bool = False) -> None:
+        """Begins a step's backward passes; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""
+        assert self._accumulation is None, "the last step's gradients were neither used nor discarded"
+        self._each = each
+        if self.zero_stage and not self._reduces_in_backward:
+            self._accumulation = self.ds_engine.coalesce_grad_reduction()
+            self._accumulation.__enter__()
+        self._zero_gradient_partitions()
+        self.ds_engine.set_gradient_accumulation_boundary(False)
+
+    def backward(self, scalar: Tensor, last: bool = False) -> None:
+        """Adds the gradient of ``scalar``. Only a step with ``each`` needs to know which call is the ``last``."""
+        if self._reduces_in_backward and last:
+            self.ds_engine.set_gradient_accumulation_boundary(True)
+        self.ds_engine.backward(scalar, scale_wrt_gas=False)
+
+    def finish_gradients(self) -> float:
+        """Averages gradients over ranks; returns the norm of the whole gradient before clipping (inf where it is not finite)."""
+        if self._reduces_in_backward:
+            return self._norm()
+        self.ds_engine.set_gradient_accumulation_boundary(True)
+        if self._accumulation is None:
+            self.ds_engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
+        else:
+            accumulation, self._accumulation = self._accumulation, None
+            accumulation.__exit__(None, None, None)
+        return self._norm()
+
+    def step(self, clip: float | None = None) -> None:
+        """Updates the weights with the gradients of ``finish_gradients`` and forgets them.
+
+        ``clip`` lowers the recipe's limit on the gradient norm for this step (it never raises it).
+        """
+        optimizer = self.ds_engine.optimizer
+        limit = min((value for value in (self._clip, clip or 0.0) if value > 0), default=0.0)
+        self.ds_engine.set_gradient_accumulation_boundary(True)
+        if isinstance(optimizer, ZeROOptimizer):
+            optimizer.clip_grad = limit
+        elif limit:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self.ds_engine.step()
+
+    def discard_gradients(self) -> None:
+        """Forgets what has been accumulated, reduced or not, as if ``start_gradients`` had never been called. All ranks together."""
+        optimizer = self.ds_engine.optimizer
+        self.ds_engine.zero_grad()
+        if self._accumulation is not None:
+            # Leaving DeepSpeed's context reduces what there is: nothing any more, so no rank waits for another.
+            accumulation, self._accumulation = self._accumulation, None
+            accumulation.__exit__(None, None, None)
+        self.ds_engine.set_gradient_accumulation_boundary(False)
+        if not isinstance(optimizer, ZeROOptimizer):
+            return
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._backward_active_depth = 0  # a backward that was interrupted never leaves
+        if self.zero_stage == 3:
+            if optimizer.offload_optimizer:
+                optimizer.reset_cpu_buffers()
+            return
+        # DeepSpeed does the same to a step whose gradient overflowed.
+        optimizer.micro_step_id = -1
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+        for key in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[key] = None
+        for key in optimizer.all_grad_tensors:
+            optimizer.all_grad_tensors[key] = None
+
+    def _norm(self) -> float:
+        optimizer = self.ds_engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            groups = [float(norm) for norm in optimizer._get_norm_groups()]
+            norm = -1.0 if min(groups) < 0 else sum(value**2 for value in groups) ** 0.5
+        elif isinstance(optimizer, ZeROOptimizer):
+            norm = float(optimizer.scaled_global_norm())
+        else:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = norm if 0 <= norm < float("inf") else float("inf")  # DeepSpeed says -1 where the norm is not finite
+        return distributed.mean_over_ranks([norm])[0]  # what ranks decide by must not differ in the last bit
+
+    def _zero_gradient_partitions(self) -> None:
+        """Clears the buffers that ZeRO keeps from step to step: a parameter that a step does not use would meet its last gradient there."""
+        optimizer = self.ds_engine.optimizer
+        kept: list[Tensor] = []
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            kept += optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+            if optimizer.offload_optimizer:
+                kept += [group.grad for group in optimizer.fp32_partitioned_groups_flat if group.grad is not None]
+        elif isinstance(optimizer, ZeROOptimizer) and optimizer.cpu_offload:
+            kept += [group.grad for group in optimizer.single_partition_of_fp32_groups if group.grad is not None]
+        for buffer in kept:
+            buffer.zero_()
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings, clip: float = 0.0) -> Engine:
+    """Puts ``model`` under DeepSpeed on this rank's device, rank 0's weights on all ranks.
+
+    ``optimizer`` is a torch optimizer over the model's trainable parameters (``trainer.optim.build_optimizer``); ``clip`` is the largest
+    norm of the global gradient (0: no limit). Raises UserError for a ds_config that sets what the recipe owns.
+    """
+    config = complete(load(settings.ds_config), clip)
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    assert not scalars, f"DeepSpeed cannot hold 0-dimensional parameters: {scalars}"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias")
+    if not settings.autocasts and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise UserError("model.lora.base bfloat16 is for engine.precision bf16, and this run computes in fp32: set one of them")
+    model = model.to(distributed.device())
+    if config["zero_optimization"]["stage"] == 3 and not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UserError("model.lora.base int8 and nf4 cannot be partitioned: take an engine.ds_config of ZeRO 0 to 2, or bfloat16")
+    distributed.init()
+    if settings.autocasts:
+        autocast_forward(model, torch.bfloat16)
+    model.train()
+    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return Engine(ds_engine, config)
+
+
+def autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes ``model.forward`` compute in ``dtype`` under torch autocast, weights and gradients staying float32.
+
+    Around the model and not around the engine, because DeepSpeed switches an autocast from outside off; and not through DeepSpeed's
+    ``torch_autocast``, because that averages the gradients of linear layers in bf16: the result would depend on the ZeRO stage and on
+    the number of micro-batches.
+    """
+    forward: Callable[..., Any] = model.forward
+    device = distributed.device().type
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast

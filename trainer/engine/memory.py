@@ -1,0 +1,94 @@
+"""Running out of memory is something ranks agree on, and random numbers can be drawn again: what repeating a step takes."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+from trainer.types import UserError
+
+REMEDY = (
+    "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), model.recompute, "
+    "or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
+)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the generators that a forward pass on ``device`` draws from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @staticmethod
+    def take(device: torch.device, previous: RandomState | None = None) -> RandomState:
+        """The state now; ``previous`` itself where nothing has been drawn since (a state is 5 kB, and there is one a micro-batch)."""
+        state = RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+        return previous if previous is not None and state.same_as(previous) else state
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether both give the same numbers."""
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return self.cuda is None or (other.cuda is not None and torch.equal(self.cuda, other.cuda))
+
+    def restore(self, device: torch.device) -> None:
+        """Draws from here again."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+class OutOfMemory:
+    """Remembers that this rank ran out of memory, until all ranks have come to the same point and can agree on it.
+
+        trouble = OutOfMemory()
+        with trouble:                    # swallows torch.OutOfMemoryError alone
+            ...                          # no communication in here
+        if trouble.anywhere(): ...       # the same answer on all ranks
+
+    Between collectives that is all it takes. A rank that fails in the midst of one leaves its peers waiting inside the call, where no
+    message reaches them: with ``communicates`` the rank therefore ends the run at once, in one line that says what would help; its peers
+    lose the connection and end too, within seconds instead of at the timeout.
+    """
+
+    def __init__(self) -> None:
+        self.here = False
+        self._communicates = False
+        self._where = ""
+
+    def during(self, where: str, communicates: bool = False) -> OutOfMemory:
+        """Names what is being done, for the message, and says whether ranks wait for each other in it."""
+        self._where, self._communicates = where, communicates
+        return self
+
+    def __enter__(self) -> OutOfMemory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        if self._communicates:
+            raise UserError(
+                f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the other ranks, which only "
+                f"leaves the last checkpoint: {REMEDY}"
+            ) from error
+        self.here = True
+        error.__traceback__ = None  # its frames hold the tensors that filled the memory
+        return True
+
+    def anywhere(self) -> bool:
+        """Whether any rank ran out of memory since this object was made; ranks wait for each other."""
+        return distributed.any_rank(self.here)
+
+
+def free() -> None:
+    """Gives back what a failed attempt held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

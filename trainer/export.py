@@ -1,0 +1,111 @@
+"""Writes a trained model as a plain Hugging Face directory, or its LoRA adapter as a plain PEFT directory.
+
+    python -m trainer.export runs/quickstart runs/quickstart/export                     # AutoModel, AutoProcessor load it
+    python -m trainer.export runs/lora runs/lora/adapter                                # peft.PeftModel.from_pretrained(base, ...)
+    python -m trainer.export runs/lora runs/lora/export --merge                         # the base with the adapter merged into it
+    python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
+
+Reads the run's recipe and its newest good checkpoint, whatever ZeRO stage or number of ranks wrote it, on the CPU alone.
+The model card holds the numbers of the run's evaluation.json when they were measured on the checkpoint that is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, config
+from trainer.config import Recipe
+from trainer.models import DualEncoder
+from trainer.models.card import adapter_card, measured_table, whole_card
+from trainer.settings import run_verb
+from trainer.types import UserError
+
+MARKS = ("config.json", "adapter_config.json")
+"""One of these is in every directory written here, and is written last."""
+
+
+def main(argv: list[str]) -> int:
+    options = _options(argv)
+    run, out = find_run(options.run), options.out
+    recipe = config.load(run / "recipe.yaml")
+    if options.merge and recipe.model.lora is None:
+        raise UserError(f"{run}: --merge, but its recipe has no model.lora: leave --merge out, the whole model is written anyway")
+    if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
+        raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
+    _check_out(out)
+    model, source = checkpoint.load_model(recipe.model, options.run, options.ema)
+    adapter = recipe.model.lora is not None and not options.merge
+    text = card(model, recipe, run, source, out, adapter, options.ema)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        model.save_adapter(aside) if adapter else model.save_pretrained(aside)
+        (Path(aside) / "README.md").write_text(text, encoding="utf-8")
+        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name in MARKS):
+            os.replace(path, out / path.name)
+    print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}")
+    return 0
+
+
+def find_run(where: Path) -> Path:
+    """The run directory that ``where`` is, or is a checkpoint of."""
+    for folder in (where, where.parent.parent):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    raise UserError(f"{where}: neither a run directory (no recipe.yaml there) nor one of its checkpoints/samples-*")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file():
+        raise UserError(f"{out} is a file: name a directory")
+    if out.is_dir() and any(out.iterdir()) and not any((out / mark).is_file() for mark in MARKS):
+        raise UserError(f"{out} holds something else than a model: name a new directory, or empty it")
+
+
+def card(model: DualEncoder, recipe: Recipe, run: Path, source: Path, out: Path, adapter: bool, average: bool = False) -> str:
+    """The text of README.md."""
+    scale, bias = (value.item() for value in model.head())
+    notes = [
+        f"{json.loads((source / 'checkpoint.json').read_text())['samples_seen']:,} pairs seen, global batch {recipe.batch.size:,}, "
+        f"loss `{recipe.loss.name}`",
+        f"temperature t = {scale:.4g}, bias b = {bias:.4g}: logits are t · cosine + b",
+    ]
+    if average:
+        notes.append(f"weights: running average with decay {recipe.optim.ema:g} a step")
+    if adapter:
+        notes.append("the trained temperature and bias are in ringlip.json; PEFT keeps the base's")
+    elif not model.family.startswith("siglip") and model.head.logit_bias is not None:
+        notes.append("transformers has no bias for this model: b is in config.json as `logit_bias`, add it to the logits")
+    measured = measured_table(found) if (found := _evaluation(run, source, average)) else ""
+    return (adapter_card if adapter else whole_card)(model, str(out), notes, measured)
+
+
+def _evaluation(run: Path, source: Path, average: bool) -> dict[str, Any] | None:
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if Path(found["model"]).resolve() == source.resolve() and found.get("average", False) == average:
+        return found
+    which = " (averaged weights)" if found.get("average") else ""
+    print(f"{path} was measured on {found['model']}{which}, not on {source}: its numbers are left out of the card")
+    return None
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory (its newest good checkpoint), or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; an earlier export there is replaced")
+    parser.add_argument("--ema", action="store_true", help="the running average of the weights, where optim.ema was set")
+    parser.add_argument("--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_verb(main)

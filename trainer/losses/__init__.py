@@ -1,0 +1,63 @@
+"""Contrastive losses over the global batch, with memory that does not grow with the number of ranks.
+
+    from trainer.losses import SigmoidLoss
+    from trainer.types import Embeddings
+
+    loss = SigmoidLoss(rows=512, exchange="ring")(Embeddings(image, text, scale, bias))
+
+A recipe's ``loss:`` section chooses by ``name``; a new loss is one file and one line in LOSSES.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.losses.affinity import AffinityLoss, TaughtLoss
+from trainer.losses.base import PairLoss
+from trainer.losses.negatives import NegativeSettings, matched_samples
+from trainer.losses.queue import QueueLoss, QueueSettings
+from trainer.losses.ring import PeerLost
+from trainer.losses.sigmoid import SigmoidLoss, SigmoidSettings
+from trainer.losses.sinkhorn import SinkhornLoss, SinkhornSettings
+from trainer.losses.softmax import SoftmaxLoss, SoftmaxSettings
+from trainer.losses.triplet import TripletLoss, TripletSettings
+
+LossSettings = Annotated[
+    SigmoidSettings | SoftmaxSettings | QueueSettings | SinkhornSettings | TripletSettings,
+    Field(discriminator="name"),
+]
+LOSSES: dict[type, type[PairLoss]] = {
+    SigmoidSettings: SigmoidLoss,
+    SoftmaxSettings: SoftmaxLoss,
+    QueueSettings: QueueLoss,
+    SinkhornSettings: SinkhornLoss,
+    TripletSettings: TripletLoss,
+}
+
+
+def build(settings: LossSettings) -> PairLoss:
+    """The loss a recipe asks for, on the default process group."""
+    return LOSSES[type(settings)](**settings.arguments())
+
+
+__all__ = [
+    "LOSSES",
+    "AffinityLoss",
+    "LossSettings",
+    "NegativeSettings",
+    "PairLoss",
+    "PeerLost",
+    "QueueLoss",
+    "QueueSettings",
+    "SigmoidLoss",
+    "SigmoidSettings",
+    "SinkhornLoss",
+    "SinkhornSettings",
+    "SoftmaxLoss",
+    "SoftmaxSettings",
+    "TaughtLoss",
+    "TripletLoss",
+    "TripletSettings",
+    "build",
+    "matched_samples",
+]

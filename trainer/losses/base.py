@@ -1,0 +1,168 @@
+"""What all losses over pairs share: one autograd function, the settings of the exchange, and the loss contract.
+
+The forward pass already holds exact gradients of the global batch; backward multiplies them by the incoming scalar.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer.losses.pairs import Pairs
+from trainer.losses.ring import Exchange, Ring
+from trainer.settings import Settings
+from trainer.types import Embeddings, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+Wire = Literal["float32", "bfloat16", "float16"]
+
+
+class PairSettings(Settings):
+    """Keys that every loss over pairs has: they change memory, traffic and speed."""
+
+    rows: int = Field(default=1024, ge=1)
+    """Images in a tile of logits. Memory grows with it; below some hundreds the matrix products lose speed."""
+    exchange: Exchange = "ring"
+    """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with ranks, for fast
+    interconnects); hierarchical (gather inside a node, ring between nodes). All give the same numbers."""
+    node_size: int | None = Field(default=None, ge=1)
+    """Ranks of one node for hierarchical; null reads LOCAL_WORLD_SIZE, which every launcher sets."""
+    wire: Wire | None = None
+    """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on every rank alike."""
+    wire_gradient: Wire = "float32"
+    """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in float32."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the loss."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+
+
+class _Exact(torch.autograd.Function):
+    """The loss, with gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, loss: PairLoss, constants: dict[str, Any], on: bool
+    ) -> Tensor:
+        needs = [on and need for need in ctx.needs_input_grad[:4]]
+        with torch.autocast(image.device.type, enabled=False):
+            value, ctx.gradients = loss.evaluate(Embeddings(image, text, scale, bias, **constants), needs)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("this loss hands its gradients out once, in place: call it again instead of backward twice")
+        return *(None if g is None else g.mul_(incoming[0].to(g.dtype)) for g in gradients), None, None, None
+
+
+class PairLoss(nn.Module):
+    """A loss over all pairs of the global batch; subclasses say what a tile of logits is worth.
+
+    The arguments are the keys of PairSettings, and ``group``: the default process group when None, one rank when there is none.
+    """
+
+    uses_scale = True
+    """False where the objective is about cosines: scale and bias then get zero gradients."""
+    scale_from_image = False
+    """True where some logits have no text that takes a gradient, so that the texts' gradient does not tell the scale's."""
+
+    def __init__(
+        self,
+        rows: int = 1024,
+        exchange: Exchange = "ring",
+        *,
+        node_size: int | None = None,
+        wire: Wire | None = None,
+        wire_gradient: Wire = "float32",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if rows < 1:
+            raise UserError(f"loss.rows: {rows} rows make no tile; 256 to 2048 are usual")
+        self.rows, self.exchange, self.node_size, self.group = rows, exchange, node_size, group
+        self.wire = DTYPES[wire] if wire else None
+        self.wire_gradient = DTYPES[wire_gradient]
+        self.traffic: Counter[str] = Counter()
+        """Bytes this rank has sent, by kind ("text", "sums"), since it was last cleared."""
+
+    def forward(self, z: Embeddings) -> Tensor:
+        """``z`` -> scalar float32 (float64 for float64 embeddings); the mean over ranks is the loss of the global batch.
+
+        Local batches may be unequal: all is divided by the true global batch. Raises UserError when ranks brought embeddings of
+        unequal kind, PeerLost (a RuntimeError) when a peer dies or hangs. Gradients can be taken once.
+        """
+        _check(z)
+        loss: Tensor = _Exact.apply(*z[:4], self, {"groups": z.groups, "teacher": z.teacher}, torch.is_grad_enabled())
+        return loss
+
+    def progress(self, samples_seen: int, total_samples: int) -> None:
+        """Tells schedules where the run is; called before each step."""
+
+    def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
+        """Sum (not mean) of this rank's losses, float64 []; leaves the gradients asked for in ``pairs``."""
+        raise NotImplementedError
+
+    def evaluate(self, z: Embeddings, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and the gradients of image, text, scale, bias that ``needs`` asks for."""
+        image, text = z.image.detach().contiguous(), z.text.detach().to(self.wire or z.text.dtype).contiguous()
+        dtype = torch.float64 if z.image.dtype == torch.float64 else torch.float32
+        scale, bias = (value.detach().to(dtype).reshape(()) for value in (z.scale, z.bias))
+        if not self.uses_scale:
+            scale, bias = torch.ones_like(scale), torch.zeros_like(bias)
+        # One side is enough for the scale's gradient; the texts' would cost their way home.
+        with_image = needs[0] or (any(needs) and (not needs[1] or self.scale_from_image))
+        signature = (image.shape[1], list(DTYPES.values()).index(text.dtype), needs[1] + 2 * (z.groups is not None))
+        ring = Ring(image.shape[0], signature, self.exchange, self.node_size, self.group, image.device, self.traffic)
+        groups = None if z.groups is None else z.groups.contiguous()
+        pairs = Pairs(image, text, scale, bias, groups, ring, self.rows, z.teacher)
+        share = ring.world / ring.total_rows
+        value = (self.objective(pairs, with_image, needs[1]) * share).to(dtype)
+        return value, self._gradients(z, pairs, needs, share) if any(needs) else [None] * 4
+
+    def _gradients(self, z: Embeddings, pairs: Pairs, needs: list[bool], share: float) -> list[Tensor | None]:
+        # What pairs holds is with respect to scaled cosines: sum(image * gradient) is the scale's gradient.
+        d_scale = _inner(pairs.image, pairs.d_image) if pairs.d_image is not None else _inner(pairs.text, pairs.d_text)
+        factor = pairs.scale * share
+        made = [
+            pairs.d_image.mul_(factor) if needs[0] and pairs.d_image is not None else None,
+            pairs.d_text.mul_(factor) if needs[1] and pairs.d_text is not None else None,
+            d_scale * (share * self.uses_scale) if needs[2] else None,
+            pairs.d_bias * (share * self.uses_scale) if needs[3] else None,
+        ]
+        return [None if g is None else g.to(x.dtype).reshape(x.shape) for g, x in zip(made, z[:4], strict=True) if x is not None]
+
+
+def _inner(values: Tensor, gradient: Tensor | None) -> Tensor:
+    """sum(values * gradient) in float64, a few rows at a time."""
+    assert gradient is not None
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for a, b in zip(values.split(256), gradient.split(256), strict=True):
+        total += (a.to(b.dtype) * b).sum(dtype=torch.float64)
+    return total
+
+
+def _check(z: Embeddings) -> None:
+    if z.image.dim() != 2 or z.image.shape != z.text.shape or not z.image.shape[0]:
+        raise UserError(f"loss: image {list(z.image.shape)} and text {list(z.text.shape)} must be one [rows, width] each, with rows > 0")
+    if z.scale.numel() != 1 or z.bias.numel() != 1:
+        raise UserError("loss: scale and bias have one element each")
+    if {z.image.dtype, z.text.dtype} - set(DTYPES.values()):
+        raise UserError(f"loss: embeddings are {z.image.dtype} and {z.text.dtype}; floating-point ones are needed")
+    if z.groups is not None and (z.groups.shape != z.image.shape[:1] or z.groups.dtype != torch.int64):
+        raise UserError("loss: groups must be one int64 for each pair")
+
+
+def groups_of(pairs: Pairs, key: str) -> Tensor:
+    """The groups of this rank's pairs, or an error that says which key asked for them."""
+    if pairs.groups is None:
+        raise UserError(f"loss.{key}: Embeddings.groups is needed for it, a caption hash or group id for each pair")
+    return pairs.groups

@@ -1,0 +1,210 @@
+"""All pairs of a global batch, one tile of logits at a time.
+
+A tile is made by a matrix product, turned in place into the gradient of the loss with respect to the logits, multiplied into the image and
+text gradients, and overwritten by the next. The forward pass therefore already holds the gradient, and backward multiplies it by the
+incoming scalar. Logits, their functions and all sums are float32 (float64 for float64 embeddings) whatever the embeddings' dtype.
+
+Memory beyond the inputs, for b rows of width d and S slices (see ring.py), float32, on the ring:
+b d (image gradient) + 2 (1 + 1/S) b d (travelling texts and text gradient) + rows b / S (logits) elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.losses.ring import Ring, Slice, Sums
+from trainer.types import Embeddings
+
+
+class Tile(NamedTuple):
+    """Logits of this rank's images ``rows`` against the texts ``columns`` of the block that rank ``owner`` brought."""
+
+    z: Tensor
+    """[r, c] logits, the visitor's to overwrite; in a gradient sweep it must leave d loss / d logits there."""
+    rows: slice
+    columns: slice
+    owner: int
+    own: bool
+    """True on this rank's own block, whose diagonal holds the pairs that belong together."""
+    riders: list[Tensor]
+    """What travels with the texts: [c, ...] each."""
+    sums: list[Tensor]
+    """What is summed for the texts: [c, ...] each."""
+    images: Tensor
+    """[r, d] in the computing dtype."""
+    texts: Tensor
+    """[c, d] in the computing dtype."""
+
+    def diagonal(self) -> Tensor:
+        """A view of the logits of matched pairs in this tile, empty outside the own block."""
+        return self.diagonal_of(self.z)
+
+    def diagonal_of(self, values: Tensor) -> Tensor:
+        """The same places in another tensor [r, c]."""
+        first, last = self.matched()
+        return values[first - self.rows.start : last - self.rows.start, first - self.columns.start : last - self.columns.start].diagonal()
+
+    def same_group(self, groups: Tensor) -> Tensor:
+        """[r, c] bool: image and text of one group. ``groups`` is of this rank's images; the texts' must be the first rider."""
+        return groups[self.rows, None] == self.riders[0]
+
+    def matched(self) -> tuple[int, int]:
+        """First and last + 1 row of this rank's batch whose own text is in this tile."""
+        first, last = max(self.rows.start, self.columns.start), min(self.rows.stop, self.columns.stop)
+        return (first, last) if self.own and first < last else (self.rows.start, self.rows.start)
+
+
+class Pairs:
+    """One forward pass over all pairs: sweeps, and the gradients they leave.
+
+    ``image`` [b, d] and ``text`` [b, d] contiguous, ``scale`` and ``bias`` [] float32; ``rows`` images make a tile.
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        groups: Tensor | None,
+        ring: Ring,
+        rows: int,
+        teacher: Embeddings | None = None,
+    ) -> None:
+        self.image, self.text, self.scale, self.bias, self.groups, self.ring = image, text, scale, bias, groups, ring
+        self.teacher = teacher
+        self.dtype = scale.dtype
+        self.tile_rows = max(1, min(rows, image.shape[0]))
+        self.d_image: Tensor | None = None
+        self.d_text: Tensor | None = None
+        self.d_bias = torch.zeros((), dtype=torch.float64, device=image.device)
+        self._room: dict[str, Tensor] = {}
+        self.reduced = image.dtype == text.dtype == torch.bfloat16 and teacher is None  # a teacher's are float32
+        self._empty: list[tuple[int, Tensor]] = []
+
+    def sweep(
+        self,
+        visit: Callable[[Tile], Any],
+        riders: Sequence[Tensor] = (),
+        sums: Sequence[Sums] = (),
+        image_gradient: bool = False,
+        text_gradient: bool = False,
+        gradient_wire: torch.dtype | None = None,
+        make_logits: bool = True,
+    ) -> list[Tensor]:
+        """Visits every tile of this rank's images with all texts; returns the totals of ``sums`` for this rank's texts.
+
+        With a gradient asked for, ``visit`` must leave d loss / d logits in the tile, and ``d_image`` / ``d_text`` hold the gradients
+        with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten.
+        """
+        if image_gradient and self.d_image is None:
+            self.d_image = torch.zeros(self.image.shape, dtype=self.dtype, device=self.image.device)
+        wanted = list(sums)
+        if text_gradient:
+            wanted.append(Sums(self.text.shape[1:], self.dtype, 0.0, Tensor.add_, gradient_wire))
+
+        def on_slice(piece: Slice, payload: list[Tensor], totals: list[Tensor]) -> None:
+            if piece.owner != self.ring.rank:
+                self._empty.append((piece.owner, torch.linalg.vector_norm(payload[0], float("inf"))))
+            d_text = totals[-1] if text_gradient else None
+            self._against(payload[0], piece, payload[1:], totals[: len(sums)], visit, image_gradient, d_text, make_logits)
+
+        with _matmul_precision(self.reduced):
+            totals = self.ring.traverse([self.text, *riders], wanted, on_slice)
+        self._refuse_empty_blocks()
+        if text_gradient:
+            self.d_text = totals.pop()
+        return totals
+
+    def sweep_constants(self, texts: Tensor, visit: Callable[[Tile], Any], image_gradient: bool = False) -> None:
+        """The same for ``texts`` [k, d] that every rank has and that take no gradient; the tiles' owner is -1."""
+        if image_gradient and self.d_image is None:
+            self.d_image = torch.zeros(self.image.shape, dtype=self.dtype, device=self.image.device)
+        with _matmul_precision(self.reduced):
+            for start in range(0, texts.shape[0], self.tile_rows):
+                part = texts[start : start + self.tile_rows]
+                self._against(part, Slice(-1, start, part.shape[0]), [], [], visit, image_gradient, None, True)
+
+    def _against(
+        self,
+        texts: Tensor,
+        piece: Slice,
+        riders: list[Tensor],
+        sums: list[Tensor],
+        visit: Callable[[Tile], Any],
+        image_gradient: bool,
+        d_text: Tensor | None,
+        make_logits: bool,
+    ) -> None:
+        """All of this rank's images, a tile at a time, with one slice of texts."""
+        texts = self._as_compute("text", texts)
+        columns, own = slice(piece.start, piece.start + piece.rows), piece.owner == self.ring.rank
+        for start in range(0, self.image.shape[0], self.tile_rows):
+            rows = slice(start, min(start + self.tile_rows, self.image.shape[0]))
+            images = self._as_compute("image", self.image[rows])
+            z = self._space("logits", images.shape[0], texts.shape[0])
+            if make_logits:
+                torch.mm(images, texts.t(), out=z).mul_(self.scale).add_(self.bias)
+            visit(Tile(z, rows, columns, piece.owner, own, riders, sums, images, texts))
+            for part in self._parts(z) if image_gradient or d_text is not None else ():
+                if image_gradient and self.d_image is not None:
+                    self.d_image[rows].addmm_(part, texts)
+                if d_text is not None:
+                    d_text.addmm_(part.t(), images)
+
+    def matched_logits(self) -> Tensor:
+        """[b] float64: the logits of matched pairs, without the rounding of a float32 product."""
+        parts = zip(self.image.split(256), self.text.split(256), strict=True)
+        cosines = torch.cat([(image.double() * text.double()).sum(1) for image, text in parts])
+        return cosines * self.scale.double() + self.bias.double()
+
+    def space(self, name: str, tile: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A scratch tensor shaped as ``tile``, kept from tile to tile."""
+        return self._space(name, tile.shape[0], tile.shape[1], dtype or tile.dtype)
+
+    def _space(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        room = self._room.get(name)
+        if room is None or room.numel() < rows * columns:
+            room = self._room[name] = torch.empty(rows * columns, dtype=dtype or self.dtype, device=self.image.device)
+        return room[: rows * columns].view(rows, columns)
+
+    def _as_compute(self, name: str, values: Tensor) -> Tensor:
+        return values if values.dtype == self.dtype else self._space(name, values.shape[0], values.shape[1]).copy_(values)
+
+    def _parts(self, z: Tensor) -> Iterator[Tensor]:
+        """Addends of the logits' gradient that the matrix units see exactly: bfloat16 keeps 8 bits, two addends 16."""
+        yield z
+        if self.reduced and z.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+            yield self.space("rest", z).copy_(z.bfloat16()).sub_(z).neg_()
+
+    def _refuse_empty_blocks(self) -> None:
+        # Normalised embeddings are never all zero: such a slice was never written by its sender.
+        if not self._empty:
+            return
+        largest = torch.stack([amount for _, amount in self._empty]).tolist()
+        owners = sorted({owner for (owner, _), amount in zip(self._empty, largest, strict=True) if amount == 0})
+        self._empty.clear()
+        if owners:
+            raise RuntimeError(
+                f"rank {self.ring.rank}: text embeddings of rank(s) {owners} arrived all zero; the transport or their text tower is broken"
+            )
+
+
+@contextmanager
+def _matmul_precision(reduced: bool) -> Iterator[None]:
+    """float32 products in float32, whatever is set outside; bfloat16 values (exact in tf32 and bf16) may use the matrix units."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    wanted = ("tf32", "bf16") if reduced else ("ieee", "ieee")
+    try:
+        for backend, precision in zip(backends, wanted, strict=True):
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

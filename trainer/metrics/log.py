@@ -1,0 +1,196 @@
+"""``log.jsonl``, the progress line and the trackers, fed by one call a step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from trainer import distributed
+from trainer.metrics.environment import write_environment
+from trainer.metrics.line import ProgressLine
+from trainer.metrics.meters import Meter
+from trainer.metrics.trackers import Trackers, check_installed
+from trainer.settings import Settings
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+class LogSettings(Settings):
+    """What is written down while a run trains."""
+
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    "Any of tensorboard, wandb, trackio, mlflow; `none` for none. log.jsonl is always written."
+    project: str = "ringlip"
+    "What the trackers file the run under; its own name is that of its directory."
+    every: int = Field(default=10, ge=1)
+    "Steps from one line of log.jsonl to the next."
+    line_seconds: float = Field(default=30.0, ge=0)
+    "How often the progress line is printed where there is no terminal to rewrite it on."
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+
+class RunLog:
+    """A run's log. Every rank makes one and calls the same methods; rank 0 alone writes."""
+
+    def __init__(
+        self, run_dir: Path, settings: LogSettings, total_samples: int, recipe: dict[str, Any] | None = None, samples_seen: int = 0
+    ) -> None:
+        check_installed(settings.trackers)
+        self._every = settings.every
+        self._total, self._seen = total_samples, samples_seen
+        self._meter = Meter()
+        self._latest: dict[str, Any] = {}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_environment(run_dir, samples_seen)
+        self._seconds = 0.0
+        if distributed.is_main():
+            self._trackers = Trackers(settings.trackers, run_dir, settings.project, recipe or {}, samples_seen)
+            self._seconds = cut_back(run_dir / "log.jsonl", samples_seen)
+            self._file = LineFile(run_dir / "log.jsonl")
+            self._line = ProgressLine(total_samples, settings.line_seconds)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around asking the loader for a batch."""
+        return self._meter.waiting()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is not training (evaluation, checkpoints): its time is in no rate."""
+        with self._meter.aside():
+            yield
+
+    def step(self, step: int, samples_seen: int, values: dict[str, Any], alone: float = 0.0) -> None:
+        """After each step; ``values`` are the same on all ranks, ``alone`` is this rank's part of ``rank_seconds``.
+
+        A value that is not finite is said, and written at once.
+        """
+        self._meter.step(samples_seen - self._seen, alone)
+        self._seen = samples_seen
+        position = {"step": step, "samples_seen": samples_seen}
+        odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        last = samples_seen >= self._total
+        if odd:
+            distributed.say(f"warning: step {step}: {', '.join(f'{key} is {values[key]}' for key in odd)}")
+        measured: dict[str, Any] = {}
+        if step % self._every == 0 or odd or last:
+            reading = self._meter.read()
+            measured = {
+                "pairs_per_second": round(reading.samples / reading.seconds, 2),
+                "step_seconds": round(reading.seconds / max(reading.steps, 1), 6),
+                "seconds": round(self._seconds + self._meter.seconds, 3),
+                "memory_bytes": reading.memory_bytes,
+                "data_wait": round(reading.data_wait, 4),
+            }
+            if distributed.world_size() > 1:
+                measured["slowest_rank"] = reading.slowest_rank
+                measured["rank_seconds"] = dict(zip(("least", "median", "most"), (round(s, 4) for s in reading.rank_seconds), strict=True))
+            self._latest = measured
+            if distributed.is_main():
+                self._write(position | values | measured)
+        if distributed.is_main():
+            rate = {} if self._latest else {"pairs_per_second": self._meter.pairs_per_second()}
+            self._line.show({key: _finite(value) for key, value in (self._latest | rate | position | values).items()}, last)
+
+    def note(self, samples_seen: int, values: dict[str, Any]) -> None:
+        """Something else to write down, such as ``{"eval": {...}}``; counted at ``samples_seen``."""
+        if distributed.is_main():
+            self._write({"samples_seen": samples_seen} | values)
+
+    def flush(self) -> None:
+        """Before a checkpoint: what lies before it must be in the log when the run goes on from it."""
+        if distributed.is_main():
+            self._file.flush()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        clean = _finite(record)
+        self._file.append(json.dumps(clean, allow_nan=False) + "\n")
+        self._trackers.log({key: value for key, value in clean.items() if key not in ("step", "samples_seen")}, record["samples_seen"])
+
+    def close(self) -> None:
+        """At the end of a run."""
+        if distributed.is_main():
+            self._line.close()
+            self._file.close()
+            self._trackers.close()
+
+
+class LineFile:
+    """Appends lines. On a disk that is full they wait in memory until there is room again: a run does not end for its log, nor lose it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        self._waiting: list[bytes] = []
+
+    def append(self, line: str) -> None:
+        """Writes what waits and ``line``."""
+        self._waiting.append(line.encode())
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        data = b"".join(self._waiting)
+        try:
+            if os.pwrite(self._file, data, self._end) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            if len(self._waiting) == 1:
+                distributed.say(f"warning: {self._path}: {error.strerror}; its lines wait in memory until there is room")
+            return
+        self._end += len(data)
+        self._waiting = []
+
+    def close(self) -> None:
+        """Says what could not be written after all."""
+        self.flush()
+        os.close(self._file)
+        if self._waiting:
+            distributed.say(f"warning: {self._path}: {len(self._waiting)} lines are lost, the disk was full to the end")
+
+
+def cut_back(path: Path, samples_seen: int) -> float:
+    """Drops what lies beyond the position a run goes on from (and a line cut short by a crash), so that a curve has no doubles; the
+    training seconds up to there.
+    """
+    if not path.is_file():
+        return 0.0
+    kept: list[str] = []
+    seconds = 0.0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            here = 0 < samples_seen >= int(record["samples_seen"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if here:
+            kept.append(line + "\n")
+            seconds = max(seconds, record.get("seconds") or 0.0)
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+    return seconds
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities, which JSON does not have, as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,123 @@
+"""Throughput, memory and the share of time spent waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from trainer import distributed
+
+
+class Reading(NamedTuple):
+    """Since the reading before. ``data_wait`` is a share of the time; it and ``memory_bytes`` are of the worst rank."""
+
+    steps: int
+    samples: int
+    seconds: float
+    memory_bytes: int
+    data_wait: float
+    slowest_rank: int
+    """Who kept the others waiting: the longest time for data and embedding, up to where ranks first need each other."""
+    rank_seconds: tuple[float, float, float]
+    """That time a step, of the fastest rank, the median one and the slowest."""
+
+
+class Stopwatch:
+    """Time of the device between ``start`` and ``stop``; neither waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def _mark(self, which: int) -> None:
+        self._times[which] = time.perf_counter()
+        if self._events:
+            self._events[which].record()
+
+    def seconds(self) -> float:
+        """Call it when the device is known to be past ``stop``."""
+        if self._events:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._times[1] - self._times[0]
+
+
+class Meter:
+    """One rank's clock. Time inside ``aside`` does not count."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Counted so far, since the meter was made."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begin, self._aside, self._waited = time.monotonic(), 0.0, 0.0
+        self._steps, self._samples, self._alone = 0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around asking for data."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - begin
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is not training: evaluation, checkpoints."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._aside += time.monotonic() - begin
+
+    def step(self, samples: int, alone: float = 0.0) -> None:
+        """One more step, of so many pairs over all ranks; this rank worked on it ``alone`` for so many seconds."""
+        self._steps += 1
+        self._samples += samples
+        self._alone += alone
+
+    def pairs_per_second(self) -> float:
+        """Since the last reading, as this rank sees it; 0 before the first step."""
+        return self._samples / max(time.monotonic() - self._begin - self._aside, 1e-9)
+
+    def read(self) -> Reading:
+        """All ranks at once; starts the next interval."""
+        seconds = max(time.monotonic() - self._begin - self._aside, 1e-9)
+        waits, memory, alone = _gather([self._waited, float(memory_bytes()), self._waited + self._alone])
+        # Seconds are compared, not shares: ranks that do not wait for each other have clocks of different length.
+        steps = max(self._steps, 1)
+        spread = min(alone) / steps, median(alone) / steps, max(alone) / steps
+        slowest = alone.index(max(alone))
+        reading = Reading(self._steps, self._samples, seconds, int(max(memory)), min(max(waits) / seconds, 1.0), slowest, spread)
+        self.seconds += seconds
+        self._restart()
+        return reading
+
+
+def memory_bytes() -> int:
+    """The peak since the last call on a GPU; what the process holds now on a CPU."""
+    if not torch.cuda.is_available():
+        return psutil.Process().memory_info().rss
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def _gather(values: list[float]) -> list[list[float]]:
+    """Each value on all ranks: [value][rank]."""
+    mine = torch.tensor(values, dtype=torch.float64, device=distributed.device())
+    return distributed.stack_over_ranks(mine).T.tolist()

@@ -1,0 +1,317 @@
+"""Two towers, a temperature and a bias: pictures and captions in, embeddings out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from trainer.distributed import say
+from trainer.models.batch_norm import fixed_batch_norms
+from trainer.models.bottleneck import narrow_embedding, widened
+from trainer.models.card import whole_card
+from trainer.models.lock import lock_towers
+from trainer.models.lora import add_lora, base_digest, hold_base, load_adapter, merged_weights, read_sidecar, save_adapter
+from trainer.models.mask import drop_patches, drop_tokens
+from trainer.models.naflex import NAFLEX, patch_inputs, unpack
+from trainer.models.names import ParameterGroup, Tower, parameter_groups, tower_of
+from trainer.models.pair import PAIR
+from trainer.models.preprocess import make_processor, read_preprocess, read_tokenizer
+from trainer.models.quantize import QUANTIZED, quantize
+from trainer.models.recompute import recompute
+from trainer.models.settings import ModelSettings
+from trainer.models.stored import StoredSettings, fingerprint, locked_part, take_out, width_of
+from trainer.models.towers import make_config, make_towers, quietly, take_scale_bias
+from trainer.types import Embeddings, Preprocess, Stored, UserError
+
+SIGLIP = ("siglip", NAFLEX)
+"""Families with a bias of their own and no projection size beside the text tower's."""
+
+
+def embed_dim(towers: PreTrainedModel) -> int:
+    """Width d of the embeddings that both towers end in."""
+    config: Any = towers.config
+    return config.text_config.projection_size if config.model_type in SIGLIP else config.projection_dim
+
+
+class Head(nn.Module):
+    """The temperature t = exp(t') and the bias b, both [1].
+
+    A module of its own, because ZeRO-3 gathers parameters around the forward of the module that holds them; and what it returns is
+    computed, because a parameter returned as it is would be empty outside.
+    """
+
+    def __init__(self, log_scale: float, bias: float | None) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([log_scale]))
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(t [1], b [1]) float32; b is a constant zero for a model without one."""
+        scale = self.logit_scale.float().exp()
+        return scale, torch.zeros_like(scale) if self.logit_bias is None else self.logit_bias.float() + 0.0
+
+
+class DualEncoder(nn.Module):
+    """A Hugging Face CLIP or SigLIP model as RingLIP trains it.
+
+    ``towers`` is the plain transformers model without its temperature and bias, which live in ``head``; ``preprocess`` says how the
+    loader must make its inputs.
+    """
+
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(
+        self, towers: PreTrainedModel, head: Head, preprocess: Preprocess, settings: ModelSettings, base: str | None = None
+    ) -> None:
+        super().__init__()
+        self.towers, self.head, self.preprocess, self.settings = towers, head, preprocess, settings
+        self.base = base  # the digest of the model that an adapter belongs to
+        self.unsaved: frozenset[str] = frozenset()
+        """Parameters that checkpoints of this model do not hold, because training ran without them ..."""
+        self.tower = preprocess.stored.tower if preprocess.stored is not None else ""
+        """... and the fingerprint of the stored tower that they belong to."""
+        self._lent: tuple[DualEncoder, ...] = ()  # in a tuple it is no submodule: DeepSpeed does not meet it
+        self.patch_drop = drop_patches(towers, settings.mask)
+        self.token_drop = drop_tokens(settings.mask, preprocess.num_tokens)
+        self.batch_norms = fixed_batch_norms(towers, pretrained=settings.image is None or settings.image.path is not None)
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        self.register_buffer("pixel_scale", (1 / (255 * std)).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).reshape(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DualEncoder:
+        """The model in a Hugging Face directory or on the hub, with its own temperature and bias."""
+        return build(ModelSettings(path=str(path)))
+
+    @property
+    def family(self) -> str:
+        """Hugging Face's ``model_type``: siglip, siglip2, clip or vision-text-dual-encoder."""
+        return self.towers.config.model_type
+
+    @property
+    def embed_dim(self) -> int:
+        """Width d of the embeddings."""
+        return embed_dim(self.towers)
+
+    def forward(self, pixels: Tensor | None = None, tokens: Tensor | None = None, token_mask: Tensor | None = None) -> Embeddings:
+        """Embeds what is given: ``pixels`` [b, 3, h, w] uint8, ``tokens`` [b, n] int64, ``token_mask`` [b, n] bool.
+
+        The embeddings are float32 and of length 1, whatever autocast computes in; a tower without input gives [0, d].
+        """
+        scale, bias = self.head()
+        image = scale.new_zeros(0, self.embed_dim) if pixels is None else self.embed_images(pixels)
+        text = scale.new_zeros(0, self.embed_dim) if tokens is None else self.embed_texts(tokens, token_mask)
+        return Embeddings(image, text, scale, bias)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or stored outputs of the tower [b, k] -> [b, d] float32 of length 1."""
+        if pixels.is_floating_point():
+            return self._finish("image", pixels)
+        if self._absent == "image":
+            return self._finish("image", self._lent[0].tower_output("image", pixels))
+        towers: Any = self.towers
+        if self.family == NAFLEX:
+            patches, grids = unpack(pixels)
+            scale, shift = self.pixel_scale[:, None], self.pixel_shift[:, None]
+            inputs = patch_inputs(patches * scale + shift, grids)
+        else:
+            inputs = {"pixel_values": pixels * self.pixel_scale + self.pixel_shift}
+        return normalize(towers.get_image_features(**inputs).pooler_output.float(), dim=-1)
+
+    def embed_texts(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """[b, n] int64, or stored outputs of the tower [b, k] -> [b, d] float32 of length 1.
+
+        Only the text model of a pair uses ``token_mask``: SigLIP attends to padding by design, and CLIP, being causal, reads the
+        embedding at the end token, before any padding. Without a mask attention takes its fast path.
+        """
+        if tokens.is_floating_point():
+            return self._finish("text", tokens)
+        if self._absent == "text":
+            return self._finish("text", self._lent[0].tower_output("text", tokens, token_mask))
+        towers: Any = self.towers
+        if self.token_drop is not None and self.token_drop.active and self.training:
+            whole = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+            tokens, token_mask = self.token_drop(tokens, whole)
+        mask = token_mask if self.family == PAIR else None
+        return normalize(towers.get_text_features(input_ids=tokens, attention_mask=mask).pooler_output.float(), dim=-1)
+
+    def tower_output(self, side: Tower, inputs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """What is stored of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding (see models/stored.py)."""
+        if self.family != PAIR:
+            return self.embed_images(inputs) if side == "image" else self.embed_texts(inputs, token_mask)
+        towers: Any = self.towers
+        if side == "image":
+            found = towers.vision_model(pixel_values=inputs * self.pixel_scale + self.pixel_shift)
+        else:
+            found = towers.text_model(input_ids=inputs, attention_mask=token_mask)
+        return found.pooler_output.float()
+
+    def _finish(self, side: Tower, output: Tensor) -> Tensor:
+        towers: Any = self.towers
+        if self.family == PAIR:
+            output = (towers.visual_projection if side == "image" else towers.text_projection)(output.float())
+        return normalize(output.float(), dim=-1)
+
+    @property
+    def _absent(self) -> Tower | None:
+        return self.preprocess.stored.side if self.preprocess.stored is not None else None
+
+    @contextmanager
+    def with_every_tower(self) -> Iterator[None]:
+        """A stored tower is read and put on the device for as long as this lasts: evaluation embeds pictures that are stored nowhere."""
+        if self._absent is None:
+            yield
+            return
+        self._lent = (build(whole(self.settings)).to(self.pixel_scale.device).eval(),)
+        try:
+            yield
+        finally:
+            self._lent = ()
+
+    def trains(self, tower: Tower) -> bool:
+        """Whether any parameter of that tower is trainable; one that is not needs no gradient of its embeddings."""
+        return any(parameter.requires_grad for name, parameter in self.named_parameters() if tower_of(name) == tower)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trainable parameters' names by learning-rate factor and whether they are decayed."""
+        return parameter_groups(self, self.towers, self.settings.rates)
+
+    def progress(self, samples_seen: int, total_samples: int) -> None:
+        """To be told before each step: ends the dropping of patches and tokens when the last, unmasked stretch begins."""
+        for drop in (self.patch_drop, self.token_drop):
+            if drop is not None:
+                drop.progress(samples_seen, total_samples)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Training mode, in which a wholly locked tower (no dropout) and batch norms (no moving statistics) stay in evaluation mode."""
+        super().train(mode)
+        for name in ("vision_model", "text_model"):
+            tower = self.towers.get_submodule(name)
+            if mode and not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        for layer in self.batch_norms:
+            layer.eval()
+        return self
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An adapter is merged.
+
+        ``state`` holds full float32 weights by this module's parameter names, where the module itself holds only a partition of them.
+        """
+        state = self.state_dict() if state is None else state
+        weights = self._tower_state(state)
+        if self.settings.token_bottleneck:
+            weights = widened(weights)
+        if self.settings.lora is not None:
+            with quietly():
+                weights = merged_weights(self.towers, weights)
+        scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
+        weights["logit_scale"] = scale.reshape(1) if self.family in SIGLIP else scale.reshape(())
+        config = self.towers.config
+        if self.family in SIGLIP:
+            weights["logit_bias"] = (torch.zeros(1) if bias is None else bias).reshape(1)
+        elif bias is not None:
+            config.logit_bias = float(bias)  # transformers has no such parameter there; ours reads it from the config
+        config.architectures = [type(self.towers).__name__]
+        weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        with quietly():
+            _plain(self.towers).save_pretrained(folder, state_dict=weights)
+            make_processor(self.preprocess, self.towers.config).save_pretrained(folder)
+        text = whole_card(self, str(folder), [], "")
+        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+
+    def save_adapter(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside it.
+
+        ``state`` as in ``save_pretrained``.
+        """
+        if self.settings.lora is None:
+            raise UserError("model.lora is not set: there is no adapter to save; export the whole model")
+        state = self.state_dict() if state is None else state
+        scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
+        head = {"logit_scale": float(scale), "logit_bias": None if bias is None else float(bias)}
+        save_adapter(self.towers, Path(folder), self._tower_state(state), self.base, head)
+
+    def _tower_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("towers."): value for name, value in state.items() if name.startswith("towers.")}
+
+
+def _plain(towers: PreTrainedModel) -> PreTrainedModel:
+    # What save_pretrained needs of a model is its class and config: with an adapter inside, a shell without weights stands in for it.
+    with torch.device("meta"):
+        return type(towers)(towers.config)
+
+
+def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
+    """The model that a recipe's ``model:`` section describes, in float32 on the CPU (or the current default device).
+
+    ``weights=False`` leaves a pretrained model's weights unread: for who loads a checkpoint next, or plans on the meta device.
+    Raises UserError for a path that holds no model, a tokenizer that does not match, sizes that do not fit.
+    """
+    with quietly():
+        tokenizer = read_tokenizer(settings)
+        config = make_config(settings, tokenizer)
+        preprocess = read_preprocess(settings, config, tokenizer)
+    towers = make_towers(config, settings, weights)
+    if settings.token_bottleneck:
+        narrow_embedding(towers, settings.token_bottleneck)
+    log_scale, bias = take_scale_bias(towers, settings, pretrained=settings.path is not None)
+    lock_towers(towers, settings.lock)
+    base = None
+    if settings.lora is not None:
+        base = base_digest(towers) if weights else None
+        if settings.lora.base in QUANTIZED:
+            quantize(towers, settings.lora.base)
+        with quietly():
+            targets = add_lora(towers, settings.lora)
+        left_out = f"; left out: {', '.join(targets.left_out)} (read without being called, would never learn)" if targets.left_out else ""
+        if weights:  # the planner builds dozens without
+            say(f"LoRA on {len(targets.chosen)} modules{left_out}")
+        if settings.lora.path and weights:
+            load_adapter(towers, settings.lora.path, base)
+            recorded = read_sidecar(settings.lora.path)
+            log_scale, bias = recorded.get("logit_scale", log_scale), recorded.get("logit_bias", bias)
+        if settings.lora.base == "bfloat16":
+            hold_base(towers, torch.bfloat16)
+    recompute(towers.get_submodule("vision_model"), settings.recompute.image, settings.recompute.offload)
+    recompute(towers.get_submodule("text_model"), settings.recompute.text, settings.recompute.offload)
+    head = Head(log_scale, bias)
+    head.requires_grad_(not settings.lock.scale)
+    if settings.stored.side is not None:
+        preprocess = dataclasses.replace(preprocess, stored=stored_tower(towers, preprocess, settings.stored, weights))
+        take_out(towers, settings.stored.side)
+    model = DualEncoder(towers, head, preprocess, settings, base)
+    if model.batch_norms and weights:
+        say(f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics: every picture is embedded by itself")
+    return model
+
+
+def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder:
+    """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the checkpoint has not."""
+    side = settings.stored.side
+    model = build(whole(settings), weights=weights or side is not None)
+    if side is not None:
+        model.unsaved = frozenset(f"towers.{name}" for name in locked_part(model.towers, side))
+        model.tower = stored_tower(model.towers, model.preprocess, settings.stored).tower
+    return model
+
+
+def stored_tower(towers: PreTrainedModel, preprocess: Preprocess, settings: StoredSettings, weights: bool = True) -> Stored:
+    """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for who plans)."""
+    assert settings.side is not None
+    tower = fingerprint(towers, preprocess, settings.side) if weights else ""
+    return Stored(settings.side, settings.column, tower, width_of(towers, settings.side, embed_dim(towers)))
+
+
+def whole(settings: ModelSettings) -> ModelSettings:
+    """The same model with no tower stored."""
+    return settings.model_copy(update={"stored": StoredSettings()})

@@ -1,0 +1,45 @@
+"""Locked towers: LiT (arXiv 2111.07991) locks the image tower and lets the text tower learn to read it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from trainer.models.names import Tower, depth_of, num_layers, tower_of
+from trainer.models.pair import PAIR
+from trainer.settings import Settings
+from trainer.types import UserError
+
+
+class LockSettings(Settings):
+    """What keeps its weights. A locked tower costs no backward pass, no gradients and no optimizer state."""
+
+    image: bool = False
+    "Lock the image tower (LiT); the projection of a pair, which is new, trains all the same."
+    image_layers: int = Field(default=0, ge=0)
+    "Last layers of a locked image tower that train all the same, with its final norm, pooling head and projection; 0: none of it trains."
+    text: bool = False
+    "Lock the text tower."
+    text_layers: int = Field(default=0, ge=0)
+    "Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it trains."
+    scale: bool = False
+    "Keep the temperature and the bias."
+
+
+def lock_towers(towers: PreTrainedModel, settings: LockSettings) -> None:
+    """Takes ``requires_grad`` from the parameters that are to stay as they are."""
+    if settings.image:
+        _lock(towers, "image", settings.image_layers)
+    if settings.text:
+        _lock(towers, "text", settings.text_layers)
+
+
+def _lock(towers: PreTrainedModel, tower: Tower, last: int) -> None:
+    layers = num_layers(towers, tower)
+    if last > layers:
+        raise UserError(f"model.lock.{tower}_layers is {last}, the {tower} tower has {layers} layers: leave model.lock.{tower} out instead")
+    for name, parameter in towers.named_parameters():
+        if towers.config.model_type == PAIR and "_projection." in name:
+            continue  # new, and nothing without training
+        if tower_of(name) == tower and (last == 0 or depth_of(name, layers) <= layers - last):
+            parameter.requires_grad_(False)

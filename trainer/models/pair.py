@@ -1,0 +1,103 @@
+"""Any Hugging Face vision model with any text model: two towers that never met, joined by new projections (LiT, arXiv 2111.07991).
+
+    model:
+      image: {path: google/vit-base-patch16-224}
+      text: {path: google-bert/bert-base-uncased}
+      lock: {image: true}
+
+The result is transformers' VisionTextDualEncoderModel, so AutoModel loads what is exported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from trainer.settings import Settings
+from trainer.types import UserError
+
+PAIR = "vision-text-dual-encoder"
+
+
+class TowerSettings(Settings):
+    """One tower of a pair: pretrained, or new."""
+
+    path: str | None = None
+    "Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or SigLIP: its tower."
+    config: dict[str, Any] | None = None
+    "A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's config.json."
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TowerSettings:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("a tower has either path (pretrained) or config (new)")
+        return self
+
+
+def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConfig:
+    """The config of one tower; ``part`` (vision_config, text_config) is taken where ``path`` holds both. Raises UserError."""
+    if settings.config is not None:
+        tree = dict(settings.config)
+        if "model_type" not in tree:
+            raise UserError(f"{key}.config.model_type is required: it says which Hugging Face model the tower is")
+        try:
+            return AutoConfig.for_model(**tree)
+        except ValueError as error:
+            raise UserError(f"{key}.config: {str(error).splitlines()[0]}") from error
+    assert settings.path is not None
+    try:
+        config = AutoConfig.from_pretrained(settings.path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}.path {settings.path!r} is neither a Hugging Face model directory nor a name on the hub ({reason})"
+        ) from error
+    return getattr(config, part, config)
+
+
+def pair_config(vision: PretrainedConfig, text: PretrainedConfig, embed_dim: int) -> PretrainedConfig:
+    """The config of the two together. Raises UserError for a vision model whose width it does not tell, or that pools otherwise."""
+    if vision.model_type in ("resnet", "regnet"):
+        raise UserError(
+            f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel cannot read: "
+            "take efficientnet or convnext"
+        )
+    if not hasattr(vision, "hidden_size"):  # convolutional models call it otherwise; VisionTextDualEncoderModel knows this name alone
+        stages = getattr(vision, "hidden_sizes", None)
+        width = getattr(vision, "hidden_dim", None) or (stages[-1] if stages else None)
+        if width is None:
+            raise UserError(f"model.image: the config of {vision.model_type!r} has neither hidden_size, hidden_dim nor hidden_sizes")
+        vision.hidden_size = width
+    return VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=embed_dim)
+
+
+def join(config: PretrainedConfig, image: TowerSettings, text: TowerSettings, options: dict[str, Any]) -> PreTrainedModel:
+    """The pair with pretrained weights where a tower has a path, and new projections."""
+    vision_model = _tower(image, config.vision_config, "vision_model", options)
+    text_model = _tower(text, config.text_config, "text_model", options)
+    assert isinstance(config, VisionTextDualEncoderConfig)
+    return VisionTextDualEncoderModel(config=config, vision_model=vision_model, text_model=text_model).float()
+
+
+def attention_of(config: PretrainedConfig, wanted: str) -> str:
+    """``wanted``, or eager for a tower that has no attention to choose (convolutional ones)."""
+    cls: Any = MODEL_MAPPING.get(type(config), None)
+    return wanted if cls is None or cls._supports_sdpa else "eager"
+
+
+def _tower(settings: TowerSettings, config: PretrainedConfig, part: str, options: dict[str, Any]) -> PreTrainedModel:
+    options = options | {"attn_implementation": attention_of(config, options["attn_implementation"])}
+    if settings.path is None:
+        return AutoModel.from_config(config, **options)
+    model = AutoModel.from_pretrained(settings.path, **options)
+    return getattr(model, part, model)

@@ -1,0 +1,134 @@
+"""How a model wants its pictures and captions: read from a Hugging Face directory, obeyed by the loader, written back on export."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+
+from trainer.models.naflex import NAFLEX, budget_of
+from trainer.models.pair import PAIR
+from trainer.models.settings import ModelSettings
+from trainer.types import Preprocess, UserError
+
+RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+PAIR_TOKENS = 64
+"""Context length of a new pair whose recipe names none."""
+
+
+class Tokenize:
+    """Captions -> (tokens [b, n] int64, mask [b, n] bool, True on real tokens); cut or padded to ``num_tokens``. Picklable."""
+
+    def __init__(self, tokenizer: Any, num_tokens: int) -> None:
+        self.tokenizer, self.num_tokens = tokenizer, num_tokens
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        # A loader worker is a fork of a process that may have tokenized already: threads of the Rust library do not survive that.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if not captions:
+            return torch.zeros(0, self.num_tokens, dtype=torch.int64), torch.zeros(0, self.num_tokens, dtype=torch.bool)
+        found = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_attention_mask=True, verbose=False
+        )
+        return torch.tensor(found["input_ids"], dtype=torch.int64), torch.tensor(found["attention_mask"], dtype=torch.bool)
+
+
+def read_tokenizer(settings: ModelSettings) -> Any:
+    """The tokenizer of the recipe, or the one that lies beside the pretrained weights."""
+    name = settings.tokenizer or settings.path or (settings.text and settings.text.path)
+    assert name is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        key = "model.tokenizer" if settings.tokenizer else "model.path"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key} {name!r}: no tokenizer can be read there ({reason})") from error
+    return tokenizer
+
+
+def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer: Any) -> Preprocess:
+    """Sizes and statistics from the directory of a pretrained model; the family's own for a new one."""
+    num_tokens = settings.num_tokens or config.text_config.max_position_embeddings
+    if config.model_type == PAIR and settings.num_tokens is None:
+        # A language model's 512 positions are for pages; what an exported pair was trained with stands in its tokenizer.
+        num_tokens = min(num_tokens, tokenizer.model_max_length if settings.path else PAIR_TOKENS)
+    tokenize = Tokenize(tokenizer, num_tokens)
+    if config.model_type == "clip":
+        tokenizer.padding_side = "right"
+    path = settings.image.path if settings.image else settings.path
+    found = _image_processor(path) if path else None
+    if config.model_type == NAFLEX:
+        patch = config.vision_config.patch_size
+        size = patch, (budget_of(found, config, settings.num_patches) + 1) * patch
+        resample = RESAMPLE[int(found.resample)] if found else "bilinear"
+        return Preprocess(size, "patches", resample, *_statistics(found), num_tokens, tokenize)
+    side = settings.image_size or config.vision_config.image_size
+    if found is None:
+        if config.model_type == "clip":
+            return Preprocess((side, side), "crop", "bicubic", CLIP_MEAN, CLIP_STD, num_tokens, tokenize)
+        return Preprocess((side, side), "squash", "bicubic", HALF, HALF, num_tokens, tokenize)
+    resize: Literal["crop", "squash"] = "crop" if getattr(found, "do_center_crop", False) else "squash"
+    return Preprocess((side, side), resize, RESAMPLE[int(found.resample)], *_statistics(found), num_tokens, tokenize)
+
+
+def _image_processor(path: str) -> Any:
+    try:
+        found = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path!r}: no image processor can be read there ({reason})") from error
+    if int(found.resample) not in RESAMPLE:
+        known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
+        raise UserError(f"{path!r}: its image processor resamples with Pillow's filter {found.resample}; known: {known}")
+    return found
+
+
+def _statistics(found: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(mean, standard deviation) that an image processor normalises by; SigLIP's where there is none."""
+    if found is None:
+        return HALF, HALF
+    mean, std = _three(found.image_mean, found.do_normalize, 0.0), _three(found.image_std, found.do_normalize, 1.0)
+    if getattr(found, "include_top", False):  # EfficientNet's processor divides by the deviation once more, as its classifier was trained
+        std = std[0] ** 2, std[1] ** 2, std[2] ** 2
+    return mean, std
+
+
+def _three(values: Any, used: bool | None, otherwise: float) -> tuple[float, float, float]:
+    red, green, blue = values if used else [otherwise] * 3
+    return float(red), float(green), float(blue)
+
+
+def make_processor(preprocess: Preprocess, config: PretrainedConfig) -> Any:
+    """The Hugging Face processor that does to a picture and a caption what ``preprocess`` asks for."""
+    from transformers import CLIPProcessor, Siglip2Processor, SiglipProcessor, VisionTextDualEncoderProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    assert isinstance(preprocess.tokenize, Tokenize)
+    height, width = preprocess.image_size
+    model_type, patch_size = config.model_type, getattr(config.vision_config, "patch_size", 0)
+    common: dict[str, Any] = {
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+        "resample": {name: number for number, name in RESAMPLE.items()}[preprocess.resample],
+    }
+    if model_type == NAFLEX:
+        images: Any = Siglip2ImageProcessorPil(patch_size=patch_size, max_num_patches=width // patch_size - 1, **common)
+    elif preprocess.resize == "crop":
+        size = {"shortest_edge": min(height, width)}
+        images = CLIPImageProcessorPil(size=size, crop_size={"height": height, "width": width}, **common)
+    else:
+        images = SiglipImageProcessorPil(size={"height": height, "width": width}, **common)
+    tokenizer = preprocess.tokenize.tokenizer
+    tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = preprocess.num_tokens
+    if model_type in ("siglip", NAFLEX):
+        # SigLIP attends to padding as well: a mask in the processor's output would change its embeddings.
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
+        return (SiglipProcessor if model_type == "siglip" else Siglip2Processor)(images, tokenizer)
+    return (VisionTextDualEncoderProcessor if model_type == PAIR else CLIPProcessor)(images, tokenizer)

@@ -1,0 +1,108 @@
+"""A locked tower whose embeddings are stored (SigLiT: arXiv 2303.15343, section 4.2): it is neither run nor held while the other trains.
+
+    model:
+      image: {path: google/vit-base-patch16-224}
+      text: {config: {model_type: bert, ...}}
+      lock: {image: true}
+      stored: {image: vit_b16}                 # the column that `python -m trainer.embed RECIPE` writes
+
+What is stored is what the locked weights give: the embedding of length 1 of a CLIP or SigLIP, the pooled output of a pair's tower, whose
+projection is new and trains on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import xxhash
+from pydantic import model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.models.names import Tower, tower_of
+from trainer.models.pair import PAIR
+from trainer.settings import Settings
+from trainer.types import Preprocess
+
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
+"""Keys of a Hugging Face config that do not change what the model computes."""
+PROBE = ["", "a photo of a cat", "Ünïcode, 猫 & ПРИВЕТ: 0123456789 don't"]
+"""Captions whose tokens tell two tokenizers apart, with their vocabularies."""
+
+
+class StoredSettings(Settings):
+    """Train on stored embeddings of a locked tower: it is never run, and its inputs are never decoded."""
+
+    image: str | None = None
+    "Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. null: run the tower."
+    text: str | None = None
+    "The same for the text tower; needs model.lock.text and one caption a picture."
+
+    @model_validator(mode="after")
+    def _one_side(self) -> StoredSettings:
+        if self.image is not None and self.text is not None:
+            raise ValueError("one tower can be stored, the other has to learn: name image or text")
+        return self
+
+    @property
+    def side(self) -> Tower | None:
+        """The tower that is stored."""
+        return "image" if self.image is not None else "text" if self.text is not None else None
+
+    @property
+    def column(self) -> str:
+        return self.image or self.text or ""
+
+
+def locked_part(towers: PreTrainedModel, side: Tower) -> dict[str, Tensor]:
+    """The weights and buffers that a stored embedding depends on, by their names in ``towers``."""
+    outside = "_projection." if towers.config.model_type == PAIR else "\0"
+    return {name: value for name, value in towers.state_dict().items() if tower_of(name) == side and outside not in name}
+
+
+def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower) -> str:
+    """32 hex digits that change with the tower's weights, its config and what is done to its inputs."""
+    digest = xxhash.xxh3_128()
+    part = getattr(towers.config, "vision_config" if side == "image" else "text_config")
+    config = {key: value for key, value in part.to_diff_dict().items() if key not in VOLATILE}
+    if side == "image":
+        inputs: Any = [preprocess.image_size, preprocess.resize, preprocess.resample, preprocess.mean, preprocess.std]
+    else:
+        inputs = token_inputs(preprocess)
+    digest.update(json.dumps([side, towers.config.model_type, config, inputs], sort_keys=True, default=str).encode())
+    for name, value in sorted(locked_part(towers, side).items()):
+        whole = value.detach().cpu().float().contiguous()
+        digest.update(f"{name} {tuple(whole.shape)}".encode())
+        digest.update(whole.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_inputs(preprocess: Preprocess) -> list[Any]:
+    """What tells two tokenizers (with their context lengths) apart."""
+    tokens, mask = preprocess.tokenize(PROBE)
+    tokenizer = getattr(preprocess.tokenize, "tokenizer", None)
+    return [tokens.tolist(), mask.tolist(), sorted(tokenizer.get_vocab().items()) if tokenizer else []]
+
+
+def width_of(towers: PreTrainedModel, side: Tower, embed_dim: int) -> int:
+    """Numbers in a stored embedding."""
+    if towers.config.model_type != PAIR:
+        return embed_dim
+    projection: Any = towers.get_submodule("visual_projection" if side == "image" else "text_projection")
+    return int(projection.in_features)
+
+
+class Absent(nn.Module):
+    """Stands where a stored tower was: no weights, and nothing to run."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("this tower's embeddings are stored: it is not here to be run")
+
+
+def take_out(towers: PreTrainedModel, side: Tower) -> None:
+    """Removes a stored tower from the model, with the projection that is locked with it (a pair's stays, it trains)."""
+    names = ["vision_model", "visual_projection"] if side == "image" else ["text_model", "text_projection"]
+    for name in names[: 1 if towers.config.model_type == PAIR else 2]:
+        if hasattr(towers, name):
+            setattr(towers, name, Absent())

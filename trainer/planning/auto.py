@@ -1,0 +1,37 @@
+"""``batch.micro_batch: auto``: the planner's answer for the recipe as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trainer.config import Recipe
+from trainer.planning.memory import Job
+from trainer.planning.search import largest, usable_bytes, zero_section
+from trainer.planning.survey import Device, Survey, look
+from trainer.types import UserError
+
+
+def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
+    """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide among them."""
+    size = recipe.batch.size
+    if size % gpus:
+        near = [size - size % gpus, size - size % gpus + gpus]
+        raise UserError(f"batch.size {size} does not divide among {gpus} GPUs; nearest that do: {', '.join(str(n) for n in near if n)}")
+    here, average = max(1, gpus // nodes), recipe.optim.ema > 0
+    return Job(gpus, size // gpus, 1, recipe.batch.reduce, recipe.loss, node_ranks=here, average=average)
+
+
+def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:
+    """What the recipe's teacher weighs and does; None where there is none."""
+    return look(recipe.distill.model, precision, device, held=True) if recipe.distill is not None else None
+
+
+def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device: Device = "cuda") -> int:
+    """The largest micro-batch that fits ``memory_bytes`` per rank.
+
+    1 where not even that fits: the step then says so itself, or proves the forecast too careful.
+    """
+    precision = "bf16" if recipe.engine.autocasts else "fp32"
+    job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
+    rows, _ = largest(look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes))
+    return max(1, rows)

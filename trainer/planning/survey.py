@@ -1,0 +1,265 @@
+"""What a recipe's model weighs and does: parameters counted on the meta device, a micro-batch traced under fake tensors.
+
+survey = look(recipe.model, precision="bf16", device="cuda")
+survey.training.peak(rows=32)                  # bytes of activations of a micro-batch of 32 pairs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+
+from trainer.models import ModelSettings, build
+from trainer.models.lora import hold_base
+from trainer.models.quantize import QUANTIZED
+from trainer.planning.known import lookup, stand_in
+from trainer.planning.layers import Shortened
+from trainer.planning.trace import Floats, Recorder, Trace
+from trainer.types import Preprocess, UserError
+
+Device = Literal["cpu", "cuda"]
+SIZES = (2, 4)  # rows of the two traces; a single row would meet kernels' special cases
+
+
+@dataclass(frozen=True)
+class Line:
+    """values(rows) = start + slope * rows, for every operator of a pass."""
+
+    start: Floats
+    slope: Floats
+
+    @staticmethod
+    def through(small: Floats, large: Floats) -> Line:
+        slope = (large - small) / (SIZES[1] - SIZES[0])
+        return Line(small - slope * SIZES[0], slope)
+
+    def at(self, rows: int) -> Floats:
+        return self.start + self.slope * rows
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A pass as a function of the rows in a micro-batch."""
+
+    live: Line
+    gradients: Floats
+    """Bytes of finished gradients after each operator; they do not depend on the rows."""
+    flops: Line
+    traffic: Line
+    host: Line
+    turn: int
+
+    @staticmethod
+    def through(small: Trace, large: Trace) -> Curve:
+        assert len(small.live) == len(large.live), "the same operators whatever the rows"
+        names = ("live", "flops", "traffic", "host")
+        live, flops, traffic, host = (Line.through(getattr(small, name), getattr(large, name)) for name in names)
+        return Curve(live, small.gradients, flops, traffic, host, small.turn)
+
+    def peak(self, rows: int, gradients: bool = False) -> float:
+        """Most bytes alive at once; ``gradients`` counts those of parameters as they appear (the first micro-batch of a step)."""
+        return float(np.max(self.live.at(rows) + (self.gradients if gradients else 0.0)))
+
+    def forward_peak(self, rows: int) -> float:
+        """Most bytes alive at once before the turn."""
+        return float(np.max(self.live.at(rows)[: self.turn]))
+
+    def saved(self, rows: int) -> float:
+        """Bytes that wait for the backward pass."""
+        return float(self.live.at(rows)[self.turn - 1])
+
+    def host_bytes(self, rows: int) -> float:
+        """Bytes of activations parked in host memory."""
+        return float(self.host.at(rows)[-1])
+
+    def seconds(self, rows: int, flops_per_second: float, bytes_per_second: float) -> float:
+        """Roofline: every operator takes as long as its arithmetic or its traffic, whichever is longer."""
+        arithmetic = self.flops.at(rows) / flops_per_second
+        return float(np.maximum(arithmetic, self.traffic.at(rows) / bytes_per_second).sum())
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that planning needs to know of a model; sizes in bytes, trainable ones in float32."""
+
+    count: int
+    """Parameters, in elements."""
+    parameters: int
+    trainable: int
+    largest: int
+    """The largest trainable parameter."""
+    small: dict[int, int]
+    """Trainable parameters up to a number of elements: elements -> bytes of all parameters of that size."""
+    buffers: int
+    embed_dim: int
+    image_bytes: int
+    """What the loader gives of one picture: uint8 pixels, or its stored embedding."""
+    token_bytes: int
+    """And of its caption: tokens and their mask, or its stored embedding."""
+    towers_trained: tuple[bool, bool]
+    training: Curve
+    """Forward with gradient, and backward."""
+    inference: Curve
+    """Forward without gradient: pass 1."""
+    note: str = ""
+    """Where the shapes come from when not from the recipe's own model."""
+
+
+def look(settings: ModelSettings, precision: str, device: Device, inference: Curve | None = None, held: bool = False) -> Survey:
+    """Builds the model without weights and traces it; ``device`` says whose autocast and whose memory is meant.
+
+    ``inference`` saves a trace where it is known already: recomputation does not change it. ``held`` keeps locked weights as a teacher
+    does: in bf16 where that is computed in.
+    """
+    if precision != "bf16" and settings != settings.at_rest:
+        raise UserError("model.lora.base bfloat16 is for cards that compute in bf16, and this one computes in fp32: leave it out")
+    if settings.lora is not None and settings.lora.base in QUANTIZED:  # an upper bound
+        settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"base": "bfloat16"})})
+    with _readable(settings) as (readable, note), torch.device("meta"):
+        model = build(readable, weights=False)
+    if held and precision == "bf16":
+        hold_base(model.towers, torch.bfloat16)
+    model.train()
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise UserError("model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias")
+    census: dict[str, Any] = {
+        "count": sum(p.numel() for p in parameters),
+        "parameters": sum(p.nbytes for p in parameters),
+        "trainable": 4 * sum(p.numel() for p in trainable),
+        "largest": 4 * max(p.numel() for p in trainable),
+        "small": {n: sum(p.nbytes for p in parameters if p.numel() == n) for n in sorted({p.numel() for p in parameters})},
+        "buffers": sum(b.nbytes for b in model.buffers()),
+        "embed_dim": model.embed_dim,
+        "image_bytes": _image_inputs(1, model.preprocess).nbytes,
+        "token_bytes": _text_inputs(1, model.preprocess).nbytes + model.preprocess.num_tokens,
+        "towers_trained": (model.trains("image"), model.trains("text")),
+    }
+    periods = [layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)]
+    shortened = Shortened(model, math.lcm(*periods))
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(device) as parking:
+        fake: Any = model.to_empty(device="cpu")
+        training = Curve.through(*(_trace(fake, shortened, rows, precision, census["towers_trained"], parking) for rows in SIZES))
+        inference = inference or Curve.through(*(_trace(fake, shortened, rows, precision, None, parking) for rows in SIZES))
+    return Survey(**census, training=training, inference=inference, note=note)
+
+
+@contextlib.contextmanager
+def _readable(settings: ModelSettings) -> Iterator[tuple[ModelSettings, str]]:
+    """Settings that ``build`` can follow without the network, and what was assumed."""
+    name = settings.path
+    if name is None or os.path.isdir(name) or _cached(name):
+        yield settings, ""
+        return
+    config = lookup(name)
+    if config is None:
+        try:  # not known here: the hub may answer
+            with torch.device("meta"):
+                build(settings, weights=False)
+        except UserError as error:
+            raise UserError(f"{error}; the planner's own table has no such model either, give a local directory") from error
+        yield settings, ""
+        return
+    with stand_in(settings, config) as local:
+        yield local, f"{name}: shapes from the planner's built-in table"
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(
+        isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    )
+
+
+class _Parking:
+    """Stands for host memory: what is parked there leaves the device's account and enters the host's."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+
+    def hooks(self, pin_memory: bool = False, device_type: str = "cuda") -> Any:
+        def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+            assert self.recorder is not None
+            self.recorder.host += tensor.nbytes
+            return tensor.shape, tensor.dtype
+
+        def unpack(parked: tuple[torch.Size, torch.dtype]) -> Tensor:
+            return torch.empty(parked[0], dtype=parked[1])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def _as_on(device: Device) -> Iterator[_Parking]:
+    """The traced tensors say "cpu", since a PyTorch without CUDA refuses fake ones; what a GPU does otherwise is put in its place here."""
+    parking = _Parking()
+    layer_norm, save_on_cpu = F.layer_norm, torch.autograd.graph.save_on_cpu
+
+    def layer_norm_in_float32(input: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # CUDA's autocast runs norms in float32, the CPU's in what comes
+            input = input.float()
+        return layer_norm(input, shape, weight, bias, eps)
+
+    def full_grids(weights: Tensor, shapes: Tensor, max_length: int) -> Tensor:
+        rows = F.interpolate(weights.permute(2, 0, 1)[None], size=(1, max_length), mode="bilinear")
+        return rows.reshape(-1, max_length).T.expand(len(shapes), -1, -1).clone()
+
+    # NaFlex reads the shape of each picture's grid, which a fake tensor does not have: the budget is taken to be full.
+    own_grids = Siglip2VisionEmbeddings.resize_positional_embeddings
+    setattr(Siglip2VisionEmbeddings, "resize_positional_embeddings", staticmethod(full_grids))  # noqa: B010 (mypy knows it as a method)
+    if device == "cuda":
+        F.layer_norm = layer_norm_in_float32  # type: ignore[assignment]
+        torch.autograd.graph.save_on_cpu = parking.hooks  # type: ignore[assignment,misc]
+    try:
+        yield parking
+    finally:
+        setattr(Siglip2VisionEmbeddings, "resize_positional_embeddings", staticmethod(own_grids))  # noqa: B010
+        F.layer_norm = layer_norm
+        torch.autograd.graph.save_on_cpu = save_on_cpu  # type: ignore[misc]
+
+
+def _image_inputs(rows: int, preprocess: Preprocess) -> Tensor:
+    stored = preprocess.stored
+    if stored is not None and stored.side == "image":
+        return torch.zeros(rows, stored.width, dtype=torch.float16)
+    return torch.zeros(rows, 3, *preprocess.image_size, dtype=torch.uint8)
+
+
+def _text_inputs(rows: int, preprocess: Preprocess) -> Tensor:
+    stored = preprocess.stored
+    if stored is not None and stored.side == "text":
+        return torch.zeros(rows, stored.width, dtype=torch.float16)
+    return torch.zeros(rows, preprocess.num_tokens, dtype=torch.int64)
+
+
+def _trace(model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: _Parking) -> Trace:
+    """One micro-batch; ``trained`` None stops after the forward pass, without gradient."""
+    pixels, tokens = _image_inputs(rows, model.preprocess), _text_inputs(rows, model.preprocess)
+    image, text = trained if trained is not None and any(trained) else (True, True)
+    recorder = parking.recorder = shortened.recorder = Recorder(model.parameters())
+    with recorder, torch.set_grad_enabled(trained is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            z = model(pixels if image else None, tokens if text else None)
+        if trained is not None:
+            leaf = [torch.zeros_like(part) for part in z[:4]]
+            terms = [torch.sum(part * gradient) for part, gradient in zip(z[:4], leaf, strict=True) if part.requires_grad]
+            total = torch.stack(terms).sum()
+            recorder.turn()
+            del z, terms
+            total.backward()
+            del total
+    model.zero_grad()
+    return shortened.restore(recorder.trace())

@@ -1,0 +1,71 @@
+"""One HTML page about a run, with everything inside it: what it reached, how it got there, and real pictures with their captions.
+
+    python -m trainer.report runs/quickstart                # -> runs/quickstart/report.html
+
+Made from what lies in the run's directory: log.jsonl, evaluation.json, gallery.json, recipe.yaml, deepspeed.json, environment.json, and
+plan.svg where `python -m trainer.plan ... --out RUN/plan.svg` has drawn one. What is not there is left out, and said. It may be made while
+the run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.report.curves import read_log
+from trainer.report.page import Facts, render
+from trainer.types import UserError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: RUN/report.html)")
+    options = parser.parse_args(argv)
+    out = write_report(options.run, options.out or options.run / "report.html")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, one file; open it in a browser")
+    return 0
+
+
+def write_report(run: Path, out: Path) -> Path:
+    """Writes the page about the run in directory ``run``. Raises UserError where there is neither a log nor an evaluation."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such directory; name the directory of a run")
+    if not (run / "log.jsonl").is_file() and not (run / "evaluation.json").is_file():
+        raise UserError(f"{run}: neither log.jsonl nor evaluation.json is there: nothing to report; name the directory of a run")
+    facts = Facts(
+        name=run.resolve().name,
+        log=read_log(run / "log.jsonl"),
+        evaluation=_json(run / "evaluation.json"),
+        gallery=_json(run / "gallery.json"),
+        environment=_json(run / "environment.json"),
+        recipe=_text(run / "recipe.yaml"),
+        deepspeed=_text(run / "deepspeed.json"),
+        plan=_text(run / "plan.svg"),
+        directory=str(run),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".tmp")
+    aside.write_text(render(facts), encoding="utf-8")
+    aside.replace(out)
+    return out
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a mapping")
+    except ValueError as error:
+        raise UserError(f"{path}: not readable ({error}); remove it, or make it anew with `python -m trainer.evaluate`") from None
+    return found

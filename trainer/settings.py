@@ -1,0 +1,169 @@
+"""Typed settings: a YAML section is a frozen class that stands beside the component it sets.
+
+    class OptimSettings(Settings):
+        beta2: float = 0.95
+        "Second-moment decay; SigLIP (arXiv 2303.15343, section 4.6) needs 0.95 at large batch."
+
+Attribute docstrings become ``--help``. Unknown keys are errors with their dotted path and the nearest known name. Variants of a
+section are chosen by its ``name:`` (a discriminated union is the registry).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.types import UserError
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, documented by attribute docstrings, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe; see trainer/recipes/ for those that come with RingLIP")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this file holds a {type(tree).__name__}")
+    return tree or {}
+
+
+def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """A copy of ``tree`` with ``section.key=value`` assignments laid over it; values are read as YAML."""
+    result = _copy(tree)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise UserError(f"{assignment!r}: an override is written section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: {text!r} is not readable as YAML") from error
+        *parents, key = path.split(".")
+        node = result
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise UserError(f"{path}: {parent!r} is a value, not a section")
+            node = child
+        node[key] = value
+    return result
+
+
+def _copy(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in tree.items()}
+
+
+def parse(cls: type[S], tree: dict[str, Any], source: str) -> S:
+    """``tree`` as a ``cls``; raises UserError with one line for each mistake, naming ``source`` and the dotted key."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{source}: {_explain(cls, item)}" for item in error.errors(include_url=False)]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(cls: type[Settings], item: Any) -> str:
+    # pydantic puts the tag of a union into the path: leave out what the user did not write.
+    path, known = _follow(cls, item["loc"])
+    dotted = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {dotted!r}; {hint}"
+    if item["type"] == "missing":
+        return f"{dotted!r} is required"
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        close = difflib.get_close_matches(str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{dotted + '.name'!r} is {context['tag']!r}, known: {context['expected_tags']}{hint}"
+    if item["type"] == "union_tag_not_found":
+        return f"{dotted + '.name'!r} is required: it chooses the variant"
+    message = item["msg"].removeprefix("Value error, ")
+    if not dotted:
+        return message
+    got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{dotted!r}: {message}{got}"
+
+
+def _follow(cls: type[Settings], loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The path as the user wrote it, and the keys known at its last section."""
+    path: list[str] = []
+    variants: list[type[Settings]] = [cls]
+    known: list[str] = list(cls.model_fields)
+    for part in loc:
+        tagged = [v for v in variants if "name" in v.model_fields and part in get_args(v.model_fields["name"].annotation)]
+        if tagged and len(variants) > 1:
+            variants, known = tagged, list(tagged[0].model_fields)
+            continue
+        path.append(str(part))
+        known = sorted({key for variant in variants for key in variant.model_fields}) or known
+        found = [v.model_fields[part].annotation for v in variants if part in v.model_fields]
+        if found:
+            variants = list(sections(found[0]))
+    return path, known
+
+
+def sections(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings classes inside a field's annotation: itself, the variants of a union, the items of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
+        for argument in get_args(annotation):
+            yield from sections(argument)
+
+
+def describe(cls: type[Settings], prefix: str = "") -> str:
+    """Every key with its type, default and docstring, a line each: the body of ``--help``."""
+    lines = []
+    for key, field in cls.model_fields.items():
+        nested = list(sections(field.annotation))
+        text = " ".join((field.description or "").split())
+        if not nested:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            lines.append(f"  {prefix + key + ' = ' + default:<44} {text}")
+            continue
+        lines.append(f"\n{prefix + key}: {text}" if text else f"\n{prefix + key}:")
+        for variant in nested:
+            if len(nested) > 1:
+                about = " ".join((variant.__doc__ or "").split("\n\n")[0].split())
+                lines.append(f"  -- {_tag(variant)}: {about}")
+            lines.append(describe(variant, f"{prefix}{key}."))
+    return "\n".join(lines)
+
+
+def _tag(variant: type[Settings]) -> str:
+    field = variant.model_fields.get("name")
+    tags = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+    return f"name: {tags[0]}" if tags else variant.__name__
+
+
+def run_verb(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a verb's ``main(argv)`` and exits: a UserError is one line on stderr and its exit code, never a traceback."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except UserError as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

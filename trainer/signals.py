@@ -1,0 +1,63 @@
+"""Signals that end a run in order: the step is finished, a checkpoint saved, and the exit code says "start me again".
+
+    with StopSignals() as signals:
+        ...
+        if signals.agreed():                  # once a step, on every rank
+            keeper.save(...)
+            sys.exit(EXIT_AGAIN)
+
+SIGTERM and SIGUSR1 are what queues send before they take the machine away; Ctrl-C asks for the same, and a second one stops at once. A
+launcher that dies (it was killed, its terminal closed) counts as SIGHUP: its ranks would otherwise train on beside those of the next start.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer import distributed
+
+EXIT_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command goes on from there."""
+
+NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+class StopSignals:
+    """Catches them while it is entered. Only the main thread may enter it."""
+
+    def __init__(self) -> None:
+        self._caught = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for name in NAMES:
+            if name == signal.SIGHUP and signal.getsignal(name) == signal.SIG_IGN:
+                continue  # under nohup: the terminal's end is none of the run
+            self._before[name] = signal.signal(name, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        self._caught = number
+        if number == signal.SIGINT:
+            # The system's own handler: it works even while python waits inside a collective.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def agreed(self) -> str | None:
+        """The name of the signal that any rank has caught, the same on every rank, or None. Every rank calls it after each step."""
+        caught = self._caught or (signal.SIGHUP if distributed.orphaned() else 0)
+        if distributed.world_size() > 1:
+            votes = torch.tensor([caught], device=distributed.device())
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            caught = int(votes.item())
+        return signal.Signals(caught).name if caught else None

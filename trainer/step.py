@@ -1,0 +1,299 @@
+"""One training step: the exact gradient of the global batch, in as little memory as a micro-batch of the towers takes.
+
+    result = train_step(engine, batch, loss, micro_batch=64, guard=guard)
+
+Gradient caching (Gao et al., arXiv 2101.06983) with the details that make it exact: pass 1 embeds the local batch in micro-batches without
+gradient and notes the random state of each; the loss runs ONCE on all embeddings; pass 2 draws the same random numbers, embeds again
+with gradient and backpropagates the inner product of embeddings and their gradients. Scale and bias count once, towers without a
+trainable parameter are left out of pass 2, and a local batch of one micro-batch needs no second pass.
+
+The gradient does not depend on the micro-batch: a step that runs out of memory on any rank is repeated with half of it on all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer import distributed
+from trainer.engine.memory import REMEDY, OutOfMemory, RandomState, free
+from trainer.metrics import Stopwatch
+from trainer.optim import Guard
+from trainer.settings import Settings
+from trainer.types import Batch, Embeddings, Loss, UserError
+
+if TYPE_CHECKING:
+    from trainer.engine import Engine
+
+Reduce = Literal["once", "each"]
+Teacher = Callable[[Batch, int], Embeddings]
+Skipped = Literal["", "not finite", "spike"]
+
+
+class BatchSettings(Settings):
+    """How many pairs a step sees, and how many of them at once."""
+
+    size: int = Field(gt=0)
+    "Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do not."
+    micro_batch: int | Literal["auto"] | None = Field(None)
+    "Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner finds to fit."
+    reduce: Reduce = "once"
+    "once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3 then keep a shard only)."
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the log wants to know of a step; the same on all ranks but for ``alone``."""
+
+    loss: float
+    """Of the global batch."""
+    grad_norm: float
+    """Of the global gradient, before clipping; inf where it was not finite, nan where the loss was not."""
+    scale: float
+    bias: float
+    skipped: Skipped
+    """Why the weights were left as they are; empty when they were updated."""
+    micro_batch: int
+    """What it was done with: half of what was asked, or less, where memory did not suffice. Keep it for later steps."""
+    alone: float = dataclasses.field(default=0.0, compare=False)
+    """Seconds that this rank took to embed its pairs, before it needed the others (at ZeRO-3 it does so earlier). Each rank has its own."""
+
+
+def train_step(
+    engine: Engine,
+    batch: Batch,
+    loss: Loss,
+    micro_batch: int | None = None,
+    *,
+    reduce: Reduce = "once",
+    guard: Guard | None = None,
+    teacher: Teacher | None = None,
+) -> StepResult:
+    """Updates the model once with this rank's ``batch`` (host or device memory; the same number of rows on all ranks).
+
+    ``micro_batch`` rows go through the towers at a time, all of them when None. ``guard`` judges the gradient; without one only a gradient
+    that is not finite is skipped. ``teacher``(batch, rows) embeds the local batch for a loss that distils. Raises UserError when not even
+    one row at a time fits into memory.
+    """
+    assert batch.rows > 0, "an empty local batch"
+    rows = min(micro_batch or batch.rows, batch.rows)
+    start = RandomState.take(engine.device)
+    buffers = _loss_buffers(loss)
+    while True:
+        attempt = _Attempt(engine, batch, loss, rows, reduce, teacher)
+        gradient = attempt.run()
+        if gradient is not None:
+            result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
+            if result.skipped == "not finite":
+                _restore(buffers)
+            return result
+        del attempt
+        engine.discard_gradients()
+        free()
+        if rows == 1:
+            raise UserError(f"out of memory with one pair at a time: {REMEDY}")
+        distributed.say(f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on")
+        rows //= 2
+        start.restore(engine.device)
+        _restore(buffers)
+
+
+def _loss_buffers(loss: Loss) -> list[tuple[Tensor, Tensor]]:
+    """The loss's state (a queue of past embeddings) with a copy on the host: a repeated step must meet it unchanged."""
+    if not isinstance(loss, torch.nn.Module):
+        return []
+    return [(buffer, buffer.detach().cpu().clone()) for buffer in loss.buffers()]
+
+
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, saved in buffers:
+        buffer.copy_(saved)
+
+
+def _update(engine: Engine, gradient: _Gradient, guard: Guard | None, rows: int) -> StepResult:
+    norm = gradient.norm
+    if guard is not None:
+        limit = guard.limit
+        verdict = guard.judge(norm)
+    else:
+        limit, verdict = None, "step" if math.isfinite(norm) else "skip"
+    skipped: Skipped = ""
+    if verdict == "skip":
+        engine.discard_gradients()
+        skipped = "spike" if math.isfinite(norm) else "not finite"
+    else:
+        engine.step(clip=limit if verdict == "clip" else None)
+    return StepResult(gradient.loss, norm, gradient.scale, gradient.bias, skipped, rows)
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The engine holds it; this is what is known of it."""
+
+    loss: float
+    norm: float
+    scale: float
+    bias: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the engine's forward in pass 1, and the random state before it: pass 2 repeats it."""
+
+    rows: slice
+    image: bool
+    text: bool
+    random: RandomState
+
+
+class _Attempt:
+    """One try at a gradient with a given micro-batch. ``run`` returns None when some rank ran out of memory."""
+
+    def __init__(self, engine: Engine, batch: Batch, loss: Loss, rows: int, reduce: Reduce, teacher: Teacher | None) -> None:
+        self.engine, self.batch, self.loss, self.rows, self.reduce, self.teacher = engine, batch, loss, rows, reduce, teacher
+        self.taught: Embeddings | None = None
+        self.trouble = OutOfMemory()
+        self.clock = Stopwatch(engine.device)
+
+    def run(self) -> _Gradient | None:
+        if self.teacher is not None:  # first: nothing of the student is held yet
+            with self.trouble.during("in the teacher"):
+                self.taught = self.teacher(self.batch, self.rows)
+            if self.trouble.anywhere():
+                return None
+        return self._single_pass() if self.rows >= self.batch.rows else self._two_passes()
+
+    def _single_pass(self) -> _Gradient | None:
+        """Towers, loss and backward in one graph."""
+        engine, trouble = self.engine, self.trouble
+        z: Embeddings | None = None
+        self.clock.start()
+        with trouble.during("embedding", engine.forward_communicates):
+            z = self._forward(slice(0, self.batch.rows), image=True, text=True)
+        self.clock.stop()
+        if trouble.anywhere() or z is None:
+            return None
+        value, mean = self._run_loss(z)
+        if value is None:
+            return None
+        scale, bias = z.scale.item(), z.bias.item()
+        if not math.isfinite(mean):
+            return _Gradient(mean, math.nan, scale, bias)
+        del z
+        engine.start_gradients()
+        with trouble.during("in the backward pass", engine.backward_communicates):
+            engine.backward(value, last=True)
+        del value
+        return None if trouble.anywhere() else _Gradient(mean, engine.finish_gradients(), scale, bias)
+
+    def _two_passes(self) -> _Gradient | None:
+        embedded = self._embed(self._towers_trained())
+        if embedded is None:
+            return None
+        leaves, calls = embedded
+        value, mean = self._run_loss(leaves)
+        if value is None:
+            return None
+        after = RandomState.take(self.engine.device)
+        scale, bias = leaves.scale.item(), leaves.bias.item()
+        if not math.isfinite(mean):
+            return _Gradient(mean, math.nan, scale, bias)
+        with self.trouble.during("in the backward pass of the loss"):
+            value.backward()
+        del value
+        if self.trouble.anywhere():
+            return None
+        self.engine.start_gradients(each=self.reduce == "each")
+        with self.trouble.during("in the second pass", self.engine.backward_communicates):
+            self._backpropagate(leaves, calls)
+        if self.trouble.anywhere():
+            return None
+        after.restore(self.engine.device)
+        return _Gradient(mean, self.engine.finish_gradients(), scale, bias)
+
+    def _forward(self, rows: slice, image: bool, text: bool) -> Embeddings:
+        micro = Batch(*(field[rows] for field in self.batch)).to(self.engine.device)
+        return self.engine.forward(micro.pixels if image else None, micro.tokens if text else None, micro.token_mask if text else None)
+
+    def _towers_trained(self) -> tuple[bool, bool]:
+        """Which embeddings depend on a trainable parameter; asked of one row, once in a run."""
+        if self.engine.towers_trained is None:
+            before = RandomState.take(self.engine.device)
+            with self.trouble.during("embedding one pair", self.engine.forward_communicates):
+                z = self._forward(slice(0, 1), image=True, text=True)
+                self.engine.towers_trained = z.image.requires_grad, z.text.requires_grad
+            before.restore(self.engine.device)
+        return self.engine.towers_trained or (True, True)
+
+    @torch.no_grad()
+    def _embed(self, trained: tuple[bool, bool]) -> tuple[Embeddings, list[_Call]] | None:
+        """Pass 1: the embeddings of the whole local batch as leaves, and the calls that pass 2 has to repeat."""
+        image, text = trained
+        # A tower that pass 2 leaves out is called on its own, so that the other one's random state can be met again.
+        towers = [(True, True)] if image == text else [(True, False), (False, True)]
+        calls: list[_Call] = []
+        columns: list[Tensor | None] = [None, None]
+        scale = bias = None
+        self.clock.start()
+        with self.trouble.during("in the first pass", self.engine.forward_communicates):
+            state: RandomState | None = None
+            for start in range(0, self.batch.rows, self.rows):
+                rows = slice(start, min(start + self.rows, self.batch.rows))
+                for call_image, call_text in towers:
+                    state = RandomState.take(self.engine.device, state)
+                    if (call_image and image) or (call_text and text):
+                        calls.append(_Call(rows, call_image, call_text, state))
+                    z = self._forward(rows, call_image, call_text)
+                    scale, bias = z.scale, z.bias
+                    for column, (part, wanted) in enumerate([(z.image, call_image), (z.text, call_text)]):
+                        if wanted:
+                            columns[column] = _place(part, columns[column], rows, self.batch.rows)
+            if not calls:  # both towers are locked: scale and bias alone
+                calls.append(_Call(slice(0, 0), False, False, RandomState.take(self.engine.device)))
+        self.clock.stop()
+        if self.trouble.anywhere():
+            return None
+        assert columns[0] is not None and columns[1] is not None and scale is not None and bias is not None
+        leaves = [field.detach().clone().requires_grad_() for field in (scale, bias)]
+        return Embeddings(columns[0].requires_grad_(), columns[1].requires_grad_(), leaves[0], leaves[1]), calls
+
+    def _run_loss(self, z: Embeddings) -> tuple[Tensor | None, float]:
+        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory."""
+        value: Tensor | None = None
+        # A loss that says so brings its exchange with the other ranks to an end before it raises.
+        stuck = distributed.world_size() > 1 and not getattr(self.loss, "finishes_exchange", False)
+        taught, self.taught = self.taught, None
+        with self.trouble.during("in the loss", communicates=stuck):
+            value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
+        mine = 0.0 if value is None else value.item()
+        mean, failed = distributed.mean_over_ranks([mine, float(self.trouble.here)])
+        return (None, mean) if failed else (value, mean)
+
+    def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:
+        """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
+        # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal parts.
+        shares = len(calls) if self.reduce == "each" else 1
+        for index, call in enumerate(calls):
+            call.random.restore(self.engine.device)
+            z = self._forward(call.rows, call.image, call.text)
+            everything = slice(None)
+            parts = [(z.image, leaves.image, call.rows, 1), (z.text, leaves.text, call.rows, 1)]
+            if index < shares:
+                parts += [(z.scale, leaves.scale, everything, shares), (z.bias, leaves.bias, everything, shares)]
+            terms = [torch.sum(part * leaf.grad[rows]) / n for part, leaf, rows, n in parts if part.requires_grad and leaf.grad is not None]
+            self.engine.backward(torch.stack(terms).sum(), last=index == len(calls) - 1)
+
+
+def _place(part: Tensor, whole: Tensor | None, rows: slice, num_rows: int) -> Tensor:
+    """Writes a micro-batch's embeddings into those of the local batch, which exist once."""
+    if whole is None:
+        whole = part.new_empty(num_rows, part.shape[1])
+    whole[rows] = part
+    return whole

@@ -1,0 +1,288 @@
+"""Trains: builds the parts, resumes, loops.
+
+    deepspeed --module trainer.train trainer/recipes/glyphs.yaml [section.key=value ...]     # all GPUs of this node
+    torchrun --nproc-per-node 8 -m trainer.train RECIPE                                      # the same
+    python -m trainer.train RECIPE                                                           # one rank
+
+A run directory that holds checkpoints is continued where it stopped, with any number of ranks, any micro-batch and any ds_config. Exit
+codes: 0 finished, 2 a mistake in the recipe or the data, 75 stopped by a signal after saving (start the same command again), anything else
+a failure around the run (a rank or a machine is gone, a worker hangs: start it again; launch/ holds scripts that do).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import checkpoint, config, distributed, evals, losses, models
+from trainer.checkpoint import Checkpointer, RunLock
+from trainer.config import Recipe
+from trainer.data import Loader, Skipped, build_loader
+from trainer.distill import Teacher, build_teacher
+from trainer.engine import Engine, build_engine
+from trainer.losses import PairLoss, TaughtLoss
+from trainer.metrics import RunLog
+from trainer.models import DualEncoder
+from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
+from trainer.planning.auto import largest_micro_batch
+from trainer.settings import run_verb
+from trainer.signals import EXIT_AGAIN, StopSignals
+from trainer.step import StepResult, train_step
+from trainer.types import Batch, UserError
+from trainer.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """The parts of a run and its one position."""
+
+    recipe: Recipe
+    model: DualEncoder
+    engine: Engine
+    loss: PairLoss | TaughtLoss
+    teacher: Teacher | None
+    guard: Guard
+    keeper: Checkpointer
+    ceiling: float | None
+    micro_batch: int | None
+    samples_seen: int = 0
+
+    @property
+    def directory(self) -> Path:
+        return self.recipe.run.directory
+
+    @property
+    def total(self) -> int:
+        """Samples at the end: whole global batches."""
+        return self.recipe.num_steps * self.recipe.batch.size
+
+    def step(self, batch: Batch) -> StepResult:
+        """One update at the present position; everything random in it follows from (seed, position, rank)."""
+        recipe, engine = self.recipe, self.engine
+        checkpoint.seed_step(recipe.run.seed, self.samples_seen, distributed.rank())
+        engine.set_learning_rate(self.rate)
+        self.model.progress(self.samples_seen, self.total)
+        self.loss.progress(self.samples_seen, self.total)
+        result = train_step(engine, batch, self.loss, self.micro_batch, reduce=recipe.batch.reduce, guard=self.guard, teacher=self.teacher)
+        if self.ceiling is not None:
+            engine.cap_scale(self.ceiling)
+        if recipe.optim.ema and not result.skipped:
+            engine.average_weights(recipe.optim.ema)
+        self.micro_batch = result.micro_batch
+        self.samples_seen += recipe.batch.size
+        return result
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the step that begins here, taken at its middle: neither the first step nor the last is wasted on a rate of 0."""
+        return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the recipe names anything to evaluate on."""
+        return bool(self.recipe.eval.data or self.recipe.data.validation)
+
+    def evaluate(self) -> dict[str, float]:
+        """What this model can do by now."""
+        with self.model.with_every_tower():
+            return evals.run(
+                self.engine, self.recipe.eval, self.model.preprocess, distributed.rank(), distributed.world_size(), data=self.recipe.data
+            )
+
+    def save(self, loader: Loader) -> None:
+        """A checkpoint of this position; it counts and names the samples that had to be replaced."""
+        extra = {"guard": self.guard.state_dict(), "skipped": everywhere(loader.skipped), "tower": self.model.tower}
+        if self.teacher is not None:
+            extra["teacher"] = self.teacher.record
+        self.keeper.save(self.engine, self.samples_seen, extra, self.loss)
+
+
+def main(argv: list[str]) -> int:
+    recipe = config.from_command_line("deepspeed --module trainer.train", __doc__ or "", argv)
+    distributed.init(recipe.run.timeout)
+    try:
+        with Watchdog(recipe.run.silence) as watch, RunLock(recipe.run.directory):
+            return train(recipe, watch)
+    finally:
+        distributed.shutdown()
+
+
+def train(recipe: Recipe, watch: Watchdog) -> int:
+    """Trains to the end, or until a signal; returns the exit code."""
+    run = build(recipe)
+    resumed = run.keeper.resume(run.engine, run.loss)
+    if resumed is not None:
+        run.samples_seen = resumed.samples_seen
+        run.guard.load_state_dict(resumed.extra["guard"])
+        if run.teacher is not None and run.directory.resolve() in resumed.folder.resolve().parents:
+            run.teacher.check_resumed(resumed.extra.get("teacher"))
+        if not recipe.optim.ema:
+            run.engine.average_weights(0.0)  # that of a run which had one would stay as it is for ever
+        distributed.say(f"resumed at {run.samples_seen:,} samples from {resumed.folder}")
+    if run.samples_seen >= run.total:
+        say_finished(run, "; raise run.samples to go on")
+        return 0
+    describe(run)
+    loader = build_loader(
+        recipe.data,
+        run.model.preprocess,
+        recipe.batch.size,
+        distributed.rank(),
+        distributed.world_size(),
+        recipe.run.seed,
+        run.samples_seen,
+    )
+    if resumed is not None and distributed.is_main():
+        loader.skipped = Skipped(**resumed.extra["skipped"])
+    log = RunLog(run.directory, recipe.log, run.total, recipe=recipe.model_dump(mode="json"), samples_seen=run.samples_seen)
+    try:
+        with StopSignals() as signals:
+            return loop(run, loader, log, signals, watch)
+    finally:
+        loader.close()
+        log.close()
+
+
+def say_finished(run: Run, hint: str = "") -> None:
+    """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0 when it was killed."""
+    if distributed.local_rank() == 0:
+        print(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", file=sys.stderr, flush=True)
+
+
+def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Watchdog) -> int:
+    """Step, log, evaluate, save; the end of the run and a signal save too."""
+    recipe, stop = run.recipe, None
+    while run.samples_seen < run.total and stop is None:
+        step = run.samples_seen // recipe.batch.size + 1
+        watch.doing("reading data", step)
+        with log.waiting():
+            batch = next(loader)
+        watch.doing("training", step)
+        before, rate = run.samples_seen, run.rate
+        result = run.step(batch)
+        values = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm, "scale": result.scale, "bias": result.bias}
+        counts = {"spikes": run.guard.num_spikes, "bad_steps": run.guard.num_bad_steps, "replaced": loader.skipped.count}
+        log.step(step, run.samples_seen, values | counts, result.alone)
+        if result.skipped:
+            ids = everybody(batch.ids)
+            log.note(run.samples_seen, {"skipped_step": result.skipped, "keys": loader.reader.keys(ids) if distributed.is_main() else []})
+            run.guard.check()
+        stop = signals.agreed()
+        finished = run.samples_seen >= run.total
+        with log.aside():
+            if finished or stop or run.keeper.due(before, run.samples_seen):
+                watch.doing("saving a checkpoint", step)
+                log.flush()
+                run.save(loader)  # first: a queue that sent the signal does not wait for ever
+            if run.evaluates and not stop and (finished or crosses(recipe.eval.every, before, run.samples_seen)):
+                watch.doing("evaluating", step)
+                log.note(run.samples_seen, {"eval": run.evaluate()})
+    watch.doing("waiting for the last checkpoint", step)
+    run.keeper.close()
+    if stop is not None:
+        distributed.say(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
+        return EXIT_AGAIN
+    say_finished(run)
+    return 0
+
+
+def everywhere(skipped: Skipped) -> dict[str, Any]:
+    """What all ranks had to replace so far, as one."""
+    ranks: list[Any] = [skipped]
+    if distributed.world_size() > 1:
+        ranks = [None] * distributed.world_size()
+        dist.all_gather_object(ranks, skipped)
+    reasons: Counter[str] = Counter()
+    for one in ranks:
+        reasons.update(one.reasons)
+    return {"count": sum(one.count for one in ranks), "keys": sorted({key for one in ranks for key in one.keys}), "reasons": dict(reasons)}
+
+
+def everybody(ids: Tensor) -> list[int]:
+    """Sample numbers of the global batch, rank by rank."""
+    return distributed.stack_over_ranks(ids.to(distributed.device())).flatten().tolist()
+
+
+def crosses(every: int, before: int, after: int) -> bool:
+    """True when a multiple of ``every`` lies in (before, after]; never when it is 0."""
+    return every > 0 and before // every != after // every
+
+
+def build(recipe: Recipe) -> Run:
+    """Model, engine, loss: the same weights on all ranks, from the seed or from a checkpoint of other people's."""
+    size, world = recipe.batch.size, distributed.world_size()
+    if size % world:
+        nearest = f"{size // world * world} or {(size // world + 1) * world}"
+        raise UserError(f"batch.size {size} does not divide by {world} ranks; the nearest that do are {nearest}")
+    checkpoint.seed_step(recipe.run.seed, 0, 0)
+    model = models.build(recipe.model)
+    main, teacher = losses.build(recipe.loss), None
+    if recipe.distill is not None:
+        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.autocasts)
+    start_scale = model.head.logit_scale.detach().exp().item()
+    optimizer = build_optimizer(model, recipe.optim, model.parameter_groups())
+    engine = build_engine(model, optimizer, recipe.engine, clip=recipe.optim.clip)
+    return Run(
+        recipe=recipe,
+        model=model,
+        engine=engine,
+        loss=main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss),
+        teacher=teacher,
+        guard=Guard(recipe.optim),
+        keeper=Checkpointer(recipe.run.directory, recipe.checkpoint),
+        ceiling=scale_ceiling(recipe.optim, start_scale),
+        micro_batch=micro_batch(recipe),
+    )
+
+
+def micro_batch(recipe: Recipe) -> int | None:
+    """Rows per rank that the towers see at once; ``auto`` asks the planner. All ranks take the smallest answer: their cards may differ."""
+    if recipe.batch.micro_batch != "auto":
+        return recipe.batch.micro_batch
+    device = distributed.device()
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        memory = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    rows = largest_micro_batch(recipe, memory, distributed.world_size(), "cuda" if device.type == "cuda" else "cpu")
+    if distributed.world_size() > 1:
+        smallest = torch.tensor([rows], device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        rows = int(smallest.item())
+    rows = min(rows, recipe.batch.size // distributed.world_size())
+    distributed.say(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
+    return rows
+
+
+def describe(run: Run) -> None:
+    """The run directory explains itself: what was asked for, what DeepSpeed was told."""
+    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps the true size beside it.
+    sizes = [(parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in run.model.parameters()]
+    trained, locked = (sum(size for trains, size in sizes if trains is which) for which in (True, False))
+    distributed.say(
+        f"{run.directory}: {trained / 1e6:,.1f} M parameters to train, {locked / 1e6:,.1f} M locked; "
+        f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
+        f"{run.recipe.engine.ds_config}, {'bf16' if run.recipe.engine.autocasts else 'fp32'}, "
+        f"micro-batch {run.micro_batch or 'whole'}"
+    )
+    if not distributed.is_main():
+        return
+    run.directory.mkdir(parents=True, exist_ok=True)
+    for name, text in (("recipe.yaml", config.dump(run.recipe)), ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n")):
+        aside = run.directory / f"{name}.tmp"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, run.directory / name)
+
+
+if __name__ == "__main__":
+    run_verb(main)
