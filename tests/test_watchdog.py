@@ -89,11 +89,22 @@ def collect(folder: Path, pids: list[int], skip: int | None = None, since: float
     return Ended([codes[r] for r in sorted(codes)], seconds, [line for line in output.splitlines() if line.startswith("error:")], output)
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, path
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain for two minutes"
         time.sleep(0.01)
+
+
+def wait_for(path: Path) -> None:
+    until(path.exists)
+
+
+def everybody_is_known_at(watch: Watchdog, step: int) -> bool:
+    """Whether rank 0 has heard all ranks there, or another rank has heard rank 0: what either could say of a death now."""
+    if watch._hub is None:
+        return watch._zero.step == step
+    return [member.step for member in watch._hub._members.values()] == [step] * dist.get_world_size()
 
 
 def collectives(watch: Watchdog) -> None:
@@ -112,7 +123,7 @@ def started(folder: Path, work: Callable[[Watchdog], None]) -> Callable[[Watchdo
     def wrapped(watch: Watchdog) -> None:
         watch.doing("reading data", 7)
         dist.barrier()
-        time.sleep(1.1)  # so that everybody has been heard
+        until(lambda: everybody_is_known_at(watch, 7))
         (folder / f"ready-{dist.get_rank()}").touch()
         work(watch)
 

@@ -34,6 +34,8 @@ class Watchdog:
         self._doing, self._step = "starting", 0
         self._outbox: deque[dict[str, Any]] = deque()
         self._error: BaseException | None = None
+        self._zero = Verdict(0, "?", 0, "starting", DIED, RunFailed.code)
+        """What would be said if rank 0 were gone: where it was when last heard."""
         self._decided, self._welcomed = Event(), Event()
         self._hub: Hub | None = None
         self._thread: Thread | None = None
@@ -98,7 +100,6 @@ class Watchdog:
         selector.register(self._line.socket, selectors.EVENT_READ)
         selector.register(self._woken, selectors.EVENT_READ)
         clock, told, left = Patience(), 0.0, False
-        zero = Verdict(0, "?", 0, "starting", DIED, RunFailed.code)
         while True:
             ready = [key.fileobj for key, _ in selector.select(BEAT)]
             if self._woken in ready:
@@ -112,10 +113,10 @@ class Watchdog:
                 left = left or "bye" in message
             messages = self._line.receive() if self._line.socket in ready else []
             if clock.over(bool(messages), self._silence):
-                zero = replace(zero, cause=f"silent for {self._silence:g} s: {SILENT}")
-                return self._end(zero, says=distributed.rank() == 1 or distributed.local_rank() == 0)
+                silent = replace(self._zero, cause=f"silent for {self._silence:g} s: {SILENT}")
+                return self._end(silent, says=distributed.rank() == 1 or distributed.local_rank() == 0)
             if messages is None:  # rank 0 closes whom it heard say goodbye
-                return self._line.close() if left else self._end(zero, says=distributed.rank() == 1)
+                return self._line.close() if left else self._end(self._zero, says=distributed.rank() == 1)
             for message in messages:
                 if "bye" in message:
                     self._decided.set()
@@ -125,7 +126,7 @@ class Watchdog:
                     continue
                 if "verdict" in message:
                     return self._end(Verdict(**message["verdict"]), says=distributed.is_main())
-                zero = replace(zero, **message)
+                self._zero = replace(self._zero, **message)
 
     @property
     def _position(self) -> dict[str, Any]:
