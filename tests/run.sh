@@ -17,4 +17,9 @@ fi
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -m "not slow"
+python -m pytest -m "not slow" && exit || code=$?
+[ "$code" -eq 1 ] || exit "$code" # 1: tests failed; anything else is no verdict
+# Tests kill, stop and time real processes: on a machine that is busy with something else one in a thousand may meet its deadline. What is
+# wrong fails twice; what passes now is named above and is to be mended too.
+echo "== once more, only what failed"
+exec python -m pytest -m "not slow" --last-failed --last-failed-no-failures none -rA
