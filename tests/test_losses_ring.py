@@ -13,7 +13,8 @@ import torch.distributed as dist
 from tests import dense
 from tests.ranks import run_ranks
 from trainer.losses import PeerLost, SigmoidLoss, SigmoidSettings, build
-from trainer.losses.ring import Ring, Sums
+from trainer.losses.ring import Ring
+from trainer.losses.traversal import Sums, traverse
 from trainer.types import Embeddings, UserError
 
 EXCHANGES = ("ring", "bidirectional", "gather", "hierarchical")
@@ -104,7 +105,7 @@ def test_every_pair_is_visited_once_and_sums_come_home():
         numbers = torch.arange(rows) + 100 * rank
         count = Sums((), torch.int64, 0, torch.Tensor.add_)
         highest = Sums((2,), torch.float32, -1.0, lambda mine, other: torch.maximum(mine, other, out=mine))
-        homes = ring.traverse([numbers, torch.full((rows,), rank)], [count, highest], visit)
+        homes = traverse(ring, [numbers, torch.full((rows,), rank)], [count, highest], visit)
         assert sorted(seen) == [100 * r + i for r in range(world) for i in range(3 + r)]
         assert (homes[0] == int("1" * world)).all() and homes[0].shape == (rows,)
         assert (homes[1] == world - 1).all() and homes[1].is_contiguous()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from trainer.losses.base import PairLoss, PairSettings
 from trainer.losses.pairs import Pairs, Tile
-from trainer.losses.ring import Sums
 from trainer.losses.softmax import lse, merge
+from trainer.losses.traversal import Sums
 from trainer.types import Embeddings, UserError
 
 STUDENT, TEACHER = 0, 1

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.losses.ring import Ring, Slice, Sums
+from trainer.losses.ring import Ring, Slice
+from trainer.losses.traversal import Sums, traverse
 from trainer.types import Embeddings
 
 
@@ -115,7 +116,7 @@ class Pairs:
             self._against(payload[0], piece, payload[1:], totals[: len(sums)], visit, image_gradient, d_text, make_logits)
 
         with _matmul_precision(self.reduced):
-            totals = self.ring.traverse([self.text, *riders], wanted, on_slice)
+            totals = traverse(self.ring, [self.text, *riders], wanted, on_slice)
         self._refuse_empty_blocks()
         if text_gradient:
             self.d_text = totals.pop()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.losses.base import PairLoss, PairSettings, groups_of
 from trainer.losses.pairs import Pairs, Tile
-from trainer.losses.ring import Sums
+from trainer.losses.traversal import Sums
 from trainer.types import UserError
 
 SameGroup = Literal["negative", "mask", "positive"]
