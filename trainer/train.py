@@ -88,6 +88,11 @@ class Run:
         return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
 
     @property
+    def main_loss(self) -> PairLoss:
+        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around it or without."""
+        return self.loss.main if isinstance(self.loss, TaughtLoss) else self.loss
+
+    @property
     def evaluates(self) -> bool:
         """Whether the recipe names anything to evaluate on."""
         return bool(self.recipe.eval.data or self.recipe.data.validation)
@@ -104,7 +109,7 @@ class Run:
         extra = {"guard": self.guard.state_dict(), "skipped": everywhere(loader.skipped), "tower": self.model.tower}
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record
-        self.keeper.save(self.engine, self.samples_seen, extra, self.loss)
+        self.keeper.save(self.engine, self.samples_seen, extra, self.main_loss)
 
 
 def main(argv: list[str]) -> int:
@@ -120,7 +125,7 @@ def main(argv: list[str]) -> int:
 def train(recipe: Recipe, watch: Watchdog) -> int:
     """Trains to the end, or until a signal; returns the exit code."""
     run = build(recipe)
-    resumed = run.keeper.resume(run.engine, run.loss)
+    resumed = run.keeper.resume(run.engine, run.main_loss)
     if resumed is not None:
         run.samples_seen = resumed.samples_seen
         run.guard.load_state_dict(resumed.extra["guard"])
