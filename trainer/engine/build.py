@@ -30,8 +30,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from trainer import distributed
+from trainer.engine.average import average_weights, averaged
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
-from trainer.engine.state import WEIGHT, Fragment, average_weights, fragments
+from trainer.engine.kinds import WEIGHT
+from trainer.engine.state import Fragment, fragments
 from trainer.types import Embeddings, UserError
 
 # Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would go on to build one
@@ -98,6 +100,10 @@ class Engine:
     def average_weights(self, decay: float) -> None:
         """Moves the running average of the weights towards what they are now (``OptimSettings.ema``); 0 forgets it."""
         average_weights(self.ds_engine, decay)
+
+    def averaged(self) -> AbstractContextManager[bool]:
+        """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks together."""
+        return averaged(self.ds_engine)
 
     def start_gradients(self, each: bool = False) -> None:
         """Begins a step's backward passes; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""
