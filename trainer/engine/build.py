@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,6 +40,14 @@ from trainer.types import Embeddings, UserError
 # Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would go on to build one
 # for a minute that serves small all-reduces only. No extension is needed here.
 vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+# DeepSpeed gathers and scatters by names that torch wants to rename: torch says so on every rank and at ZeRO-3 in every step, to people who
+# can do nothing about it. The warning comes from torch's logger, whoever called; nothing in this package uses those names.
+warnings.filterwarnings(
+    "ignore",
+    r"`torch\.distributed\.(all_gather_into_tensor|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base)` is ",
+    FutureWarning,
+    r"torch\.distributed\.c10d_logger",
+)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
 
 
