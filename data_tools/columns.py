@@ -19,7 +19,7 @@ from data_tools.output import PARTS, Output
 
 Entries = dict[str, dict[str, Any]]
 """Name -> what the manifest says of the column."""
-KEPT = f"{PARTS}/columns.json"
+KEPT, CHANGED = f"{PARTS}/columns.json", f"{PARTS}/samples-changed"
 REMEDY = "make them anew with `python -m data_tools join` or `python -m trainer.embed`"
 
 
@@ -41,19 +41,24 @@ def taken_up(output: Output, shards: list[dict[str, Any]]) -> Entries:
     return {}
 
 
-def same_samples(old: dict[str, Any] | None, root: str, shard: int, rows: NDArray[np.void]) -> bool:
-    """Whether the index that still lies there names the keys and pictures of ``rows``, in their order."""
-    if old is None:
-        return False
+def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: NDArray[np.void]) -> None:
+    """Before an index is written over: remembers it if ``rows`` are other keys or pictures, or in another order, than those it names.
+
+    In a file, as a run that is killed before its manifest leaves no old index to compare with.
+    """
+    if old is None or output.size(CHANGED) is not None:
+        return
     try:
-        there = Dataset(root, old).shard(shard)
+        there = Dataset(output.root, old).shard(shard)
+        same = np.array_equal(there["key_hash"], rows["key_hash"]) and np.array_equal(there["digest"], rows["digest"])
     except DataError:  # lost or cut: nobody knows any more
-        return False
-    return bool(np.array_equal(there["key_hash"], rows["key_hash"]) and np.array_equal(there["digest"], rows["digest"]))
+        same = False
+    if not same:
+        output.write(CHANGED, b"")
 
 
-def still_true(output: Output, old: dict[str, Any] | None, same: bool) -> Entries:
-    """The columns of ``old`` for tars that have changed since; says which are lost. ``same``: keys and pictures have not.
+def still_true(output: Output, old: dict[str, Any] | None) -> Entries:
+    """The columns of ``old`` for tars that have changed since, if keys and pictures have not; says which are lost.
 
     Embeddings of captions go in any case: an index does not tell whether a caption is what it was.
     """
@@ -61,7 +66,7 @@ def still_true(output: Output, old: dict[str, Any] | None, same: bool) -> Entrie
     if not columns:
         say_unnamed(output)
         return {}
-    if not same:
+    if output.size(CHANGED) is not None:
         say_left_out(output.root, columns, "the samples are not what they were")
         return {}
     of_text = [name for name, entry in columns.items() if entry.get("side") == "text"]

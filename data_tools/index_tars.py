@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.columns import Entries, same_samples, still_true
+from data_tools.columns import Entries, note_change, still_true
 from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
@@ -110,9 +110,9 @@ def main(argv: list[str]) -> int | None:
     if not paths:
         raise DataError(f"{folder}: no .tar files in it")
     output.start()
-    entries, lines, max_captions, same = [], [], 1, True
+    entries, lines, max_captions = [], [], 1
     for shard, found in enumerate(over_shards(partial(scan, paths, names), len(paths), arguments.processes)):
-        same = same and same_samples(old, str(folder), shard, found.rows)  # before the old index is written over
+        note_change(output, old, shard, found.rows)
         buffer = io.BytesIO()
         np.save(buffer, found.rows, allow_pickle=False)
         output.write(index_name(found.entry["name"]), buffer.getvalue())
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int | None:
         max_captions = max(max_captions, found.max_captions)
     manifest = old
     if manifest is None or manifest["shards"] != entries:
-        manifest = _manifest(entries, lines, max_captions, still_true(output, old, same))
+        manifest = _manifest(entries, lines, max_captions, still_true(output, old))
         output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
         output.write_json(MANIFEST, manifest)
     output.finish()

@@ -13,6 +13,7 @@ import pytest
 
 from data_tools.__main__ import main as data_tools
 from data_tools.index import Dataset
+from data_tools.output import Output
 from tests.pairs import contents, encoded, picture, shard, write_pairs
 
 ROWS = 50
@@ -126,6 +127,22 @@ def test_index_names_those_that_samples_no_longer_fit(dataset: Path, what: str, 
     said = capsys.readouterr().err
     assert f"{dataset}: the samples are not what they were, so these columns are left out: teacher, words; {REMEDY}\n" in said
     assert Dataset.open(dataset).columns == [] and (dataset / "columns" / "teacher.npy").exists()
+
+
+def test_a_killed_index_does_not_take_its_own_rows_for_the_old_ones(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples have changed places, so that every count is what it was."""
+
+    def swapped(members: dict[str, bytes]) -> dict[str, bytes]:
+        names = list(members)
+        return {name: members[name] for name in names[3:6] + names[:3] + names[6:]}
+
+    rewrite(dataset / "00000.tar", swapped)
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert data_tools(["index", str(dataset)]) != 0
+    assert Dataset.open(dataset).columns == ["teacher", "words"]
+    assert data_tools(["index", str(dataset)]) == 0
+    assert Dataset.open(dataset).columns == []
 
 
 def test_columns_that_no_manifest_names_are_not_passed_over_in_silence(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
