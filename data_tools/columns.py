@@ -7,6 +7,7 @@ with a line that says so, when they are not. Its files stay in columns/ either w
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def still_true(output: Output, old: dict[str, Any] | None) -> Entries:
     return kept
 
 
-def say_left_out(root: str, columns: Any, why: str) -> None:
+def say_left_out(root: str, columns: Iterable[str], why: str) -> None:
     """One line with the names and the remedy."""
     print(f"{root}: {why}, so these columns are left out: {', '.join(sorted(columns))}; {REMEDY}", file=sys.stderr)
 
