@@ -29,7 +29,7 @@ import psutil
 import yaml
 
 from tests.clusters import free_port
-from tests.test_train import curve, make_shards
+from tests.runs import curve, make_shards
 from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 from trainer.checkpoint import tensors

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from transformers import GemmaTokenizer
 from tests import dense, test_train
 from tests.exact import Case, captured, dense_sigmoid, global_batch, local_slice, relative_errors, seed_rank
 from tests.ranks import run_ranks
-from tests.test_train import call, curve, mistake, steps, stopped_at_step
+from tests.runs import call, curve, mistake, steps, stopped_at_step
 from tests.tiny import letter_tokenizer, tiny_batch, tiny_model, tiny_settings
 from trainer import config, distributed
 from trainer.distill import DistillSettings, Teacher, build_teacher, check_inputs

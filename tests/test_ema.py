@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +14,7 @@ from transformers import AutoModel
 
 from tests import test_train
 from tests.ranks import run_ranks
-from tests.test_train import PLAIN, call, curve, mistake, stopped_at_step
+from tests.runs import PLAIN, call, curve, mistake, stopped_at_step
 from trainer import evaluate, export
 from trainer.signals import EXIT_AGAIN
 from trainer.types import UserError

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from data_tools import filter as filter_verb
 from data_tools.__main__ import main as data_tools
 from tests.ranks import run_ranks
+from tests.runs import call, make_shards, mistake, steps, stopped_at_step
 from tests.shards import overwrite
-from tests.test_train import call, make_shards, steps, stopped_at_step
 from tests.tiny import tiny_captions, tiny_model, tiny_tokenizer
 from trainer import embed, evaluate, export
 from trainer.data import stored as storing
@@ -226,12 +225,6 @@ def test_a_filtered_view_keeps_them(embedded: Path, tmp_path: Path) -> None:
     assert filter_verb.main([str(embedded / "pairs" / "shards"), str(view), "--where", "width >= 1"]) in (0, None)
     whole = train(1, embedded / "recipe.yaml", tmp_path / "whole", STORED)
     assert losses(train(1, embedded / "recipe.yaml", tmp_path / "run", STORED, f"data.train={view}")) == losses(whole)
-
-
-def mistake(recipe: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as raised:
-        call(recipe, *overrides)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(

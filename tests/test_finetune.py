@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
 import numpy as np
 import pytest
 import torch
@@ -19,8 +18,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers import logging as hf_logging
 
 from tests.ranks import run_ranks
+from tests.runs import call, curve, make_shards, mistake, stopped_at_step
 from tests.shards import picture
-from tests.test_train import curve, make_shards, mistake, stopped_at_step
 from tests.tiny import IMAGE_SIZE, NUM_TOKENS, PRETRAINED, tiny_captions, tiny_pretrained
 from trainer import config, distributed, evaluate, export, train
 from trainer.data.transforms import fit
@@ -66,16 +65,12 @@ def write_recipe(folder: Path, base: Path, shards: Path, stage: str, **model: An
     return path
 
 
-def train_main(recipe: Path, *overrides: str) -> int:
-    return train.main([str(recipe), *overrides])
-
-
 def trained(recipe: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a rank does: the training verb, then the embeddings of some pictures and CAPTIONS as the engine gives them."""
     runs, build = [], train.build
     train.build = lambda recipe: runs.append(build(recipe)) or runs[-1]
     distributed.shutdown = lambda: None  # the group is still needed
-    assert train_main(recipe, *overrides) == 0
+    assert call(recipe, *overrides) == 0
     [run] = runs
     run.model.eval()
     return ours(run.model, run.engine.forward)
@@ -134,8 +129,8 @@ def test_a_base_held_in_bf16_changes_no_bit_of_bf16_training(stage: str, shards:
     tiny_pretrained("siglip", tmp_path / "base")
     recipe = write_recipe(tmp_path, tmp_path / "base", shards, stage, lora={"rank": 4})
     short = [BF16, "run.samples=32"]
-    run_ranks(train_main, 2, recipe, *short, f"run.directory={tmp_path / 'whole'}")
-    run_ranks(train_main, 2, recipe, *short, "model.lora.base=bfloat16")
+    run_ranks(call, 2, recipe, *short, f"run.directory={tmp_path / 'whole'}")
+    run_ranks(call, 2, recipe, *short, "model.lora.base=bfloat16")
     found, expected = (load_file(tmp_path / run / "checkpoints" / "samples-000000032" / "model.safetensors") for run in ("run", "whole"))
     assert any(value.abs().max() > 0 for name, value in found.items() if ".lora_B." in name)
     held = build(config.load(recipe, ["model.lora.base=bfloat16"]).model)
@@ -149,8 +144,8 @@ def test_an_adapter_trained_on_a_rounded_base_is_exported_for_the_base_itself(sh
     base, run = tmp_path / "base", tmp_path / "run"
     tiny_pretrained("clip", base)
     recipe = write_recipe(tmp_path, base, shards, "zero1", lora={"rank": 4, "base": "bfloat16"})
-    run_ranks(train_main, 2, recipe, BF16, "run.samples=32")
-    run_ranks(train_main, 2, recipe, BF16)  # a resumed run rounds nothing twice
+    run_ranks(call, 2, recipe, BF16, "run.samples=32")
+    run_ranks(call, 2, recipe, BF16)  # a resumed run rounds nothing twice
     assert export.main([str(run), str(run / "adapter")]) == 0
     assert export.main([str(run), str(run / "export"), "--merge"]) == 0
     in_peft = plain(PeftModel.from_pretrained(AutoModel.from_pretrained(base), str(run / "adapter")), base)
@@ -179,9 +174,9 @@ def test_a_base_in_few_bits_is_trained_on_and_exported_for_the_base_itself(
     path, run = tmp_path / "base", tmp_path / "run"
     before = ours(model := tiny_pretrained("siglip", path), model)
     recipe = write_recipe(tmp_path, path, shards, stage, lora={"rank": 4, "base": base})
-    run_ranks(train_main, 2, recipe, BF16, "run.samples=32", "log.every=1")
-    run_ranks(train_main, 2, recipe, BF16)
-    run_ranks(train_main, 2, recipe, BF16, "log.every=1", "batch.micro_batch=8", f"run.directory={tmp_path / 'single'}", "run.samples=32")
+    run_ranks(call, 2, recipe, BF16, "run.samples=32", "log.every=1")
+    run_ranks(call, 2, recipe, BF16)
+    run_ranks(call, 2, recipe, BF16, "log.every=1", "batch.micro_batch=8", f"run.directory={tmp_path / 'single'}", "run.samples=32")
     two, one = (curve(tmp_path / name)[0] for name in ("run", "single"))
     assert two == pytest.approx(one, rel=1e-2)  # to bf16's rounding, of a gradient that is summed over other pieces
     assert export.main([str(run), str(run / "adapter")]) == 0
@@ -205,10 +200,10 @@ def test_few_bits_without_a_gpu_are_refused(base: str, tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_its_adapter(stage: str, shards: Path, tmp_path: Path) -> None:
     tiny_pretrained("siglip", tmp_path / "base")
     recipe = write_recipe(tmp_path, tmp_path / "base", shards, stage, lora={"rank": 4, "dropout": 0.1})
-    run_ranks(train_main, 2, recipe, f"run.directory={tmp_path / 'whole'}")
+    run_ranks(call, 2, recipe, f"run.directory={tmp_path / 'whole'}")
     run_ranks(stopped_at_step, 2, 2, recipe)
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "samples-000000032"
-    run_ranks(train_main, 2, recipe)
+    run_ranks(call, 2, recipe)
     found, expected = (load_file(tmp_path / run / "checkpoints" / "samples-000000048" / "model.safetensors") for run in ("run", "whole"))
     assert any(".lora_B." in name and value.abs().max() > 0 for name, value in found.items())
     torch.testing.assert_close(found, expected, atol=0, rtol=0)

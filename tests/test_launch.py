@@ -17,7 +17,7 @@ import yaml
 
 from tests.clusters import free_port, slurm_nodes, ssh_nodes
 from tests.ranks import run_ranks
-from tests.test_train import curve, make_shards
+from tests.runs import curve, make_shards
 from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 

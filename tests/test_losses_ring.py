@@ -69,8 +69,8 @@ def test_gradients_and_traffic_of_many_nodes(world, node_size):
     check_exchange(world, "hierarchical", node_size)
 
 
-def test_eight_slices_of_a_larger_batch(monkeypatch):
-    monkeypatch.setattr("trainer.losses.ring.EIGHT_SLICES_FROM", 128)
+def test_more_slices_of_a_larger_batch(monkeypatch):
+    monkeypatch.setattr("trainer.losses.ring.SLICE_ROWS", 20)  # eight of 150 rows, sixteen where they are shared
     for exchange in EXCHANGES:
         sizes = [130, 7, 150, 128]
         make = partial(SigmoidLoss, rows=60, exchange=exchange, node_size=2)

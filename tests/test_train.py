@@ -1,47 +1,25 @@
 """The real ``main`` on real ranks: from a recipe to a run directory, stopped, resumed, misused."""
 
-import csv
 import json
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (imported once here: every forked rank would import it)
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
-from data_tools import shard
 from tests.ranks import run_ranks
+from tests.runs import PLAIN, call, curve, make_shards, mistake, steps, stopped_at_step
 from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 from trainer.signals import EXIT_AGAIN
-from trainer.types import UserError
 
 ROWS = 80
-PLAIN = ["model.config.vision_config.attention_dropout=0", "model.config.text_config.attention_dropout=0"]
-
-
-def make_shards(folder: Path, captions: list[str]) -> Path:
-    """PNGs of noise with captions, through the real sharding tool."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dice = np.random.default_rng(0)
-    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "caption"])
-        for number, caption in enumerate(captions):
-            Image.fromarray(dice.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-            table.writerow([f"{number}.png", caption])
-    out = folder / "shards"
-    options = ["--image", "image", "--caption", "caption", "--shard-size", "30", "--processes", "1", "--max-rejected", "1", "--quiet"]
-    assert shard.main([str(folder / "pairs.csv"), str(out), *options]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +44,6 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def call(recipe: Path, *overrides: str) -> int:
-    """What a rank does: the verb's own main, a mistake of the user as the text of its error."""
-    return train.main([str(recipe), *overrides])
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def curve(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["samples_seen"], line["loss"], line["grad_norm"]) for line in steps(run)]
 
 
 def test_a_run_from_nothing_leaves_all_that_it_promises(recipe: Path, tmp_path: Path) -> None:
@@ -107,20 +71,6 @@ def test_a_run_that_was_stopped_has_the_same_numbers_as_one_that_was_not(recipe:
     assert (run / "checkpoints" / "latest").read_text().strip() == "samples-000000064"
     assert run_ranks(call, 2, recipe, config) == [0, 0]
     assert curve(run) == curve(tmp_path / "whole")
-
-
-def stopped_at_step(number: int, recipe: Path, *overrides: str) -> int:
-    """Rank 1 gets the signal that queues send before they take a machine away."""
-    real, count = train.train_step, iter(range(1, 1000))
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = real(*args, **kwargs)
-        if next(count) == number and os.environ["RANK"] == "1":
-            signal.raise_signal(signal.SIGUSR1)
-        return result
-
-    train.train_step = step
-    return call(recipe, *overrides)
 
 
 def poisoned(recipe: Path, *overrides: str) -> str:
@@ -180,13 +130,6 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
 
     for ds_config in ("zero1", "zero3"):
         assert moved(10.0, ds_config) == pytest.approx(10 * moved(1.0, ds_config), rel=0.05)
-
-
-def mistake(recipe: Path, *overrides: str) -> str:
-    """The text of the UserError that a run ends in."""
-    with pytest.raises(UserError) as raised:
-        call(recipe, *overrides)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(

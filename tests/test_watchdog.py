@@ -8,11 +8,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,13 @@ from trainer.watchdog.wire import GRACE, Patience
 
 LIMIT = 30.0
 """Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
+
+
+@pytest.fixture(autouse=True)
+def no_rank_outlives_its_test() -> Iterator[None]:
+    yield
+    for child in psutil.Process().children():
+        child.kill()
 
 
 class Ended(NamedTuple):
@@ -124,6 +132,7 @@ def started(folder: Path, work: Callable[[Watchdog], None]) -> Callable[[Watchdo
         watch.doing("reading data", 7)
         dist.barrier()
         until(lambda: everybody_is_known_at(watch, 7))
+        dist.barrier()  # nobody goes on before
         (folder / f"ready-{dist.get_rank()}").touch()
         work(watch)
 

@@ -7,6 +7,8 @@
 
 Peers are the variants of open_clip's SigLipLoss where open_clip_torch is installed (pip install --no-deps open_clip_torch; its loss module
 is loaded alone), and a plain loss over all-gathered embeddings. One step is forward and backward on embeddings that take gradients.
+The floor is what any exact loss computes: for each tile the logits and both gradients, three matrix products, with no exchange and nothing
+between them.
 
 time     median over repeats of the slowest rank's wall time; variants take turns within each repeat
 CPU      median of the processor seconds of all ranks together, transport included: other load on the machine shows less in it
@@ -21,6 +23,7 @@ import argparse
 import ctypes
 import gc
 import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -39,7 +42,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests import dense
 from tests.ranks import run_ranks
-from trainer.losses import SigmoidLoss
+from trainer.losses import SigmoidLoss, SigmoidSettings
+from trainer.losses.ring import SLICE_ROWS
 from trainer.types import Embeddings
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # the peers' collectives have newer names
@@ -73,6 +77,7 @@ OURS = {
 }
 PEERS = ("bidir", "shift", "reduce", "gather")
 DENSE = "all-gather, autograd"
+FLOOR = "floor: the matrix products alone"
 FULL = [Case(2, 4096, 768, torch.float32), Case(4, 2048, 768, torch.float32), Case(8, 1024, 768, torch.float32)]
 FULL_BF16 = [Case(2, 2048, 768, torch.float32), Case(2, 2048, 768, torch.bfloat16)]
 QUICK = [Case(1, 128, 64, torch.float32), Case(2, 128, 64, torch.float32), Case(2, 128, 64, torch.bfloat16)]
@@ -97,7 +102,7 @@ def variants(case: Case) -> list[str]:
     if case.dtype != torch.float32:
         return ["ring"]
     peers = [f"open_clip {name}" for name in PEERS] if open_clip_loss() else []
-    return [*ours, DENSE, *peers]
+    return [*ours, DENSE, *peers, FLOOR]
 
 
 def make(variant: str) -> Step:
@@ -105,6 +110,8 @@ def make(variant: str) -> Step:
         return SigmoidLoss(**OURS[variant])
     if variant == DENSE:
         return all_gathered
+    if variant == FLOOR:
+        return products_alone
     peer = open_clip_loss()
     assert peer is not None
     module = peer(rank=dist.get_rank(), world_size=dist.get_world_size(), dist_impl=variant.removeprefix("open_clip "))
@@ -119,6 +126,20 @@ def all_gathered(z: Embeddings) -> Tensor:
     signs = -torch.ones_like(logits)
     signs[:, rank * rows : (rank + 1) * rows].diagonal().fill_(1)
     return -F.logsigmoid(signs * logits).sum() / rows
+
+
+def products_alone(z: Embeddings) -> Tensor:
+    """As many products, of the shapes that the ring has, as there are pairs for this rank; no loss."""
+    image, text, world = z.image.detach().float(), z.text.detach().float(), dist.get_world_size()
+    d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+    for texts, d_texts in zip(text.split(SLICE_ROWS), d_text.split(SLICE_ROWS), strict=True):
+        for images, d_images in zip(image.split(SigmoidSettings().rows), d_image.split(SigmoidSettings().rows), strict=True):
+            logits = images.new_empty(len(images), len(texts))
+            for _ in range(world):
+                torch.mm(images, texts.t(), out=logits)
+                d_images.addmm_(logits, texts)
+                d_texts.addmm_(logits.t(), images)
+    return 0 * (z.scale + z.bias)
 
 
 def inputs(case: Case) -> Embeddings:
@@ -231,6 +252,10 @@ def measure(case: Case, repeats: int, only: list[str]) -> list[Row]:
     for name in names:
         wall = statistics.median(max(rank[name][i][0] for rank in ranks) for i in range(repeats))
         cpu = statistics.median(sum(rank[name][i][1] for rank in ranks) for i in range(repeats))
+        if name == FLOOR:
+            rows.append(Row(case, name, wall, cpu, math.nan, math.nan, math.nan))
+            print(line(rows[-1]), flush=True)
+            continue
         memory = run_ranks(peak_extra, case.ranks, case, name, timeout=3000)[0]
         tensors = run_ranks(tracked_peak, case.ranks, case, name, timeout=3000)[0]
         rows.append(Row(case, name, wall, cpu, memory, tensors, gradient_error(case, name)))
@@ -241,7 +266,8 @@ def measure(case: Case, repeats: int, only: list[str]) -> list[Row]:
 def line(row: Row) -> str:
     dtype = str(row.case.dtype).removeprefix("torch.")
     shape = f"| {row.case.ranks} | {row.case.rows} | {row.case.width} | {dtype} "
-    return f"{shape}| {row.variant} | {row.seconds:.2f} | {row.cpu:.2f} | {row.resident:.0f} | {row.tensors:.1f} | {row.error:.1e} |"
+    rest = " | | |" if row.variant == FLOOR else f" {row.resident:.0f} | {row.tensors:.1f} | {row.error:.1e} |"
+    return f"{shape}| {row.variant} | {row.seconds:.2f} | {row.cpu:.2f} |{rest}"
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -250,6 +276,12 @@ def summary(rows: list[Row]) -> list[str]:
     for case in dict.fromkeys(row.case for row in rows):
         peers = [row for row in rows if row.case == case and row.variant.startswith("open_clip")]
         ours = next((row for row in rows if row.case == case and row.variant == "ring"), None)
+        floor = next((row for row in rows if row.case == case and row.variant == FLOOR), None)
+        if floor and ours:
+            said.append(
+                f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / floor.seconds:.2f}x the time of the matrix products alone, "
+                f"{ours.cpu / floor.cpu:.2f}x their CPU seconds"
+            )
         if peers and ours:
             wall, cpu = (min(peers, key=lambda row, key=key: getattr(row, key)) for key in ("seconds", "cpu"))
             least = min(row.tensors for row in peers)

@@ -27,13 +27,13 @@ from tests.benchmarks import allocator
 from tests.ranks import run_ranks
 from tests.tiny import tiny_tokenizer
 from trainer.engine import EngineSettings
-from trainer.engine.build import build_engine
+from trainer.engine.build import Engine, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
 from trainer.optim import OptimSettings, build_optimizer
-from trainer.planning.memory import Job, forecast
+from trainer.planning.memory import Job, Peak, forecast
 from trainer.planning.search import zero_section
-from trainer.planning.survey import look
+from trainer.planning.survey import Survey, look
 from trainer.step import train_step
 from trainer.types import Batch
 
@@ -109,12 +109,27 @@ SETTINGS = [
 ]
 
 
-def predicted(setting: Setting) -> tuple[float, str, dict[str, float]]:
-    """(bytes, phase, parts); on a CPU the host's part is in the same memory."""
+def predicted(setting: Setting) -> tuple[Peak, Survey]:
+    """What the planner says; on a CPU the host's part of the peak is in the same memory."""
     survey = look(setting.settings(), setting.precision, "cpu")
     job = Job(setting.ranks, setting.rows, setting.micro_batch, setting.reduce, SigmoidSettings(), inputs_on_host=False)
-    peak = forecast(survey, zero_section(setting.ds_config), job)
-    return peak.total + peak.host, peak.phase, {**peak.parts, "host": peak.host}
+    return forecast(survey, zero_section(setting.ds_config), job), survey
+
+
+def train_three_steps(setting: Setting) -> Engine:
+    """The engine after them, in a rank of its own; ``allocator`` has counted from before the model was built, its peak is the third's."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    allocator.install()
+    model = build(setting.settings())
+    engine_settings = EngineSettings(ds_config=setting.ds_config, precision=setting.precision)  # type: ignore[arg-type]
+    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
+    del model
+    batch, loss = batch_of(setting), SigmoidLoss()
+    for _ in range(3):
+        allocator.reset_peak()
+        train_step(engine, batch, loss, setting.micro_batch, reduce=setting.reduce)  # type: ignore[arg-type]
+    return engine
 
 
 def measured(setting: Setting) -> float:
@@ -123,18 +138,7 @@ def measured(setting: Setting) -> float:
 
 
 def _train(setting: Setting) -> int:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    allocator.install()
-    model = build(setting.settings())
-    engine_settings = EngineSettings(ds_config=setting.ds_config, precision=setting.precision)  # type: ignore[arg-type]
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
-    del model
-    batch = batch_of(setting)
-    loss = SigmoidLoss()
-    for _ in range(3):
-        allocator.reset_peak()
-        train_step(engine, batch, loss, setting.micro_batch, reduce=setting.reduce)  # type: ignore[arg-type]
+    train_three_steps(setting)
     return allocator.peak_bytes()
 
 
@@ -166,12 +170,13 @@ def main() -> None:
     for setting in SETTINGS:
         if options.only not in setting.name + setting.ds_config:
             continue
-        guess, phase, parts = predicted(setting)
-        truth = measured(setting)
+        peak, _ = predicted(setting)
+        guess, truth = peak.total + peak.host, measured(setting)
         lines.append(f"{describe(setting)} {guess / 2**20:.0f} | {truth / 2**20:.0f} | {100 * (guess / truth - 1):+.1f}% |")
         print(lines[-1], flush=True)
         if options.parts:
-            print("    ", phase, {name: round(size / 2**20, 1) for name, size in parts.items() if size}, flush=True)
+            parts = {**peak.parts, "host": peak.host}
+            print("    ", peak.phase, {name: round(size / 2**20, 1) for name, size in parts.items() if size}, flush=True)
     if options.table:
         options.table.write_text("\n".join(lines) + "\n")
 

@@ -22,18 +22,9 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  ranks are forke
 import torch
 
 from tests.benchmarks import allocator
-from tests.benchmarks.plan import Setting, batch_of
+from tests.benchmarks.plan import Setting, batch_of, predicted, train_three_steps
 from tests.ranks import run_ranks
 from tests.tiny import tiny_tokenizer
-from trainer.engine import EngineSettings
-from trainer.engine.build import build_engine
-from trainer.losses import SigmoidLoss, SigmoidSettings
-from trainer.models import build
-from trainer.optim import OptimSettings, build_optimizer
-from trainer.planning.memory import Job, forecast
-from trainer.planning.search import zero_section
-from trainer.planning.survey import look
-from trainer.step import train_step
 
 MIB = 1 << 20
 WAYS: dict[str, dict[str, Any]] = {
@@ -60,9 +51,7 @@ class Cost:
 
 def forecast_cost(setting: Setting) -> Cost:
     """What the planner says."""
-    survey = look(setting.settings(), setting.precision, "cpu")
-    job = Job(setting.ranks, setting.rows, setting.micro_batch, setting.reduce, SigmoidSettings(), inputs_on_host=False)
-    peak = forecast(survey, zero_section(setting.ds_config), job)
+    peak, survey = predicted(setting)
     return Cost(survey.trainable // 4, peak.parts["optimizer"], survey.training.saved(setting.micro_batch), peak.total)
 
 
@@ -73,20 +62,11 @@ def measured_cost(setting: Setting) -> Cost:
 
 
 def _measure(setting: Setting) -> Cost:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    allocator.install()
-    model = build(setting.settings())
-    engine_settings = EngineSettings(ds_config=setting.ds_config, precision=setting.precision)  # type: ignore[arg-type]
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
-    batch, loss = batch_of(setting), SigmoidLoss()
-    for _ in range(3):
-        allocator.reset_peak()
-        train_step(engine, batch, loss, setting.micro_batch)
+    engine = train_three_steps(setting)
     peak = allocator.peak_bytes()
     state = engine.ds_engine.optimizer.state.values()
     moments = sum(value.nbytes for held in state for value in held.values() if torch.is_tensor(value) and value.dim())
-    micro = batch.split(setting.micro_batch)[0]
+    model, micro = engine.module, batch_of(setting).split(setting.micro_batch)[0]
     before = allocator.live_bytes()
     z = model(micro.pixels if model.trains("image") else None, micro.tokens if model.trains("text") else None)
     activations = allocator.live_bytes() - before

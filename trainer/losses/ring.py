@@ -9,7 +9,7 @@ lane around a ring, and what has been summed for them (a text gradient, a log-su
     gather          world                none: an all-gather and a reduce-scatter, slice by slice
     hierarchical    ranks of one host    hosts, one way
 
-A block (one rank's rows) is cut into S equal slices (4, or 8 from 4096 rows on). Tick n computes slice n % S of the block that is n // S
+A block (one rank's rows) is cut into S equal slices (``num_slices``). Tick n computes slice n % S of the block that is n // S
 hops from home, while the transfers of tick n are under way: slice n goes on to the next node and arrives there as slice n + S; sums
 follow D ticks later. A receive buffer therefore holds S + 1 slices, and nothing grows with the number of ranks outside ``gather``.
 
@@ -35,9 +35,19 @@ from torch import Tensor
 
 from trainer.types import PeerLost, UserError
 
-# Fewer slices make larger, faster products; more make smaller buffers, which matters where blocks are large.
-EIGHT_SLICES_FROM = 4096
+SLICE_ROWS = 1024
+"""Rows of a slice at most. Larger slices make larger, faster products, and buffers that hold more."""
 Exchange = Literal["ring", "bidirectional", "gather", "hierarchical"]
+
+
+def num_slices(rows: int, lanes: int = 1) -> int:
+    """Slices of a block of ``rows`` rows where ``lanes`` ranks share theirs; even, since ``bidirectional`` sends every other one left.
+
+    Two are the fewest where sums follow a tick behind. Where slices are shared a rank holds those of all lanes, and sums follow two ticks
+    behind: more and smaller ones.
+    """
+    least, most = (2, SLICE_ROWS) if lanes == 1 else (4, SLICE_ROWS // 2)
+    return max(least, 2 * -(-rows // (2 * most)))
 
 
 class Sums(NamedTuple):
@@ -150,7 +160,7 @@ class Ring:
         self.rows = self._agree(rows, signature)
         self.total_rows = sum(self.rows)
         largest = max(self.rows)
-        self.num_slices = 8 if largest >= EIGHT_SLICES_FROM else 4
+        self.num_slices = num_slices(largest, self.node_size)
         self.slice_rows = -(-largest // self.num_slices)
 
     def _lanes(self, exchange: Exchange, node_size: int | None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.losses.base import PairSettings
-from trainer.losses.ring import EIGHT_SLICES_FROM
+from trainer.losses.ring import num_slices
 from trainer.planning.survey import Survey
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "embeddings", "inputs", "buffers")
@@ -139,19 +139,19 @@ def loss_bytes(width: int, job: Job) -> float:
     """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/pairs.py)."""
     settings = job.loss or PairSettings()
     rows = job.local_batch
-    num_slices = 8 if rows >= EIGHT_SLICES_FROM else 4
-    piece = 4.0 * width * -(-rows // num_slices)
     lanes = {"gather": job.ranks, "hierarchical": min(job.node_ranks, job.ranks)}.get(settings.exchange, 1)
+    slices = num_slices(rows, lanes)
+    piece = 4.0 * width * -(-rows // slices)
     travels = job.ranks > lanes
-    buffers = piece * (2 * (num_slices + 1) if travels else num_slices)
+    buffers = piece * (2 * (slices + 1) if travels else slices)
     buffers += piece * (lanes - 1) * 5
     num_tiles = 2 if getattr(settings, "name", "sigmoid") == "sigmoid" else 3
-    tile = 4.0 * min(settings.rows, rows) * -(-rows // num_slices)
+    tile = 4.0 * min(settings.rows, rows) * -(-rows // slices)
     own = 4.0 * width * rows + buffers + num_tiles * tile
     if job.teacher is None:
         return own
     # The divergence runs after the loss, whose two gradients wait; it sends the teacher's texts along and holds five tiles.
-    riders = piece * job.teacher.embed_dim / width * ((num_slices + 1 if travels else 0) + 2 * (lanes - 1))
+    riders = piece * job.teacher.embed_dim / width * ((slices + 1 if travels else 0) + 2 * (lanes - 1))
     return max(own, 8.0 * width * rows + 4.0 * width * rows + buffers + riders + 5 * tile)
 
 
