@@ -3,7 +3,8 @@
     python -m data_tools index FOLDER
 
 By raw header walk: members may stand in any order, and what is broken in a tar costs its own samples, not those behind it. Beside each
-NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last. The tars are not touched.
+NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last. The tars are not touched. Side-car
+columns stay while keys and pictures are the same in the same order; a line names those that do not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.columns import Entries, note_change, still_true
 from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
@@ -109,15 +111,17 @@ def main(argv: list[str]) -> int | None:
         raise DataError(f"{folder}: no .tar files in it")
     output.start()
     entries, lines, max_captions = [], [], 1
-    for found in over_shards(partial(scan, paths, names), len(paths), arguments.processes):
+    for shard, found in enumerate(over_shards(partial(scan, paths, names), len(paths), arguments.processes)):
+        note_change(output, old, shard, found.rows)
         buffer = io.BytesIO()
         np.save(buffer, found.rows, allow_pickle=False)
         output.write(index_name(found.entry["name"]), buffer.getvalue())
         entries.append(found.entry)
         lines += found.rejects
         max_captions = max(max_captions, found.max_captions)
-    manifest = _manifest(old, entries, lines, max_captions)
-    if old is None or manifest["shards"] != old["shards"]:
+    manifest = old
+    if manifest is None or manifest["shards"] != entries:
+        manifest = _manifest(entries, lines, max_captions, still_true(output, old))
         output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
         output.write_json(MANIFEST, manifest)
     output.finish()
@@ -125,10 +129,7 @@ def main(argv: list[str]) -> int | None:
     return 0
 
 
-def _manifest(old: dict[str, Any] | None, entries: list[dict[str, Any]], lines: list[dict[str, Any]], max_captions: int) -> dict[str, Any]:
-    """That of the same tars as before stays; otherwise a new one. Side-car columns no longer fit once samples have changed."""
-    if old is not None and old["shards"] == entries:
-        return old
+def _manifest(entries: list[dict[str, Any]], lines: list[dict[str, Any]], max_captions: int, columns: Entries) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -137,4 +138,5 @@ def _manifest(old: dict[str, Any] | None, entries: list[dict[str, Any]], lines: 
         "samples": sum(entry["samples"] for entry in entries),
         "max_captions": max_captions,
         "rejected": dict(sorted(Counter(line["reason"] for line in lines).items())),
+        **({"columns": columns} if columns else {}),
     }

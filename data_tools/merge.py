@@ -2,7 +2,8 @@
 
     python -m data_tools merge OUT
 
-Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm.
+Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm. Side-car columns stay when a lost
+shard has been written again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+from data_tools.columns import put_aside, taken_up
 from data_tools.errors import DataError
 from data_tools.index import FORMAT, MANIFEST, VERSION, index_name
 from data_tools.output import PARTS, Output
@@ -32,7 +34,7 @@ def record_of(output: Output, name: str) -> dict[str, Any] | None:
 def reopen_if_damaged(output: Output) -> None:
     """Takes a manifest back when a shard it names is missing or has another size, so that a rerun writes that shard again.
 
-    The records of the sound shards are made anew from the manifest and rejects.jsonl.
+    The records of the sound shards are made anew from the manifest and rejects.jsonl; its columns are put aside.
     """
     manifest = output.read_json(MANIFEST)
     if manifest is None:
@@ -55,6 +57,7 @@ def reopen_if_damaged(output: Output) -> None:
         if name not in damaged:
             record = {"entry": entry, "max_captions": manifest["max_captions"], "rejects": rejects.get(number, [])}
             output.write_json(f"{PARTS}/{name}.json", record)
+    put_aside(output, manifest)
     output.remove(MANIFEST)
 
 
@@ -76,16 +79,19 @@ def merge(output: Output) -> dict[str, Any]:
     whole = [record for record in records if record is not None]
     lines = plan["problems"] + [{**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]]
     rejected = Counter(line["reason"] for line in lines)
+    shards = [record["entry"] for record in whole]
+    columns = taken_up(output, shards)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "plan": plan["plan"],
-        "shards": [record["entry"] for record in whole],
-        "samples": sum(record["entry"]["samples"] for record in whole),
+        "shards": shards,
+        "samples": sum(entry["samples"] for entry in shards),
         "max_captions": max(record["max_captions"] for record in whole),
         "rejected": dict(sorted(rejected.items())),
         "input": plan["input"],
         "options": plan["options"],
+        **({"columns": columns} if columns else {}),
     }
     output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
     output.write_json(MANIFEST, manifest)

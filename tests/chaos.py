@@ -3,7 +3,8 @@
     python -m tests.chaos --faults 50 --seed 0        # a line a fault, and the longest time to the exit of all ranks
 
 Every rank writes down which samples each of its steps takes. After each fault the ranks must end by themselves, within LIMIT seconds; then
-the run is started again on another number of ranks, and its curve and its samples are compared with those of an undisturbed run.
+the run is started again on another number of ranks and at another ZeRO stage, and its curve and its samples are compared with those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from trainer.types import Batch
 LIMIT = 30.0
 """Seconds from a fault to the exit of all ranks."""
 STEPS_A_FAULT = 6
+STAGES = ("zero0", "zero1", "zero2", "zero3")
 SIZE = 16
 ROOM = 24 * 2**20
 """Bytes of the file system that gets full: some checkpoints of the tiny model."""
@@ -151,6 +153,10 @@ class Chaos:
         self.folder, self.dice, self.disk = folder, random.Random(seed), disk
         self.faults, self.steps = faults, STEPS_A_FAULT * (faults + 1)
         self.recipe = recipe_in(folder, self.steps)
+        self.stages: list[str] = []
+        for stage in STAGES:  # nothing is too small to be partitioned
+            zero = {"stage": int(stage[-1]), **({"stage3_param_persistence_threshold": 0} if stage == "zero3" else {})}
+            (folder / f"{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
         self.run = (disk or folder) / "run"
         self.output = folder / "output"
         self.longest = 0.0
@@ -226,7 +232,8 @@ class Chaos:
             if self.after is not None:
                 self.after()
             self.longest = max(self.longest, seconds)
-            say(f"{number + 1:3d} {fault.__name__:18} {start.world} rank(s), step {step:4d}: all ended after {seconds:5.2f} s")
+            where = f"{start.world} rank(s), {self.stage}, step {step:4d}"
+            say(f"{number + 1:3d} {fault.__name__:18} {where}: all ended after {seconds:5.2f} s")
             self.check()
         start = self._start()
         self._until(start, lambda: not start.alive())
@@ -235,7 +242,10 @@ class Chaos:
 
     def _start(self) -> Start:
         overrides = [f"run.directory={self.run}", f"checkpoint.asynchronous={self.dice.random() < 0.5}"]
-        overrides += [f"engine.ds_config=zero{self.dice.choice([0, 1, 2])}"]
+        if not self.stages:  # each before any comes again
+            self.stages = self.dice.sample(STAGES, len(STAGES))
+        self.stage = self.stages.pop()
+        overrides += [f"engine.ds_config={self.folder / self.stage}.json"]
         return Start(self.dice.choice([1, 2, 4]), [str(self.recipe), *overrides], self._folder("seen"), self.output)
 
     def _at(self, start: Start) -> int:

@@ -161,7 +161,7 @@ class Run:
         # eps is large: AdamW at 1e-8 divides rounding by rounding where a gradient is mathematically zero (key biases).
         optim = OptimSettings(lr=3e-3, eps=1e-4, warmup=0)
         model = tiny_model("clip", seed=seed, layers=1, dropout=dropout)
-        config = run_dir / f"zero{stage}.json"
+        config = run_dir / f"zero{stage}-of-rank-{rank()}.json"  # one for all would be read by a rank while another writes it
         config.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
         self.engine = build_engine(model, build_optimizer(model, optim), EngineSettings(ds_config=str(config), precision="fp32"))
         self.loss, self.guard = QueueLoss(width=32, size=40), Guard(optim)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import GemmaTokenizer
@@ -181,6 +183,21 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(recipe: Path, tmp_pat
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["distill"]["teacher"] == str(moved)
     saved = (tmp_path / "run" / "checkpoints" / "samples-000000160" / "model.safetensors").stat().st_size
     assert saved < 4.2 * sum(p.numel() for p in build(tiny_settings()).parameters()) + 10_000  # the student alone
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(recipe: Path, tmp_path: Path, teachers: Path, joins: bool) -> None:
+    """A teacher of hardly any weight: with the queue as it was left, the curve is that of a run without one."""
+    queue = ["loss={name: queue, size: 40, width: 32}", "optim.eps=1e-4", "engine.ds_config=zero1"]
+    taught = [*queue, f"distill.teacher={teachers / 'one'}", "distill.weight=1e-9"]
+    assert run_ranks(call, 2, recipe, *queue, f"run.directory={tmp_path / 'whole'}") == [0, 0]
+    before, after = (queue, taught) if joins else (taught, queue)
+    assert run_ranks(stopped_at_step, 2, 4, recipe, *before) == [EXIT_AGAIN] * 2
+    assert run_ranks(call, 2, recipe, *after) == [0, 0]
+    assert np.abs(np.array(curve(tmp_path / "run")) / np.array(curve(tmp_path / "whole")) - 1).max() < 1e-4
+    saved = load_file(tmp_path / "run" / "checkpoints" / "samples-000000160" / "loss.safetensors")
+    assert {name: value.shape for name, value in saved.items()} == {"queue": (40, 32), "taken": ()}
+    assert saved["taken"] == 160
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModel
 
 from tests import test_train
 from tests.ranks import run_ranks
-from tests.runs import PLAIN, call, mistake, stopped_at_step
+from tests.runs import PLAIN, call, curve, mistake, stopped_at_step
 from trainer import evaluate, export
 from trainer.signals import EXIT_AGAIN
 from trainer.types import UserError
@@ -84,6 +85,50 @@ def test_evaluation_and_export_take_it(recipe: Path, shards: Path, tmp_path: Pat
     assert "running average with decay 0.7" in card
     assert "Measured" in card
     assert "Measured" not in (tmp_path / "last" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "ds_config",
+    ["zero0", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2_offload", "zero3_offload_params"))],
+)
+def test_evaluation_in_training_is_of_it_and_leaves_no_trace(recipe: Path, tmp_path: Path, ds_config: str) -> None:
+    """Metrics are those of ``evaluate --ema`` on that step's checkpoint; curve and checkpoints are, to the bit, those of a run without."""
+    run, config = tmp_path / "run", small(ds_config, tmp_path)
+    without = ["data.validation=''", f"run.directory={tmp_path / 'without'}"]
+    assert run_ranks(call, 2, recipe, *EMA, config, "eval.every=32", "eval.limit=0") == [0] * 2
+    assert run_ranks(call, 2, recipe, *EMA, config, *without) == [0] * 2
+    notes = evaluations(run)
+    assert [note["samples_seen"] for note in notes] == [32, 64, 96]
+    assert not evaluations(tmp_path / "without")
+    assert curve(run) == curve(tmp_path / "without")
+    for name in ("model", "optimizer"):
+        one, other = (load_file(where / f"checkpoints/samples-000000096/{name}.safetensors") for where in (run, tmp_path / "without"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    told = False
+    for note in notes:
+        averaged, last = (scores(run, note["samples_seen"], options) for options in (["--ema"], []))
+        assert note["weights"] == "ema" and note["eval"] == averaged
+        told |= averaged != last
+    assert told, "the average has the metrics of the weights: nothing was shown"
+
+
+def small(ds_config: str, folder: Path) -> str:
+    """With nothing too small to be partitioned."""
+    tree = json.loads((Path(__file__).parent.parent / "ds_configs" / f"{ds_config}.json").read_text())
+    tree["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} if ds_config.startswith("zero3") else {}
+    (folder / "ds.json").write_text(json.dumps(tree))
+    return f"engine.ds_config={folder / 'ds.json'}"
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "eval" in line]
+
+
+def scores(run: Path, samples: int, options: list[str]) -> dict[str, float]:
+    command = [str(run / f"checkpoints/samples-{samples:09d}"), "--limit", "0", *options, "--out", str(run / "evaluation.json")]
+    assert run_ranks(evaluate.main, 2, command) == [0] * 2
+    return json.loads((run / "evaluation.json").read_text())["metrics"]
 
 
 def test_a_run_without_one_says_so_and_dropping_it_drops_it(recipe: Path, tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_a_whole_run(run: Path) -> None:
     assert found.count("img") == 9 + 6  # eight right pictures and a wrong one; five answers and, having missed, its own
 
 
+def test_scores_of_averaged_weights_say_so(run: Path) -> None:
+    words = "of the running average of the weights"
+    assert words not in page(run).text
+    with (run / "recipe.yaml").open("a") as file:
+        file.write("optim:\n  ema: 0.999\n")
+    assert words in page(run).text
+
+
 def test_it_asks_for_nothing_from_elsewhere(run: Path) -> None:
     text = (write_report(run, run / "report.html")).read_text(encoding="utf-8")
     found = Page(text)

@@ -56,7 +56,8 @@ class OptimSettings(Settings):
     "Largest norm of the global gradient; 0 switches clipping off."
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay a step of a running average of the weights, kept in float32 beside the optimizer's moments (4 bytes a trained parameter) and in
-    every checkpoint; `evaluate --ema` and `export --ema` take it. 0: none; 0.999 averages about the last thousand steps."""
+    every checkpoint. Evaluations during training are of it ("weights": "ema" in log.jsonl), as with `evaluate --ema` and `export --ema`;
+    `evaluate` without --ema scores the weights themselves. 0: none; 0.999 averages about the last thousand steps."""
     spike: SpikeSettings = SpikeSettings()
     "Gradient-norm spikes."
     max_bad_steps: int = Field(default=10, ge=1)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,28 @@ class Run:
         return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
 
     @property
+    def main_loss(self) -> PairLoss:
+        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around it or without."""
+        return self.loss.main if isinstance(self.loss, TaughtLoss) else self.loss
+
+    @property
     def evaluates(self) -> bool:
         """Whether the recipe names anything to evaluate on."""
         return bool(self.recipe.eval.data or self.recipe.data.validation)
 
-    def evaluate(self) -> dict[str, float]:
-        """What this model can do by now."""
-        with self.model.with_every_tower():
-            return evals.run(
-                self.engine, self.recipe.eval, self.model.preprocess, distributed.rank(), distributed.world_size(), data=self.recipe.data
-            )
+    def evaluate(self) -> dict[str, Any]:
+        """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there are some."""
+        recipe, rank, world = self.recipe, distributed.rank(), distributed.world_size()
+        with self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average, self.model.with_every_tower():
+            found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
+        return {"eval": found, "weights": "ema"} if average else {"eval": found}
 
     def save(self, loader: Loader) -> None:
         """A checkpoint of this position; it counts and names the samples that had to be replaced."""
         extra = {"guard": self.guard.state_dict(), "skipped": everywhere(loader.skipped), "tower": self.model.tower}
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record
-        self.keeper.save(self.engine, self.samples_seen, extra, self.loss)
+        self.keeper.save(self.engine, self.samples_seen, extra, self.main_loss)
 
 
 def main(argv: list[str]) -> int:
@@ -120,7 +126,7 @@ def main(argv: list[str]) -> int:
 def train(recipe: Recipe, watch: Watchdog) -> int:
     """Trains to the end, or until a signal; returns the exit code."""
     run = build(recipe)
-    resumed = run.keeper.resume(run.engine, run.loss)
+    resumed = run.keeper.resume(run.engine, run.main_loss)
     if resumed is not None:
         run.samples_seen = resumed.samples_seen
         run.guard.load_state_dict(resumed.extra["guard"])
@@ -186,7 +192,7 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
                 run.save(loader)  # first: a queue that sent the signal does not wait for ever
             if run.evaluates and not stop and (finished or crosses(recipe.eval.every, before, run.samples_seen)):
                 watch.doing("evaluating", step)
-                log.note(run.samples_seen, {"eval": run.evaluate()})
+                log.note(run.samples_seen, run.evaluate())
     watch.doing("waiting for the last checkpoint", step)
     run.keeper.close()
     if stop is not None:

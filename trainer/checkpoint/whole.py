@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from trainer import distributed
 from trainer.checkpoint.store import Draft, find, prune, read_manifest
 from trainer.checkpoint.tensors import Entry, TensorReader, TensorWriter
+from trainer.engine.kinds import AVERAGE, WEIGHT
 from trainer.models import DualEncoder, ModelSettings, build_to_load
 from trainer.types import RunFailed, UserError
 
 MODEL, OPTIMIZER, LOSS, STATE = "model.safetensors", "optimizer.safetensors", "loss.safetensors", "state.json"
-WEIGHT, AVERAGE = "weight", "ema"
 
 Piece = tuple[str, str, Tensor]
 """File, name in it, tensor."""

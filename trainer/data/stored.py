@@ -82,7 +82,7 @@ def to_int8(rows: Half) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 
 
 class ColumnWriter:
-    """A column on its way: parts in ``.parts``, each written aside, synced and renamed; the manifest last, from one rank.
+    """A column on its way: parts in ``.embed``, each written aside, synced and renamed; the manifest last, from one rank.
 
     A run that finds parts of the same tower and dataset goes on from them.
     """
@@ -94,8 +94,8 @@ class ColumnWriter:
         self.dataset, self.stored, self.storage, self.facts = dataset, stored, storage, facts
         state = [stored.tower, stored.column, facts, [[e["name"], e["samples"]] for e in dataset.manifest["shards"]]]
         key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
-        self.scratch = Path(dataset.root, ".parts")
-        self.folder = self.scratch / f"embed-{stored.column}-{key}"
+        self.scratch = Path(dataset.root, ".embed")  # not data_tools' .parts: `merge`, `index` and `join` clear that when they end
+        self.folder = self.scratch / f"{stored.column}-{key}"
 
     @property
     def num_parts(self) -> int:
@@ -118,7 +118,7 @@ class ColumnWriter:
     def locked(self) -> Iterator[list[int]]:
         """Keeps a second run away, as long as this process lives; gives the parts that are still to be written."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        with open(self.scratch / "lock-embed", "w") as file:
+        with open(self.scratch / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,13 +31,23 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from trainer import distributed
+from trainer.engine.average import average_weights, averaged
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
-from trainer.engine.state import WEIGHT, Fragment, average_weights, fragments
+from trainer.engine.kinds import WEIGHT
+from trainer.engine.state import Fragment, fragments
 from trainer.types import Embeddings, UserError
 
 # Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would go on to build one
 # for a minute that serves small all-reduces only. No extension is needed here.
 vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+# DeepSpeed gathers and scatters by names that torch wants to rename: torch says so on every rank and at ZeRO-3 in every step, to people who
+# can do nothing about it. The warning comes from torch's logger, whoever called; nothing in this package uses those names.
+warnings.filterwarnings(
+    "ignore",
+    r"`torch\.distributed\.(all_gather_into_tensor|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base)` is ",
+    FutureWarning,
+    r"torch\.distributed\.c10d_logger",
+)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
 
 
@@ -98,6 +109,10 @@ class Engine:
     def average_weights(self, decay: float) -> None:
         """Moves the running average of the weights towards what they are now (``OptimSettings.ema``); 0 forgets it."""
         average_weights(self.ds_engine, decay)
+
+    def averaged(self) -> AbstractContextManager[bool]:
+        """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks together."""
+        return averaged(self.ds_engine)
 
     def start_gradients(self, each: bool = False) -> None:
         """Begins a step's backward passes; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""

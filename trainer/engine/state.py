@@ -25,10 +25,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from trainer.distributed import device, is_main, rank, world_size
+from trainer.engine.kinds import WEIGHT
 from trainer.types import UserError
 
-WEIGHT = "weight"
-AVERAGE = "ema"
 BUCKET_BYTES = 64 << 20
 
 
@@ -157,28 +156,6 @@ def steps(engine: Any) -> dict[str, int]:
     return found
 
 
-@torch.no_grad()
-def average_weights(engine: Any, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weight, on what this rank holds; the first call, after the first update, takes the weights as they
-    are. ``decay`` 0 drops the average. No communication.
-    """
-    done: set[int] = set()  # at ZeRO 1 to 3 many parameters share a flat partition
-    for fragment in fragments(engine):
-        if fragment.optimizer is None or id(fragment.master) in done:
-            continue
-        done.add(id(fragment.master))
-        # A parameter that has had no gradient yet has no state, and must not get one: the optimizer makes its moments where there is none.
-        state = fragment.optimizer.state.get(fragment.master)
-        if not state:
-            continue
-        if not decay:
-            state.pop(AVERAGE, None)
-        elif AVERAGE not in state:
-            state[AVERAGE] = fragment.master.detach().clone()
-        else:
-            state[AVERAGE].lerp_(fragment.master.detach(), 1 - decay)
-
-
 def read_state(engine: Any, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, str, Tensor]]:
     """(name, kind, whole fp32 tensor) on rank 0, nothing on others; every rank must exhaust it.
 
@@ -193,7 +170,7 @@ def read_state(engine: Any, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[
                 yield piece.name, kind, piece.read(kind).view(piece.shape).float()
         return
     assembled = torch.empty(0)
-    for bucket in _buckets(pieces, kinds, bucket_bytes):
+    for bucket in buckets(pieces, kinds, bucket_bytes):
         buffer = torch.zeros(sum(span.numel for span in bucket), dtype=torch.float32, device=device())
         parts = buffer.split([span.numel for span in bucket])
         for span, part in zip(bucket, parts, strict=True):
@@ -230,7 +207,7 @@ def restore_state(
     _make_moments(pieces, saved, saved_steps)
     wanted = {piece.name: saved[piece.name] if piece.optimizer else [WEIGHT] for piece in pieces}
     tensor = torch.empty(0)
-    for bucket in _buckets(pieces, wanted, bucket_bytes):
+    for bucket in buckets(pieces, wanted, bucket_bytes):
         buffer = torch.empty(sum(span.numel for span in bucket), dtype=torch.float32, device=device())
         parts = buffer.split([span.numel for span in bucket])
         for span, part in zip(bucket, parts, strict=True) if is_main() else []:
@@ -243,12 +220,12 @@ def restore_state(
             local, there = span.here(span.piece.read(span.kind), part)
             local.copy_(there)
             if span.kind == WEIGHT:
-                _write_model_copy(span, part)
+                write_model_copy(span, part)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.invalidate_secondary_tensor()  # ZeRO++ keeps a second copy of the weights within a node
 
 
-def _buckets(pieces: list[Fragment], kinds: dict[str, list[str]], bucket_bytes: int) -> Iterator[list[Span]]:
+def buckets(pieces: list[Fragment], kinds: dict[str, list[str]], bucket_bytes: int) -> Iterator[list[Span]]:
     """All tensors in order, as many as fit at a time; one that does not fit is cut, its stretches follow each other."""
     largest = max(1, bucket_bytes // 4)
     bucket: list[Span] = []
@@ -266,7 +243,7 @@ def _buckets(pieces: list[Fragment], kinds: dict[str, list[str]], bucket_bytes: 
         yield bucket
 
 
-def _write_model_copy(span: Span, values: Tensor) -> None:
+def write_model_copy(span: Span, values: Tensor) -> None:
     """The copy that forward reads, where it is not the master itself."""
     parameter: Any = span.piece.parameter
     whole = parameter.data

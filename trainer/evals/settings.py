@@ -39,7 +39,7 @@ class EvalSettings(Settings):
     zeroshot: list[ZeroShotSettings] = Field(default_factory=list)
     """Zero-shot classifications."""
     every: int = Field(default=0, ge=0)
-    """Samples seen between evaluations during training; 0 evaluates at the end alone."""
+    """Samples seen between evaluations during training; 0 evaluates at the end alone. With optim.ema they are of the averaged weights."""
     limit: int = Field(default=1000, ge=0)
     """Pictures used of each dataset, the first of a seeded permutation; 0 uses all. Recall falls as this grows: compare like with like."""
     seed: int = 0

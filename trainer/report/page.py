@@ -213,6 +213,7 @@ def _curves(facts: Facts) -> str:
             scale=100,
             zero=True,
             wide=len(main) > 2,
+            about="of the running average of the weights" if (_recipe(facts).get("optim") or {}).get("ema") else "",
         ),
         line_chart("Learning rate", {"rate": log.curve("lr")}, "pairs", zero=True),
         line_chart("Gradient norm", {"norm": log.curve("grad_norm")}, "pairs", log=True, about="before clipping"),

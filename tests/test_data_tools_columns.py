@@ -1,0 +1,154 @@
+"""Side-car columns when a manifest is written anew: kept while they are true, named with the remedy when they are not."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.__main__ import main as data_tools
+from data_tools.index import Dataset
+from data_tools.output import Output
+from tests.pairs import contents, encoded, picture, shard, write_pairs
+
+ROWS = 50
+VALUES = np.arange(2 * ROWS, dtype=np.float16).reshape(ROWS, 2)
+REMEDY = "make them anew with `python -m data_tools join` or `python -m trainer.embed`"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "in", ROWS)
+
+
+@pytest.fixture
+def dataset(pairs: Path, tmp_path: Path) -> Path:
+    """Three shards with a column of numbers and one of texts beside them."""
+    out = tmp_path / "out"
+    assert again(pairs, out) == 0
+    np.save(tmp_path / "teacher.npy", VALUES)
+    assert data_tools(["join", str(out), str(tmp_path / "teacher.npy")]) == 0
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"uid": "{number}", "words": "number {number}"}}\n' for number in range(ROWS)))
+    assert data_tools(["join", str(out), str(tmp_path / "words.jsonl"), "--on", "uid", "--with", "number"]) == 0
+    return out
+
+
+def again(pairs: Path, out: Path, *options: str) -> int:
+    return shard(pairs, out, "--shard-size", "20", "--processes", "1", *options)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+    """The tar anew, with other members."""
+    with tarfile.open(path) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    with tarfile.open(path, "w") as tar:
+        for name, data in change(members).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_doing_it_again_keeps_everything(pairs: Path, dataset: Path) -> None:
+    before = contents(dataset)
+    for verb in ("merge", "index"):
+        assert data_tools([verb, str(dataset)]) == 0
+        assert contents(dataset) == before
+    assert again(pairs, dataset) == 0
+    assert contents(dataset) == before
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_shard_written_again_keeps_them(pairs: Path, dataset: Path, tasks: int) -> None:
+    before = contents(dataset)
+    (dataset / "00001.tar").unlink()
+    for task in range(tasks):
+        assert again(pairs, dataset, "--task", f"{task}/{tasks}") == 0
+    assert data_tools(["merge", str(dataset)]) == 0
+    assert contents(dataset) == before
+
+
+def test_a_shard_that_came_out_different_loses_them_with_a_line(pairs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "00001.tar").unlink()
+    for number in range(ROWS):  # the table is the same, the pictures are not
+        (pairs.parent / f"{number}.jpeg").write_bytes(encoded(picture(number + 1000), "JPEG"))
+    assert again(pairs, dataset) == 0
+    said = capsys.readouterr().err
+    assert f"the shards are not what they were, so these columns are left out: teacher, words; {REMEDY}\n" in said
+    assert Dataset.open(dataset).columns == []
+
+
+def test_index_keeps_them_where_only_other_members_changed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    rewrite(dataset / "00000.tar", lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()})
+    before = json.loads((dataset / "manifest.json").read_text())
+    assert data_tools(["index", str(dataset)]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+    opened = Dataset.open(dataset)
+    assert opened.manifest["shards"] != before["shards"] and opened.manifest["columns"] == before["columns"]
+    assert np.array_equal(np.asarray(opened.column("teacher")), VALUES)
+
+
+def test_index_leaves_out_embeddings_of_captions_that_may_have_changed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    columns = manifest["columns"]
+    columns |= {"of_text": columns["teacher"] | {"side": "text"}, "of_text.scale": columns["teacher"]}
+    columns["of_image"] = columns["teacher"] | {"side": "image"}
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(dataset / "00002.tar", lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()})
+    assert data_tools(["index", str(dataset)]) == 0
+    assert f"perhaps their captions, so these columns are left out: of_text; {REMEDY}" in capsys.readouterr().err
+    assert Dataset.open(dataset).columns == ["of_image", "teacher", "words"]
+
+
+@pytest.mark.parametrize("what", ["fewer", "another order", "another picture", "another key", "index lost"])
+def test_index_names_those_that_samples_no_longer_fit(dataset: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(members: dict[str, bytes]) -> dict[str, bytes]:
+        names = list(members)
+        if what == "fewer":
+            return {name: members[name] for name in names[3:]}
+        if what == "another order":
+            return {name: members[name] for name in names[3:] + names[:3]}
+        if what == "another picture":
+            return members | {names[0]: encoded(picture(77), "JPEG")}
+        if what == "another key":
+            return {name.replace(names[0][:8], "99999999"): data for name, data in members.items()}
+        return members | {names[1]: b"mended"}
+
+    rewrite(dataset / "00001.tar", change)
+    if what == "index lost":
+        (dataset / "00001.idx").unlink()
+    capsys.readouterr()
+    assert data_tools(["index", str(dataset)]) == 0
+    said = capsys.readouterr().err
+    assert f"{dataset}: the samples are not what they were, so these columns are left out: teacher, words; {REMEDY}\n" in said
+    assert Dataset.open(dataset).columns == [] and (dataset / "columns" / "teacher.npy").exists()
+
+
+def test_a_killed_index_does_not_take_its_own_rows_for_the_old_ones(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples have changed places, so that every count is what it was."""
+
+    def swapped(members: dict[str, bytes]) -> dict[str, bytes]:
+        names = list(members)
+        return {name: members[name] for name in names[3:6] + names[:3] + names[6:]}
+
+    rewrite(dataset / "00000.tar", swapped)
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert data_tools(["index", str(dataset)]) != 0
+    assert Dataset.open(dataset).columns == ["teacher", "words"]
+    assert data_tools(["index", str(dataset)]) == 0
+    assert Dataset.open(dataset).columns == []
+
+
+def test_columns_that_no_manifest_names_are_not_passed_over_in_silence(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "manifest.json").unlink()
+    capsys.readouterr()
+    assert data_tools(["index", str(dataset)]) == 0
+    said = capsys.readouterr().err
+    assert "no manifest names what lies in columns/, so these columns are left out: teacher.npy, words.npy, words.text.npy; make" in said
+    assert Dataset.open(dataset).columns == []
