@@ -319,8 +319,10 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, on_failure: Any, a
             error = str(stopped)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         left = names(tmp_path), newest_good(tmp_path)
+        with pytest.raises(RunFailed, match="the last checkpoint, at 16 samples, could not be written"):
+            keeper.close(16)  # nobody is told that a run has ended well, or was saved before it stopped
         keeper.save(engine, 16, {})
-        keeper.close()
+        keeper.close(16)
         return error, left, names(tmp_path)
 
     for error, (left, good), after in run_ranks(work, 2):
@@ -380,7 +382,7 @@ def test_writing_in_the_background_keeps_the_moment_of_saving(tmp_path: Path) ->
         straight = train(engine, 2, 4)
         there = names(tmp_path)
         trained.set()
-        keeper.close()
+        keeper.close(16)
         other = make_engine(2, seed=1)
         resumed = Checkpointer(tmp_path, CheckpointSettings()).resume(wrap(other, 2))
         assert resumed is not None

@@ -21,6 +21,7 @@ from tests.runs import call, make_shards, mistake, steps, stopped_at_step
 from tests.shards import overwrite
 from tests.tiny import tiny_captions, tiny_model, tiny_tokenizer
 from trainer import embed, evaluate, export
+from trainer.checkpoint import Checkpointer
 from trainer.data import stored as storing
 from trainer.signals import EXIT_AGAIN
 from trainer.types import UserError
@@ -225,6 +226,23 @@ def test_a_filtered_view_keeps_them(embedded: Path, tmp_path: Path) -> None:
     assert filter_verb.main([str(embedded / "pairs" / "shards"), str(view), "--where", "width >= 1"]) in (0, None)
     whole = train(1, embedded / "recipe.yaml", tmp_path / "whole", STORED)
     assert losses(train(1, embedded / "recipe.yaml", tmp_path / "run", STORED, f"data.train={view}")) == losses(whole)
+
+
+def saved_with_another_tower(recipe: Path, *overrides: str) -> int:
+    real = Checkpointer.save
+
+    def save(self: Checkpointer, engine: Any, samples_seen: int, extra: dict[str, Any], loss: Any = None) -> None:
+        real(self, engine, samples_seen, extra | {"tower": "0" * 32}, loss)
+
+    Checkpointer.save = save  # type: ignore[method-assign]
+    return call(recipe, *overrides)
+
+
+def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path) -> None:
+    run = [STORED, f"run.directory={tmp_path / 'run'}"]
+    assert run_ranks(saved_with_another_tower, 1, embedded / "recipe.yaml", *run, "run.samples=32") == [0]
+    [text] = run_ranks(mistake, 1, embedded / "recipe.yaml", *run)
+    assert "was trained on stored embeddings of another tower (fingerprint 000000000000, that of model.stored is " in text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from tests.ranks import run_ranks
 from trainer.distributed import rank, world_size
-from trainer.engine.state import WEIGHT, layout, read_state, restore_state, steps
+from trainer.engine.average import average_weights
+from trainer.engine.kinds import AVERAGE, WEIGHT
+from trainer.engine.state import layout, read_state, restore_state, steps
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -213,16 +215,24 @@ def test_bits_survive_the_way() -> None:
     assert all(run_ranks(work, 2)[0].values())
 
 
-def test_a_parameter_unfrozen_later_starts_without_moments() -> None:
-    def thawed() -> Any:
-        engine = make_engine(1)
-        train(engine, 0, 2)
+def test_a_parameter_unfrozen_later_starts_alike_at_every_stage() -> None:
+    """Without moments, with the others' step and its weight as the average: at ZeRO 1 to 3 it may share a flat partition with them."""
+
+    def thawed(stage: int) -> Any:
+        engine = make_engine(stage)
+        for first in range(2):
+            train(engine, first, first + 1)
+            average_weights(engine, 0.5)
         kinds, counts, tensors = snapshot(engine)
         kinds = {name: [WEIGHT] if name.startswith("body") else k for name, k in kinds.items()}
         counts = {name: n for name, n in counts.items() if not name.startswith("body")}
         restore_state(engine, kinds, counts, lambda name, kind: tensors[name, kind])
-        return snapshot(engine)
+        return *snapshot(engine), train(engine, 2, 4)
 
-    _, counts, tensors = run_ranks(thawed, 2)[0]
-    assert tensors["body.weight", "exp_avg"].abs().max() == 0 and tensors["conv.weight", "exp_avg"].abs().max() > 0
-    assert counts["body.weight"] == 2  # a flat group has one step
+    found = {stage: run_ranks(thawed, 2, stage)[0] for stage in range(4)}
+    for _, counts, tensors, losses in found.values():
+        assert set(counts.values()) == {2}
+        assert tensors["body.weight", "exp_avg"].abs().max() == 0 and tensors["conv.weight", "exp_avg"].abs().max() > 0
+        assert torch.equal(tensors["body.weight", AVERAGE], tensors["body.weight", WEIGHT])
+        assert not torch.equal(tensors["conv.weight", AVERAGE], tensors["conv.weight", WEIGHT])
+        assert losses == pytest.approx(found[0][3], rel=1e-5)

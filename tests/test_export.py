@@ -23,6 +23,8 @@ from trainer.models.lora import LoraSettings
 from trainer.types import Embeddings, UserError
 
 hf_logging.disable_progress_bar()
+KEPT = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+"""What says the same in both kinds of export, or is not read by one of them."""
 
 
 def recipe_of(model: ModelSettings, run: Path) -> config.Recipe:
@@ -117,6 +119,19 @@ def test_an_adapter_alone_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
         exec(code, {})
     again = build(ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2, path=str(run / "adapter")))).eval()
     torch.testing.assert_close(again(*tiny_batch(5, seed=11)[:3])[:4], z[:4], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("first", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_of_an_export_of_the_other_kind_nothing_stays(tmp_path: Path, first: list[str]) -> None:
+    """transformers lays an adapter that lies in a model's directory on that model: it would count twice."""
+    tiny_model("siglip", seed=7).save_pretrained(tmp_path / "base")
+    make_run(tmp_path / "run", build(ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2))))
+    second = [] if first else ["--merge"]
+    for out, options in (("same", first), ("same", second), ("alone", second)):
+        assert export.main([str(tmp_path / "run"), str(tmp_path / out), *options]) == 0
+    assert sorted(path.name for path in (tmp_path / "same").iterdir() if path.name not in KEPT) == sorted(
+        path.name for path in (tmp_path / "alone").iterdir() if path.name not in KEPT
+    )
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from tests import dense
 from tests.ranks import run_ranks
-from trainer.losses import PeerLost, SigmoidLoss, SigmoidSettings, build
+from trainer.distributed import RANKS_HERE
+from trainer.losses import PeerLost, SigmoidLoss, SigmoidSettings, SoftmaxLoss, build, traversal
+from trainer.losses.pairs import Pairs
 from trainer.losses.ring import Ring
 from trainer.losses.traversal import Sums, traverse
-from trainer.types import Embeddings, UserError
+from trainer.types import Embeddings, SharedOutOfMemory, UserError
 
 EXCHANGES = ("ring", "bidirectional", "gather", "hierarchical")
 TEMPERATURES = [(10.0, -10.0), (120.0, -20.0), (120.0, 0.0)]
@@ -384,6 +386,46 @@ def test_a_rank_that_hangs_stops_the_others_within_the_groups_timeout():
     assert {0, 1, 3} <= set(reports)
     assert all(" at hop " in message for message, _ in (reports[rank] for rank in (0, 1, 3)))
     assert "rank 2 at hop" in reports[3][0]
+
+
+@pytest.mark.parametrize(("loss", "exchange"), [(SigmoidLoss, "ring"), (SigmoidLoss, "gather"), (SoftmaxLoss, "hierarchical")])
+@pytest.mark.parametrize("where", ["buffers", "tile"])
+def test_running_out_of_memory_on_one_rank_is_known_to_all_and_leaves_nobody_waiting(loss, exchange, where):
+    def work():
+        rank = dist.get_rank()
+        z = dense.take(dense.batch(64), [16] * 4, rank)
+        module = loss(rows=8, exchange=exchange, node_size=2)
+        before = module(z).item()
+        target, name, call = (traversal._Traversal, "__init__", 0) if where == "buffers" else (Pairs, "_against", 3)
+        real, calls = getattr(target, name), iter(range(1000))
+
+        def failing(self, *arguments):
+            if rank == 2 and next(calls) == call:
+                raise torch.OutOfMemoryError("injected")
+            return real(self, *arguments)
+
+        setattr(target, name, failing)
+        with pytest.raises(SharedOutOfMemory):
+            module(z)
+        return module(z).item() == before
+
+    assert run_ranks(work, 4) == [True] * 4
+
+
+def test_hierarchical_asks_every_launcher_how_many_ranks_a_node_has(monkeypatch):
+    def work():
+        try:
+            return Ring(3, (0, 0, 0), "hierarchical").node_size
+        except UserError as error:
+            return str(error)
+
+    for name in RANKS_HERE:
+        monkeypatch.delenv(name, raising=False)
+    assert all("set loss.node_size" in text for text in run_ranks(work, 2))
+    for name in RANKS_HERE:
+        with monkeypatch.context() as here:
+            here.setenv(name, "2")
+            assert run_ranks(work, 2) == [2, 2]
 
 
 def test_build_makes_what_the_recipe_says():

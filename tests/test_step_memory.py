@@ -15,6 +15,8 @@ from tests.tensors import TensorMemory
 from tests.tiny import tiny_batch, tiny_model
 from trainer import distributed
 from trainer.engine import EngineSettings, build_engine
+from trainer.losses import SigmoidLoss
+from trainer.losses.pairs import Pairs
 from trainer.models.lock import LockSettings
 from trainer.optim import OptimSettings, build_optimizer
 from trainer.step import train_step
@@ -23,24 +25,29 @@ from trainer.types import Embeddings, UserError
 ROWS = 16
 
 
-class CountingLoss(GatheredSigmoid):
-    """Holds state as a queue of past embeddings does, and can run out of memory as the losses do: after its exchange with other ranks."""
+class CountingLoss(SigmoidLoss):
+    """Holds state as a queue of past embeddings does, and can run out of memory on rank 1 in the midst of the exchange."""
 
-    finishes_exchange = True
     calls: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(rows=3)
         self.register_buffer("calls", torch.zeros(1))
         self.failures = 0
 
-    def forward(self, z: Embeddings) -> Tensor:
+    def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         self.calls += 1
-        value = super().forward(z)
         if self.failures and distributed.rank() == 1:
             self.failures -= 1
-            raise torch.OutOfMemoryError("injected")
-        return value
+            real, seen = pairs._against, iter(range(100))
+
+            def fails_once(*arguments: Any) -> None:
+                if next(seen) == 2:
+                    raise torch.OutOfMemoryError("injected")
+                real(*arguments)
+
+            pairs._against = fails_once  # type: ignore[method-assign]
+        return super().objective(pairs, image_gradient, text_gradient)
 
 
 class Fault:
@@ -102,7 +109,7 @@ CASES = [
     (1, "", "backward", 4, "once", 1),
     (1, "", "loss", None, "once", 1),
     (2, "", "second pass", 4, "once", 1),
-    (3, "", "loss", 4, "each", 1),
+    (3, "", "loss", None, "each", 1),
     (1, "", "second pass", None, "once", 2),  # a single pass becomes two passes
     (2, "", "backward", None, "once", 1),
     (2, "optimizer", "backward", 4, "once", 2),
@@ -126,6 +133,19 @@ def test_a_step_interrupted_on_one_rank_ends_as_if_nothing_had_happened(
     assert max(float(gradient.norm()) for gradient in whole["gradients"].values()) > 0
     for name, gradient in whole["gradients"].items():
         assert torch.equal(broken["gradients"][name], gradient), name
+
+
+def loss_alone_is_too_large() -> str:
+    loss = CountingLoss()
+    loss.failures = 1
+    with pytest.raises(UserError) as raised:
+        train_step(Case().engine(), local_slice(global_batch(ROWS)), loss, 2)
+    return str(raised.value)
+
+
+def test_a_loss_that_does_not_fit_beside_nothing_is_not_tried_again() -> None:
+    for message in run_ranks(loss_alone_is_too_large, 2):
+        assert message.startswith("out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.rows")
 
 
 def without_dropout() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -164,7 +184,7 @@ def test_one_pair_too_many_is_said_with_what_would_help() -> None:
 
 
 class BrokenOff(GatheredSigmoid):
-    """Runs out of memory on rank 1 before its exchange, and does not claim otherwise."""
+    """Runs out of memory on rank 1 where the other waits for it in an exchange."""
 
     def forward(self, z: Embeddings) -> Tensor:
         if distributed.rank() == 1:

@@ -20,7 +20,8 @@ FOREIGN_LAUNCHERS = (
         {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"},
     ),
 )
-
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""torchrun and accelerate; deepspeed; Slurm; Open MPI."""
 
 _launcher: int | None = None
 """Process id of what started this rank; None for a plain process, which nobody watches over."""
@@ -38,7 +39,7 @@ def init(timeout_seconds: float = 600.0) -> None:
         global _launcher
         _launcher = os.getppid()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
@@ -80,14 +81,21 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_here() -> int | None:
+    """How many processes this node has; None where no launcher says so (one plain process, or one started by hand)."""
+    return next((int(os.environ[name]) for name in RANKS_HERE if os.environ.get(name, "").isdigit()), None)
+
+
 def is_main() -> bool:
     """True on the one rank that prints and writes shared files."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """Where this rank computes; a launcher that shows each rank its own GPU alone calls it 0 (srun --gpus-per-task=1)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
 def barrier() -> None:

@@ -87,7 +87,7 @@ class Embedder:
     def __init__(self, model: DualEncoder, stored: Stored, recipe: Recipe, batch_size: int, precision: str) -> None:
         self.model, self.stored, self.recipe, self.batch_size, self.precision = model, stored, recipe, batch_size, precision
         self.device = distributed.device()
-        self.threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1))
 
     def facts(self, source: Source) -> dict[str, object]:
         """What the manifest says of the column beside its tower."""

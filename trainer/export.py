@@ -27,6 +27,8 @@ from trainer.types import UserError
 
 MARKS = ("config.json", "adapter_config.json")
 """One of these is in every directory written here, and is written last."""
+WRITTEN = (*MARKS, "ringlip.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+"""What would be read beside another export: transformers lays an adapter that it finds in a model's directory on that model."""
 
 
 def main(argv: list[str]) -> int:
@@ -45,10 +47,19 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         model.save_adapter(aside) if adapter else model.save_pretrained(aside)
         (Path(aside) / "README.md").write_text(text, encoding="utf-8")
-        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name in MARKS):
-            os.replace(path, out / path.name)
+        replace(Path(aside), out)
     print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}")
     return 0
+
+
+def replace(aside: Path, out: Path) -> None:
+    """Moves an export from ``aside`` to ``out``; nothing of an earlier one stays that would be read with it."""
+    made = {path.name for path in aside.iterdir()}
+    earlier = [path for pattern in WRITTEN for path in out.glob(pattern) if path.name not in made]
+    for path in sorted(earlier, key=lambda path: path.name not in MARKS):
+        path.unlink()
+    for path in sorted(aside.iterdir(), key=lambda path: path.name in MARKS):
+        os.replace(path, out / path.name)
 
 
 def find_run(where: Path) -> Path:
@@ -62,7 +73,7 @@ def find_run(where: Path) -> Path:
 def _check_out(out: Path) -> None:
     if out.is_file():
         raise UserError(f"{out} is a file: name a directory")
-    if out.is_dir() and any(out.iterdir()) and not any((out / mark).is_file() for mark in MARKS):
+    if out.is_dir() and any(out.iterdir()) and not any(next(out.glob(pattern), None) for pattern in WRITTEN):
         raise UserError(f"{out} holds something else than a model: name a new directory, or empty it")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,9 @@ def table(result: Plan, job: Job) -> str:
 def advice(result: Plan, job: Job, recipe: str, overrides: list[str], gpus: int, nodes: int) -> str:
     """The line to paste, and where the step's time and traffic go; or, where nothing fits, what would."""
     if result.chosen is not None:
-        keys = " ".join([*overrides, *result.chosen.overrides()])
+        keys = shlex.join([*overrides, *result.chosen.overrides()])
         where = f"--num_gpus {gpus}" if nodes == 1 else f"--hostfile hostfile --num_nodes {nodes} --num_gpus {gpus // nodes}"
-        return f"chosen:\n  deepspeed {where} --module trainer.train {recipe} {keys}\n{_spent(result.chosen, job)}"
+        return f"chosen:\n  deepspeed {where} --module trainer.train {shlex.quote(recipe)} {keys}\n{_spent(result.chosen, job)}"
     same = min((o for o in result.options if o.way.same_training), key=lambda o: o.peak.total)
     need = same.peak.total / GIB
     lines = [
@@ -148,7 +149,7 @@ def advice(result: Plan, job: Job, recipe: str, overrides: list[str], gpus: int,
     others = [o for o in result.options if o.fits and not o.way.same_training]
     if others:
         best = min(others, key=lambda o: o.step_seconds)
-        lines.append(f"or another training: {' '.join(best.overrides())} ({best.way.label})")
+        lines.append(f"or another training: {shlex.join(best.overrides())} ({best.way.label})")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer import distributed
-from trainer.engine.memory import REMEDY, OutOfMemory, RandomState, free
+from trainer.engine.memory import LOSS_REMEDY, REMEDY, OutOfMemory, RandomState, free
 from trainer.metrics import Stopwatch
 from trainer.optim import Guard
 from trainer.settings import Settings
@@ -109,7 +109,7 @@ def _loss_buffers(loss: Loss) -> list[tuple[Tensor, Tensor]]:
     """The loss's state (a queue of past embeddings) with a copy on the host: a repeated step must meet it unchanged."""
     if not isinstance(loss, torch.nn.Module):
         return []
-    return [(buffer, buffer.detach().cpu().clone()) for buffer in loss.buffers()]
+    return [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in loss.buffers()]
 
 
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
@@ -262,18 +262,19 @@ class _Attempt:
             return None
         assert columns[0] is not None and columns[1] is not None and scale is not None and bias is not None
         leaves = [field.detach().clone().requires_grad_() for field in (scale, bias)]
-        return Embeddings(columns[0].requires_grad_(), columns[1].requires_grad_(), leaves[0], leaves[1]), calls
+        # A locked tower's gradient is not asked for: it would cost a product, and the texts' a way around the ring.
+        return Embeddings(columns[0].requires_grad_(image), columns[1].requires_grad_(text), leaves[0], leaves[1]), calls
 
     def _run_loss(self, z: Embeddings) -> tuple[Tensor | None, float]:
-        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory."""
+        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory beside the towers' activations."""
         value: Tensor | None = None
-        # A loss that says so brings its exchange with the other ranks to an end before it raises.
-        stuck = distributed.world_size() > 1 and not getattr(self.loss, "finishes_exchange", False)
         taught, self.taught = self.taught, None
-        with self.trouble.during("in the loss", communicates=stuck):
+        with self.trouble.during("in the loss", communicates=distributed.world_size() > 1):
             value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
         mine = 0.0 if value is None else value.item()
         mean, failed = distributed.mean_over_ranks([mine, float(self.trouble.here)])
+        if failed and self.rows < self.batch.rows:  # nothing of the towers is held
+            raise UserError(f"out of memory in the loss, which takes the same with any batch.micro_batch: {LOSS_REMEDY}")
         return (None, mean) if failed else (value, mean)
 
     def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:

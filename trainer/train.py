@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import checkpoint, config, distributed, evals, losses, models
-from trainer.checkpoint import Checkpointer, RunLock
+from trainer.checkpoint import Checkpointer, Resumed, RunLock
 from trainer.config import Recipe
 from trainer.data import Loader, Skipped, build_loader
 from trainer.distill import Teacher, build_teacher
@@ -132,6 +132,7 @@ def train(recipe: Recipe, watch: Watchdog) -> int:
         run.guard.load_state_dict(resumed.extra["guard"])
         if run.teacher is not None and run.directory.resolve() in resumed.folder.resolve().parents:
             run.teacher.check_resumed(resumed.extra.get("teacher"))
+        check_tower(run, resumed)
         if not recipe.optim.ema:
             run.engine.average_weights(0.0)  # that of a run which had one would stay as it is for ever
         distributed.say(f"resumed at {run.samples_seen:,} samples from {resumed.folder}")
@@ -157,6 +158,16 @@ def train(recipe: Recipe, watch: Watchdog) -> int:
     finally:
         loader.close()
         log.close()
+
+
+def check_tower(run: Run, resumed: Resumed) -> None:
+    """A tower whose embeddings are stored is no part of the checkpoint: the rest was trained for this one."""
+    before, now = resumed.extra.get("tower", ""), run.model.tower
+    if before and now and before != now:
+        raise UserError(
+            f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of model.stored is "
+            f"{now[:12]}): give that tower again, or begin another run.directory"
+        )
 
 
 def say_finished(run: Run, hint: str = "") -> None:
@@ -194,7 +205,7 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
                 watch.doing("evaluating", step)
                 log.note(run.samples_seen, run.evaluate())
     watch.doing("waiting for the last checkpoint", step)
-    run.keeper.close()
+    run.keeper.close(run.samples_seen)
     if stop is not None:
         distributed.say(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
         return EXIT_AGAIN
@@ -235,6 +246,7 @@ def build(recipe: Recipe) -> Run:
     main, teacher = losses.build(recipe.loss), None
     if recipe.distill is not None:
         teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.autocasts)
+    loss = main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss)
     start_scale = model.head.logit_scale.detach().exp().item()
     optimizer = build_optimizer(model, recipe.optim, model.parameter_groups())
     engine = build_engine(model, optimizer, recipe.engine, clip=recipe.optim.clip)
@@ -242,7 +254,7 @@ def build(recipe: Recipe) -> Run:
         recipe=recipe,
         model=model,
         engine=engine,
-        loss=main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss),
+        loss=loss.to(distributed.device()),  # a queue is where the embeddings are
         teacher=teacher,
         guard=Guard(recipe.optim),
         keeper=Checkpointer(recipe.run.directory, recipe.checkpoint),
@@ -259,7 +271,7 @@ def micro_batch(recipe: Recipe) -> int | None:
     if device.type == "cuda":
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     else:
-        memory = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+        memory = psutil.virtual_memory().available / (distributed.ranks_here() or distributed.world_size())
     rows = largest_micro_batch(recipe, memory, distributed.world_size(), "cuda" if device.type == "cuda" else "cpu")
     if distributed.world_size() > 1:
         smallest = torch.tensor([rows], device=device)

@@ -29,6 +29,15 @@ class PeerLost(RuntimeError):
     """A transfer failed or timed out: the message names the peer and the hop."""
 
 
+class SharedOutOfMemory(torch.OutOfMemoryError):
+    """Some rank ran out of memory in an exchange, which was brought to its end: raised on all ranks, at the same point."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also what cuBLAS says, whose handles and workspaces are no allocations of torch's."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error))
+
+
 class Batch(NamedTuple):
     """One rank's part of a global batch, as the loader makes it.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer import distributed
 from trainer.checkpoint import store, whole
 from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.types import RunFailed, UserError
 
 
 class CheckpointSettings(Settings):
@@ -32,7 +32,8 @@ class CheckpointSettings(Settings):
     asynchronous: bool = False
     "Write from a copy in the memory of rank 0 (12 bytes a parameter) while training goes on."
     on_failure: Literal["continue", "stop"] = "continue"
-    "A disk that is full or fails: warn and train on with the checkpoints there are, or end the run."
+    """A disk that is full or fails: warn and train on with the checkpoints there are, or end the run. The last checkpoint, that of the
+    end or of a signal, ends it in any case with an error."""
 
 
 class Checkpointer:
@@ -101,7 +102,8 @@ class Checkpointer:
         """Until what is being written in the background lies on the disk."""
         if self._background is None:
             return
-        error = whole.share({"error": self._background.join() if distributed.is_main() else None})["error"]
+        background = self._background
+        error = whole.on_main(lambda: {"error": background.join()})["error"]
         if error is not None:
             self._at = None
             self._failed(error)
@@ -112,9 +114,14 @@ class Checkpointer:
             raise UserError(f"{text}; make room and start again")
         distributed.say(f"warning: {text}; training goes on (checkpoint.on_failure)")
 
-    def close(self) -> None:
-        """At the end of a run."""
+    def close(self, samples_seen: int) -> None:
+        """At the end of a run, or where it is told to stop: raises RunFailed unless this position lies on the disk."""
         self.wait()
+        if self._at != samples_seen:
+            raise RunFailed(
+                f"{store.checkpoints_dir(self._run_dir)}: the last checkpoint, at {samples_seen:,} samples, could not be written (see the "
+                "warning above): make room and start the same command again, it goes on from the one before"
+            )
 
 
 class Background:

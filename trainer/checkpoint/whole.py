@@ -26,7 +26,7 @@ from trainer.checkpoint.store import Draft, find, prune, read_manifest
 from trainer.checkpoint.tensors import Entry, TensorReader, TensorWriter
 from trainer.engine.kinds import AVERAGE, WEIGHT
 from trainer.models import DualEncoder, ModelSettings, build_to_load
-from trainer.types import RunFailed, UserError
+from trainer.types import PeerLost, RunFailed, UserError
 
 MODEL, OPTIMIZER, LOSS, STATE = "model.safetensors", "optimizer.safetensors", "loss.safetensors", "state.json"
 
@@ -280,14 +280,23 @@ def _loss_state(loss: nn.Module | None) -> dict[str, Tensor]:
 
 
 def on_main(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Rank 0's answer on every rank; its UserError, or OSError as a RunFailed, is raised on every rank, so that none waits for another."""
+    """Rank 0's answer on every rank; its UserError, or OSError as a RunFailed, is raised on every rank, so that none waits for another.
+    Of a bug rank 0 tells the traceback, and the others that they lost it.
+    """
     answer: dict[str, Any] = {}
+    bug: Exception | None = None
     if distributed.is_main():
         try:
             answer["value"] = work()
         except (UserError, OSError) as error:
             answer["error"], answer["again"] = str(error), isinstance(error, OSError | RunFailed)
+        except Exception as error:
+            answer["bug"], bug = f"{type(error).__name__}: {error}", error
     answer = share(answer)
+    if bug is not None:
+        raise bug
+    if "bug" in answer:
+        raise PeerLost(f"rank 0 failed: {answer['bug']}")
     if "error" in answer:
         raise RunFailed(answer["error"]) if answer["again"] else UserError(answer["error"])
     return answer["value"]

@@ -7,10 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from trainer.distributed import ranks_here
 from trainer.settings import Settings
-
-RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-"""Where torchrun, deepspeed, Slurm and Open MPI say how many ranks share this node."""
 
 
 class SourceSettings(Settings):
@@ -108,5 +106,4 @@ class DataSettings(Settings):
         """Processes per rank; ``auto`` shares this node's cores among its ranks and leaves each one for the model."""
         if self.workers != "auto":
             return max(0, self.workers)
-        ranks = next((int(os.environ[name]) for name in RANKS_HERE if os.environ.get(name, "").isdigit()), 1)
-        return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))
+        return max(0, min(8, len(os.sched_getaffinity(0)) // (ranks_here() or 1) - 1))

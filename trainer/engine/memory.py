@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from trainer import distributed
-from trainer.types import UserError
+from trainer.types import SharedOutOfMemory, UserError, is_out_of_memory
 
 REMEDY = (
     "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), model.recompute, "
     "or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
+)
+LOSS_REMEDY = (
+    "lower loss.rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
+    "`python -m trainer.plan RECIPE` says what fits"
 )
 
 
@@ -48,13 +52,14 @@ class OutOfMemory:
     """Remembers that this rank ran out of memory, until all ranks have come to the same point and can agree on it.
 
         trouble = OutOfMemory()
-        with trouble:                    # swallows torch.OutOfMemoryError alone
+        with trouble:                    # swallows running out of memory alone
             ...                          # no communication in here
         if trouble.anywhere(): ...       # the same answer on all ranks
 
     Between collectives that is all it takes. A rank that fails in the midst of one leaves its peers waiting inside the call, where no
     message reaches them: with ``communicates`` the rank therefore ends the run at once, in one line that says what would help; its peers
-    lose the connection and end too, within seconds instead of at the timeout.
+    lose the connection and end too, within seconds instead of at the timeout. An exchange that was brought to its end first
+    (SharedOutOfMemory) is as good as none.
     """
 
     def __init__(self) -> None:
@@ -71,9 +76,9 @@ class OutOfMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if not isinstance(error, torch.OutOfMemoryError):
+        if error is None or not is_out_of_memory(error):
             return False
-        if self._communicates:
+        if self._communicates and not isinstance(error, SharedOutOfMemory):
             raise UserError(
                 f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the other ranks, which only "
                 f"leaves the last checkpoint: {REMEDY}"

@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from trainer.distributed import device, is_main, rank, world_size
-from trainer.engine.kinds import WEIGHT
+from trainer.engine.kinds import AVERAGE, WEIGHT
 from trainer.types import UserError
 
 BUCKET_BYTES = 64 << 20
@@ -101,7 +101,8 @@ def fragments(engine: Any) -> list[Fragment]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return [_sharded(optimizer, name, parameter) for name, parameter in named]
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return [_flattened(optimizer, name, parameter) for name, parameter in named]
+        groups = {id(parameter): number for number, members in enumerate(optimizer.bit16_groups) for parameter in members}
+        return [_flattened(optimizer, name, parameter, groups) for name, parameter in named]
     if isinstance(optimizer, torch.optim.Optimizer):
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [_replicated(name, parameter, optimizer if id(parameter) in trained else None) for name, parameter in named]
@@ -113,14 +114,14 @@ def _replicated(name: str, parameter: nn.Parameter, optimizer: torch.optim.Optim
     return Fragment(name, parameter, tuple(parameter.shape), 0, parameter.numel(), is_main(), parameter, 0, optimizer)
 
 
-def _flattened(zero: Any, name: str, parameter: nn.Parameter) -> Fragment:
+def _flattened(zero: Any, name: str, parameter: nn.Parameter, groups: dict[int, int]) -> Fragment:
     """ZeRO 1 and 2: the optimizer works on one flat fp32 partition per group; the model's own copy is whole on every rank."""
     if not hasattr(parameter, "_hp_mapping"):
         return _replicated(name, parameter, None)
     shape, mapping = tuple(parameter.shape), parameter._hp_mapping
     if mapping is None:  # this parameter lies in the partitions of other ranks; its group tells which moments there are
-        group = next(i for i, members in enumerate(zero.bit16_groups) if any(parameter is member for member in members))
-        return Fragment(name, parameter, shape, 0, 0, True, zero.single_partition_of_fp32_groups[group], 0, zero.optimizer)
+        master = zero.single_partition_of_fp32_groups[groups[id(parameter)]]
+        return Fragment(name, parameter, shape, 0, 0, True, master, 0, zero.optimizer)
     master = zero.single_partition_of_fp32_groups[mapping.param_group_index]
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(name, parameter, shape, here.start, here.numel, True, master, there.start, zero.optimizer)
@@ -199,8 +200,9 @@ def restore_state(
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
     """Puts whole tensors back, on every rank. ``saved`` (name -> kinds) and ``saved_steps`` are the same on all ranks and name every
-    parameter; ``read(name, kind)`` is called on rank 0 alone. Moments of a parameter that is frozen now are left aside, and one
-    that is trained now but was not then starts with none.
+    parameter; ``read(name, kind)`` is called on rank 0 alone. Moments of a parameter that is frozen now are left aside. One that is
+    trained now but was not then starts with moments of zero, the step of the others and its weight as the average: at every ZeRO stage
+    alike, where it may share a flat partition with them.
     """
     pieces = fragments(engine)
     _clear_moments(engine, pieces)
@@ -221,6 +223,9 @@ def restore_state(
             local.copy_(there)
             if span.kind == WEIGHT:
                 write_model_copy(span, part)
+    for piece in pieces:
+        if piece.optimizer is not None and AVERAGE in piece.kinds() and AVERAGE not in saved[piece.name]:
+            piece.read(AVERAGE).copy_(piece.read(WEIGHT))
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.invalidate_secondary_tensor()  # ZeRO++ keeps a second copy of the weights within a node
 
@@ -269,17 +274,17 @@ def _make_moments(pieces: list[Fragment], saved: dict[str, list[str]], saved_ste
     """Zero moments and the step, as the optimizer would make them on its first step. Parameters that share a flat partition share one
     step: the largest.
     """
+    kinds = sorted({kind for names in saved.values() for kind in names} - {WEIGHT})
+    newest = max(saved_steps.values(), default=0)
     for piece in pieces:
-        optimizer, kinds = piece.optimizer, [kind for kind in saved[piece.name] if kind != WEIGHT]
-        if optimizer is None or not kinds:
+        if piece.optimizer is None or not kinds:
             continue
-        state = optimizer.state[piece.master]
+        state = piece.optimizer.state[piece.master]
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.master, requires_grad=False)
-        if piece.name in saved_steps:
-            step = max(saved_steps[piece.name], int(state.get("step", 0)))
-            state["step"] = _as_step(optimizer, piece.master, step)
+        step = max(saved_steps.get(piece.name, newest), int(state.get("step", 0)))
+        state["step"] = _as_step(piece.optimizer, piece.master, step)
 
 
 def _as_step(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> Any:

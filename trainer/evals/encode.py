@@ -154,4 +154,4 @@ class Encoder:
 
 
 def _threads() -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1)))

@@ -32,7 +32,8 @@ class PairSettings(Settings):
     """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with ranks, for fast
     interconnects); hierarchical (gather inside a node, ring between nodes). All give the same numbers."""
     node_size: int | None = Field(default=None, ge=1)
-    """Ranks of one node for hierarchical; null reads LOCAL_WORLD_SIZE, which every launcher sets."""
+    """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
+    Open MPI)."""
     wire: Wire | None = None
     """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on every rank alike."""
     wire_gradient: Wire = "float32"

@@ -103,8 +103,6 @@ class Pairs:
         With a gradient asked for, ``visit`` must leave d loss / d logits in the tile, and ``d_image`` / ``d_text`` hold the gradients
         with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten.
         """
-        if image_gradient and self.d_image is None:
-            self.d_image = torch.zeros(self.image.shape, dtype=self.dtype, device=self.image.device)
         wanted = list(sums)
         if text_gradient:
             wanted.append(Sums(self.text.shape[1:], self.dtype, 0.0, Tensor.add_, gradient_wire))
@@ -124,8 +122,6 @@ class Pairs:
 
     def sweep_constants(self, texts: Tensor, visit: Callable[[Tile], Any], image_gradient: bool = False) -> None:
         """The same for ``texts`` [k, d] that every rank has and that take no gradient; the tiles' owner is -1."""
-        if image_gradient and self.d_image is None:
-            self.d_image = torch.zeros(self.image.shape, dtype=self.dtype, device=self.image.device)
         with _matmul_precision(self.reduced):
             for start in range(0, texts.shape[0], self.tile_rows):
                 part = texts[start : start + self.tile_rows]
@@ -143,6 +139,8 @@ class Pairs:
         make_logits: bool,
     ) -> None:
         """All of this rank's images, a tile at a time, with one slice of texts."""
+        if image_gradient and self.d_image is None:  # here, where running out of memory leaves no other rank waiting
+            self.d_image = torch.zeros(self.image.shape, dtype=self.dtype, device=self.image.device)
         texts = self._as_compute("text", texts)
         columns, own = slice(piece.start, piece.start + piece.rows), piece.owner == self.ring.rank
         for start in range(0, self.image.shape[0], self.tile_rows):

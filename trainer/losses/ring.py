@@ -23,7 +23,6 @@ the sum over ranks of b takes the place of W b. Sizes are agreed first, in one a
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -32,7 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.types import PeerLost, UserError
+from trainer.distributed import ranks_here
+from trainer.types import PeerLost, SharedOutOfMemory, UserError
 
 SLICE_ROWS = 1024
 """Rows of a slice at most. Larger slices make larger, faster products, and buffers that hold more."""
@@ -109,8 +109,10 @@ class Ring:
             return self.world
         if exchange != "hierarchical":
             return 1
-        lanes = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        lanes = min(lanes, self.world)
+        known = node_size or ranks_here()
+        if known is None and self.world > 1:
+            raise UserError("loss.exchange: hierarchical, but no launcher says how many ranks a node has: set loss.node_size")
+        lanes = min(known or 1, self.world)
         if self.world % lanes:
             raise UserError(f"node_size: {self.world} ranks do not divide into nodes of {lanes}; choose another, or exchange: ring")
         return lanes
@@ -134,6 +136,17 @@ class Ring:
             with Naming(f"rank {self.rank} lost a peer in a sum over ranks"):
                 dist.all_reduce(values, group=self.group)
         return values
+
+    def check_memory(self, error: BaseException | None) -> None:
+        """Raises SharedOutOfMemory on all ranks where one of them brings an ``error``; they wait for each other."""
+        failed = error is not None
+        if self.world > 1:
+            vote = torch.tensor([int(failed)], device=self.device)
+            with Naming(f"rank {self.rank} lost a peer while the ranks asked each other whether their memory sufficed"):
+                dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.group)
+            failed = bool(vote.item())
+        if failed:
+            raise SharedOutOfMemory(str(error or "another rank ran out of memory"))
 
     # Where things are
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.losses.ring import Naming, Ring, Slice
+from trainer.types import is_out_of_memory
 
 
 class Sums(NamedTuple):
@@ -35,8 +36,25 @@ def traverse(
 
     ``payload`` holds tensors [rows, ...] that travel; ``visit`` adds into the sums it is given, in place. Returns, for each of
     ``sums``, the [rows, *tail] total over all ranks for this rank's own rows.
+
+    A rank that runs out of memory goes on passing slices, so that no other waits for it; at the end all raise SharedOutOfMemory.
     """
-    return _Traversal(ring, payload, sums, what).run(visit)
+    trip = error = None
+    try:
+        trip = _Traversal(ring, payload, sums, what)
+    except RuntimeError as raised:
+        error = _out_of_memory(raised)
+    ring.check_memory(error)
+    assert trip is not None
+    return trip.run(visit)
+
+
+def _out_of_memory(error: RuntimeError) -> RuntimeError:
+    """``error`` without the frames that hold what filled the memory; raises what is another one."""
+    if not is_out_of_memory(error):
+        raise error
+    error.__traceback__ = None
+    return error
 
 
 @dataclass
@@ -111,7 +129,7 @@ class _Traversal:
         self.inbox = [torch.empty(others, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums] if shared else []
 
     def run(self, visit: Callable[[Slice, list[Tensor], list[Tensor]], None]) -> list[Tensor]:
-        ring = self.ring
+        ring, error = self.ring, None
         first = -1 if self.shared else 0
         last = self.ticks + (self.delay if self.sums and ring.world > 1 else 0)
         for tick in range(first, last):
@@ -125,11 +143,15 @@ class _Traversal:
             if self.sums and ring.num_nodes > 1 and self.delay <= tick < self.ticks + self.delay:
                 self._follow(mail, tick - self.delay)
             mail.post()
-            if 0 <= tick < self.ticks:
-                self._compute(tick, visit)
+            if 0 <= tick < self.ticks and error is None:
+                try:
+                    self._compute(tick, visit)
+                except RuntimeError as raised:
+                    error = _out_of_memory(raised)
             mail.wait()
             if self.shared and self.sums and 1 <= tick <= self.ticks:
                 self._merge(tick - 1)
+        ring.check_memory(error)
         mine = ring.rows[ring.rank]
         return [total.view(-1, *total.shape[2:])[:mine] for total in self.totals]
 

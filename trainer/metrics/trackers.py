@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
         # purge_step hides what was written beyond the position the run goes on from.
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=samples_seen + 1)
     if name == "wandb":
-        return tracking.WandBTracker(project, name=run_dir.name, id=run_dir.name, dir=str(run_dir), resume="allow")
+        where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # another directory of this name is another run
+        return tracking.WandBTracker(project, name=run_dir.name, id=f"{run_dir.name}-{where}", dir=str(run_dir), resume="allow")
     if name == "trackio":
         return tracking.TrackioTracker(project, name=run_dir.name, resume="allow")
     assert name == "mlflow"
