@@ -46,8 +46,9 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
     return path
 
 
-def test_a_run_from_nothing_leaves_all_that_it_promises(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_from_nothing_leaves_all_that_it_promises(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_ranks(call, 2, recipe) == [0, 0]
+    assert capfd.readouterr().err.count("evaluated at 160 samples: image_to_text_r1 ") == 1
     run = tmp_path / "run"
     seen = steps(run)
     assert [line["samples_seen"] for line in seen] == list(range(16, 161, 16))
@@ -117,6 +118,8 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(recipe: Path, tmp
     before = (tmp_path / "run" / "log.jsonl").read_text()
     assert run_ranks(call, 1, recipe, "run.samples=32") == [0]
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    [text] = run_ranks(mistake, 1, recipe, "run.samples=32", "data.validation=/nowhere/pictures")
+    assert "/nowhere/pictures" in text, "nobody would look for it any more"
     assert run_ranks(call, 1, recipe, "run.samples=64") == [0]
     assert [line["samples_seen"] for line in steps(tmp_path / "run")] == [16, 32, 48, 64]
 
@@ -142,12 +145,20 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["model.tokenizer=/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["run.samples=3"], "run.samples is 3, less than one global batch"),
         (["--lr"], "'--lr' is not an option"),
+        (["data.validation=/nowhere/pictures"], "data.validation: /nowhere/pictures: no such folder"),
+        (["eval.data=/nowhere/pictures"], "eval.data: /nowhere/pictures: no such folder"),
+        (["eval.by=language"], "has no 'language', which eval.by asks for"),
+        (["eval.zeroshot=[{label: colour}]"], "eval.zeroshot 'colour': "),
+        (["eval.zeroshot=[{label: a, data: /nowhere/a}]"], "eval.zeroshot 'a': /nowhere/a: no such folder"),
+        (["eval.zeroshot=[{label: sample, classes: /nowhere/a.txt}]"], "/nowhere/a.txt: no such file"),
+        (["eval.zeroshot=[{label: sample, templates: [photoo]}]"], "'photoo' is no template"),
     ],
 )
-def test_a_mistake_in_the_recipe_is_one_clear_line(recipe: Path, overrides: list[str], says: str) -> None:
+def test_a_mistake_in_the_recipe_is_one_clear_line(recipe: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
     for text in run_ranks(mistake, 2, recipe, *overrides):
         assert says in text
         assert "\n" not in text
+    assert not (tmp_path / "run" / "log.jsonl").exists(), "it was found while training"
 
 
 def test_a_ds_config_that_sets_what_the_recipe_owns_is_refused(recipe: Path, tmp_path: Path) -> None:

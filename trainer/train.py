@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from trainer import checkpoint, config, distributed, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed, RunLock
+from trainer.checkpoint.whole import on_main
 from trainer.config import Recipe
 from trainer.data import Loader, Skipped, build_loader
 from trainer.distill import Teacher, build_teacher
@@ -96,13 +98,14 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Whether the recipe names anything to evaluate on."""
-        return bool(self.recipe.eval.data or self.recipe.data.validation)
+        return evals.asked_for(self.recipe.eval, self.recipe.data)
 
     def evaluate(self) -> dict[str, Any]:
         """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there are some."""
         recipe, rank, world = self.recipe, distributed.rank(), distributed.world_size()
         with self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average, self.model.with_every_tower():
             found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
+        distributed.say(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
 
     def save(self, loader: Loader) -> None:
@@ -125,6 +128,7 @@ def main(argv: list[str]) -> int:
 
 def train(recipe: Recipe, watch: Watchdog) -> int:
     """Trains to the end, or until a signal; returns the exit code."""
+    on_main(partial(evals.check, recipe.eval, recipe.data))  # before the hours that a wrong path would cost
     run = build(recipe)
     resumed = run.keeper.resume(run.engine, run.main_loss)
     if resumed is not None:

@@ -279,7 +279,7 @@ def _loss_state(loss: nn.Module | None) -> dict[str, Tensor]:
     return _buffers(loss) if loss is not None else {}
 
 
-def on_main(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def on_main(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """Rank 0's answer on every rank; its UserError, or OSError as a RunFailed, is raised on every rank, so that none waits for another.
     Of a bug rank 0 tells the traceback, and the others that they lost it.
     """
@@ -287,7 +287,7 @@ def on_main(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     bug: Exception | None = None
     if distributed.is_main():
         try:
-            answer["value"] = work()
+            answer["value"] = work() or {}
         except (UserError, OSError) as error:
             answer["error"], answer["again"] = str(error), isinstance(error, OSError | RunFailed)
         except Exception as error:

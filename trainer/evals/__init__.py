@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.data.settings import DataSettings
 from trainer.evals.ceiling import retrieval_ceiling
+from trainer.evals.check import asked_for, check, data_of, datasets
 from trainer.evals.encode import Encoder, Pictures, Wrapped
 from trainer.evals.examples import open_examples
 from trainer.evals.naming import Named, name_pictures
@@ -23,7 +24,10 @@ from trainer.evals.settings import EvalSettings, ZeroShotSettings
 from trainer.evals.standing import Standing
 from trainer.types import Preprocess, UserError
 
-__all__ = ["EvalSettings", "Evaluation", "Retrieved", "ZeroShotSettings", "evaluate", "run"]
+__all__ = ["EvalSettings", "Evaluation", "Retrieved", "ZeroShotSettings", "asked_for", "brief", "check", "evaluate", "run"]
+
+BRIEF = 6
+"""Numbers that fit a line."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ def evaluate(
     ``settings.data`` is empty. Raises UserError when there is nothing to evaluate, or data that does not fit.
     """
     data = data or DataSettings()
-    paths = settings.data or ([data.validation] if data.validation else [])
-    if not paths and not any(zeroshot.data for zeroshot in settings.zeroshot):
+    paths = datasets(settings, data)
+    if not asked_for(settings, data):
         raise UserError("eval.data is empty, and so is data.validation: name shards to evaluate on")
     encoder = Encoder(model, settings, preprocess, rank, world)
     embedded: dict[str, Pictures] = {}
@@ -133,9 +137,7 @@ def evaluate(
             named = ZeroShotSettings(name=(prefix or "zeroshot/").rstrip("/"), data=path)
             found.named[named.title] = name_pictures(named, pictures, encoder)
     for zeroshot in settings.zeroshot:
-        if not (zeroshot.data or paths):
-            raise UserError(f"eval.zeroshot {zeroshot.title!r} has no data, and eval.data is empty")
-        found.named[zeroshot.title] = name_pictures(zeroshot, pictures_at(zeroshot.data or paths[0]), encoder)
+        found.named[zeroshot.title] = name_pictures(zeroshot, pictures_at(data_of(zeroshot, paths)), encoder)
     found.scale, found.bias = encoder.scale, encoder.bias
     return found
 
@@ -145,6 +147,13 @@ def run(
 ) -> dict[str, float]:
     """The metrics of ``evaluate`` alone: what training logs."""
     return evaluate(model, settings, preprocess, rank, world, data).metrics
+
+
+def brief(metrics: dict[str, float]) -> str:
+    """The main ones among ``metrics`` for one line on the terminal: what stands first, recall and accuracy at 1."""
+    main = [f"{name} {100 * value:.1f}%" for name, value in metrics.items() if name.endswith(("_r1", "_top1"))]
+    more = f" and {len(main) - BRIEF} more in log.jsonl" if len(main) > BRIEF else ""
+    return " · ".join(main[:BRIEF]) + more
 
 
 def _retrieve(pictures: Pictures, encoder: Encoder) -> Retrieved:

@@ -57,6 +57,12 @@ class Wrapped(Protocol):
     def forward(self, pixels: Tensor | None, tokens: Tensor | None, token_mask: Tensor | None) -> Embeddings: ...
 
 
+def chosen(examples: Examples, settings: EvalSettings) -> list[int]:
+    """The samples that are evaluated: the first ``limit`` of a seeded permutation."""
+    limit = min(settings.limit or examples.size, examples.size)
+    return Permutation(examples.size, derive_key(settings.seed, "evaluation"))(np.arange(limit)).tolist()
+
+
 class Encoder:
     """Embeds with ``model``: a DualEncoder, or an engine around one, on this rank's device."""
 
@@ -70,10 +76,9 @@ class Encoder:
 
     def pictures(self, examples: Examples) -> Pictures:
         """Embeds the first ``limit`` of a seeded permutation of ``examples``; damaged ones are counted and left out."""
-        limit = min(self.settings.limit or examples.size, examples.size)
-        chosen = Permutation(examples.size, derive_key(self.settings.seed, "evaluation"))(np.arange(limit)).tolist()
-        share = -(-limit // self.world)
-        mine = chosen[share * self.rank : share * (self.rank + 1)]
+        samples = chosen(examples, self.settings)
+        share = -(-len(samples) // self.world)
+        mine = samples[share * self.rank : share * (self.rank + 1)]
         seen: list[Seen | str] = []
         parts = []
         with self._inference(), ThreadPoolExecutor(_threads()) as pool:

@@ -61,6 +61,16 @@ def name_pictures(settings: ZeroShotSettings, pictures: Pictures, encoder: Encod
     return Named(metrics, ceilings, errors, by_class, names, templates)
 
 
+def check_naming(settings: ZeroShotSettings, pictures: Pictures) -> None:
+    """Raises what ``name_pictures`` would for its files and for ``pictures``, which may be a first few and without features."""
+    if pictures.seen:
+        _labels(settings, pictures)
+    fields = context_fields(_templates(settings, pictures), settings.label)
+    for field in [*fields, *([settings.accept] if settings.accept else [])]:
+        for seen in pictures.seen:
+            _field(field, seen, pictures)
+
+
 def _labels(settings: ZeroShotSettings, pictures: Pictures) -> tuple[list[str], list[int]]:
     """(class names, the class of each picture)."""
     labels = [_field(settings.label, seen, pictures) for seen in pictures.seen]
