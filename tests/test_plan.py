@@ -185,7 +185,7 @@ def recipe(tmp_path: Path, size: int = 4096) -> Path:
 
 
 def test_the_verb_prints_a_line_to_paste_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.svg"
+    out = tmp_path / "new" / "plan.svg"
     code = verb.main([str(recipe(tmp_path)), "--gpu-memory", "16GiB", "--gpus", "8", "--nodes", "2", "--link", "25Gbit", "--out", str(out)])
     text = capsys.readouterr().out
     assert code == 0
@@ -222,6 +222,20 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         verb.main([path, "--gpu-memory", "16GiB", "--gpus", "3"])
     with pytest.raises(UserError, match="do not divide among --nodes 3"):
         verb.main([path, "--gpu-memory", "16GiB", "--gpus", "4", "--nodes", "3"])
+    for options, message in (
+        (["--out", str(tmp_path)], "is a directory: name a file in it"),
+        (["--out", path + "/plan.svg"], "its folder cannot be made"),
+        (["--tflops", "0"], "rates above 0"),
+        (["--tflops", "-3"], "rates above 0"),
+        (["--link", "0Gbit"], "rates above 0"),
+        (["--reserve", "16GiB"], "--reserve 16GiB leaves nothing of --gpu-memory 16GiB"),
+        (["--gpu-memory", "0GiB"], "leaves nothing of --gpu-memory 0GiB"),
+        (["--gpu-memory", "1.2.3GiB"], "write 16GiB"),
+        (["--global-batch", "0"], "'batch.size'"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            verb.main([path, "--gpu-memory", "16GiB", *options])
+        assert "\n" not in str(error.value)
 
 
 def test_bars_are_cut_where_they_would_leave_the_picture() -> None:

@@ -292,6 +292,8 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, file: str, content: str, me
     with pytest.raises(UserError, match="nothing to report"):
         main([str(tmp_path)])
     write_log(tmp_path, 1)
+    with pytest.raises(UserError, match="is a directory: name a file in it"):
+        main([str(tmp_path), "--out", str(tmp_path)])
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
         main([str(tmp_path)])

@@ -26,7 +26,7 @@ from trainer.planning.memory import Job
 from trainer.planning.search import RESERVE, Option, Way, choose, options, usable_bytes, zero_section
 from trainer.planning.speed import CARDS, STREAM, Card, default_card, wire_bytes
 from trainer.planning.survey import Curve, Device, look
-from trainer.settings import run_verb
+from trainer.settings import check_out, run_verb
 from trainer.types import UserError
 
 GIB = float(1 << 30)
@@ -165,7 +165,7 @@ def _spent(option: Option, job: Job) -> str:
 
 def amount(text: str) -> float:
     """'16GiB', '24GB', '25Gbit' -> bytes (a second)."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)(?:/s)?\s*", text)
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)(?:/s)?\s*", text)
     if not found or found[2].lower() not in UNITS:
         raise UserError(f"{text!r} is not a size: write 16GiB, 24GB, or 25Gbit for a link")
     return float(found[1]) * UNITS[found[2].lower()]
@@ -190,15 +190,21 @@ def main(argv: list[str]) -> int:
     overrides = [*options_.overrides, *rest]
     if unknown := [text for text in rest if text.startswith("-")]:
         raise UserError(f"{unknown[0]!r} is not an option; see --help")
-    if options_.global_batch:
+    if options_.global_batch is not None:
         overrides.append(f"batch.size={options_.global_batch}")
+    check_out(options_.out)
     if options_.gpus < 1 or options_.nodes < 1 or options_.gpus % options_.nodes:
         raise UserError(f"--gpus {options_.gpus} do not divide among --nodes {options_.nodes}")
     recipe = config.load(options_.recipe, overrides)
     memory, link = amount(options_.gpu_memory), amount(options_.link) if options_.link else None
+    reserve = amount(options_.reserve)
+    if reserve >= memory:
+        raise UserError(f"--reserve {options_.reserve} leaves nothing of --gpu-memory {options_.gpu_memory} for tensors: lower it")
+    if link == 0 or (options_.tflops is not None and options_.tflops <= 0):
+        raise UserError("--link and --tflops are rates above 0; leave them out where you have not measured them")
     card = CARDS[options_.card] if options_.card else default_card(memory)
     keywords: dict[str, Any] = {"nodes": options_.nodes, "link": link, "card": card, "tflops": options_.tflops}
-    result = plan(recipe, memory, options_.gpus, reserve=amount(options_.reserve), **keywords)
+    result = plan(recipe, memory, options_.gpus, reserve=reserve, **keywords)
     job = result.job
     for note in result.notes:
         print(f"note: {note}")

@@ -11,6 +11,7 @@ section are chosen by its ``name:`` (a discriminated union is the registry).
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -154,6 +155,20 @@ def _tag(variant: type[Settings]) -> str:
     field = variant.model_fields.get("name")
     tags = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return f"name: {tags[0]}" if tags else variant.__name__
+
+
+def check_out(out: Path | None) -> None:
+    """Raises UserError, before the work whose result goes there, where ``--out`` cannot be a file; makes its folder."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory: name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from None
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another")
 
 
 def run_verb(main: Callable[[list[str]], int | None]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.report.curves import read_log
 from trainer.report.page import Facts, render
+from trainer.settings import check_out
 from trainer.types import UserError
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (default: RUN/report.html)")
     options = parser.parse_args(argv)
+    check_out(options.out)
     out = write_report(options.run, options.out or options.run / "report.html")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, one file; open it in a browser")
     return 0
