@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,20 @@ def test_a_run_and_its_checkpoint_are_scored_as_the_recipe_says(shards: Path, tm
         (["{model}", "--data", "{shards}", "--templates", "{{}}"], "belong to --label"),
         (["{model}", "--data", "{shards}", "batch.size=3"], "only eval.key=value"),
         (["{model}", "--data", "{shards}", "eval.limt=3"], "unknown key 'limt'; did you mean 'limit'"),
+        (["{adapter}", "--data", "{shards}"], "an adapter, no model by itself: name its run"),
+        (["{folder}/absent", "--data", "{shards}"], "^'.*/absent' is neither a directory here nor a name on the Hugging Face hub"),
+        (["{cut}", "--data", "{shards}"], "^'.*/cut': its weights cannot be read there"),
+        (["{model}", "--against", "{cut}", "--data", "{shards}"], "^'.*/cut': its weights cannot be read there"),
+        (["{model}", "--data", "{shards}", "--out", "{folder}"], "is a directory: name a file in it"),
         (["{model}", "--recipe", "{folder}/absent.yaml"], "absent.yaml: no such recipe"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], message: str, exported: Path, shards: Path, tmp_path: Path) -> None:
-    filled = [argument.format(model=exported, folder=tmp_path, shards=shards) for argument in arguments]
+    adapter, cut = tmp_path / "adapter", Path(shutil.copytree(exported, tmp_path / "cut"))
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:99])
+    filled = [argument.format(model=exported, folder=tmp_path, shards=shards, adapter=adapter, cut=cut) for argument in arguments]
     with pytest.raises(UserError, match=message) as caught:
         main(filled)
     assert "\n" not in str(caught.value)

@@ -37,7 +37,7 @@ from trainer.data.transforms import fit
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.naflex import patch_inputs, unpack
 from trainer.settings import parse
-from trainer.types import UserError
+from trainer.types import RunFailed, UserError
 
 hf_logging.disable_progress_bar()
 
@@ -292,9 +292,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("give one of model.path")
     refused("give one of model.path", path="x", config=clip)
     refused("a new text tower needs model.tokenizer", config=clip)
-    refused("neither a Hugging Face model directory", path=str(tmp_path / "none"), tokenizer=tiny_tokenizer())
-    refused("no tokenizer can be read", path=str(tmp_path / "none"))
-    refused("no tokenizer can be read", config=clip, tokenizer=str(tmp_path))
+    refused("model.path .* is neither a directory here nor", path=str(tmp_path / "none"), tokenizer=tiny_tokenizer())
+    refused("model.path .* is neither a directory here nor", path=str(tmp_path / "none"))
+    refused("model.tokenizer .* is neither a directory here nor", config=clip, tokenizer=str(tmp_path / "none"))
+    refused("model.tokenizer .*: its tokenizer cannot be read there", config=clip, tokenizer=str(tmp_path))
     refused("did you mean 'hidden_size'", config={"vision_config": {"hiden_size": 3}}, tokenizer=tiny_tokenizer())
     refused("model_type is 'bert', known: siglip, clip", config={"model_type": "bert"}, tokenizer=tiny_tokenizer())
     refused("is no Siglip2Tokenizer", config=tiny_config("siglip2"), tokenizer=tiny_tokenizer())
@@ -306,6 +307,30 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("has ids up to 22, the text tower has 9 embeddings", config=small, tokenizer=tiny_tokenizer())
     other = {**clip, "text_config": {**clip["text_config"], "eos_token_id": 5}}
     refused("end token of .* is 22", config=other, tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"\x10\0\0\0", "its weights cannot be read there"),
+        ("model.safetensors", None, "its weights cannot be read there .*model.safetensors"),
+        ("config.json", b"{", "its config cannot be read there"),
+        ("tokenizer.json", b"{", "its tokenizer cannot be read there"),
+    ],
+)
+def test_a_damaged_directory_is_one_line(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
+    saved("siglip", tmp_path / "model")
+    if content is None:
+        (tmp_path / "model" / file).unlink()
+    else:
+        (tmp_path / "model" / file).write_bytes(content)
+    refused(f"model.path '{tmp_path}/model': {message}", path=str(tmp_path / "model"))
+
+
+def test_a_hub_name_without_a_network_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunFailed, match=r"model\.path 'ringlip/none' is no directory here, and its config could not be fetched"):
+        build(ModelSettings(path="ringlip/none"))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

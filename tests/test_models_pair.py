@@ -176,7 +176,7 @@ def test_mistakes_are_one_line(towers: dict[str, TowerSettings]) -> None:
         ({"image": {}}, "a tower has either path"),
         ({"image": {"config": {"model_type": "vitt"}}}, "model.image.config"),
         ({"image": {"config": {"model_type": "vit", "hiden_size": 8}}}, "did you mean 'hidden_size'"),
-        ({"image": {"path": "/none"}}, "neither a Hugging Face model directory"),
+        ({"image": {"path": "/none"}}, "model.image.path '/none' is neither a directory here"),
         ({"image_size": 32}, "is made for 16"),
         ({"mask": MaskSettings(drop=0.5).model_dump()}, "works for siglip and clip"),
     ):

@@ -87,7 +87,7 @@ def build_teacher(settings: DistillSettings, student: Preprocess, autocasts: boo
     try:
         model = build(settings.model)
     except UserError as error:
-        raise UserError(str(error).replace("model.path", "distill.teacher")) from error
+        raise type(error)(str(error).replace("model.path", "distill.teacher")) from error
     check_inputs(settings.teacher, student, model.preprocess)
     return Teacher(model, settings.teacher, autocasts)
 

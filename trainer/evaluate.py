@@ -33,7 +33,7 @@ from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, evaluate
 from trainer.evals.gallery import make_gallery
 from trainer.models import DualEncoder
-from trainer.settings import describe, override, parse, run_verb
+from trainer.settings import check_out, describe, override, parse, run_verb
 from trainer.types import UserError
 
 LABELS = {"image_to_text_r": "picture → caption  R@", "text_to_image_r": "caption → picture  R@"}
@@ -41,6 +41,7 @@ LABELS = {"image_to_text_r": "picture → caption  R@", "text_to_image_r": "capt
 
 def main(argv: list[str]) -> int:
     options = _options(argv)
+    check_out(Path(options.out) if options.out else None)
     recipe = find_recipe(options.recipe, options.model)
     settings = _settings(options, recipe)
     data = recipe.data if recipe else DataSettings()
@@ -71,12 +72,19 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
     if (run / "recipe.yaml").is_file() and (run == path or (path / "checkpoint.json").is_file()):
         model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, path, average)
         where = str(folder)
+    elif (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` makes of it"
+        )
     elif path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{where}: neither a run (recipe.yaml), nor a checkpoint of one, nor a Hugging Face model (config.json)")
     elif average:
         raise UserError(f"{where}: --ema takes the averaged weights of a run, an exported model has one set; leave --ema out")
     else:
-        model = DualEncoder.from_pretrained(where)
+        try:
+            model = DualEncoder.from_pretrained(where)
+        except UserError as error:
+            raise type(error)(str(error).removeprefix("model.path ")) from error  # there is no recipe here
     return model.to(distributed.device()).eval(), where
 
 

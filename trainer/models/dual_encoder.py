@@ -28,7 +28,7 @@ from trainer.models.quantize import QUANTIZED, quantize
 from trainer.models.recompute import recompute
 from trainer.models.settings import ModelSettings
 from trainer.models.stored import StoredSettings, fingerprint, locked_part, take_out, width_of
-from trainer.models.towers import make_config, make_towers, quietly, take_scale_bias
+from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
 from trainer.types import Embeddings, Preprocess, Stored, UserError
 
 SIGLIP = ("siglip", NAFLEX)
@@ -258,6 +258,8 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     Raises UserError for a path that holds no model, a tokenizer that does not match, sizes that do not fit.
     """
     with quietly():
+        if settings.path:
+            read_config(settings.path)  # first: of a path that is none, people would look for the tokenizer
         tokenizer = read_tokenizer(settings)
         config = make_config(settings, tokenizer)
         preprocess = read_preprocess(settings, config, tokenizer)

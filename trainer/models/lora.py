@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.models.hub import reading
 from trainer.models.names import tower_of
 from trainer.settings import Settings
 from trainer.types import UserError
@@ -189,13 +190,14 @@ def load_adapter(towers: PreTrainedModel, folder: str, base: str | None) -> None
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"model.lora.path {folder!r} holds no adapter_model.safetensors: give the directory that PEFT or RingLIP wrote")
-    recorded = read_sidecar(folder).get("base")
+    with reading("model.lora.path", folder, "the adapter"):
+        recorded, saved = read_sidecar(folder).get("base"), load_file(path)
     if recorded and base and recorded != base:
         raise UserError(
             f"model.lora.path {folder!r} was trained on another base (digest {recorded[:12]}, this model's weights {base[:12]}): "
             "set model.path to the model it was trained on"
         )
-    weights = {name.removeprefix("base_model.model."): value for name, value in load_file(path).items()}
+    weights = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
     shapes = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(towers, save_embedding_layers=False).items()}
     if shapes != {name: tuple(value.shape) for name, value in weights.items()}:
         odd = sorted(set(shapes) ^ set(weights)) or sorted(name for name in shapes if shapes[name] != tuple(weights[name].shape))

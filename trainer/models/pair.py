@@ -23,6 +23,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from trainer.models.hub import reading
 from trainer.settings import Settings
 from trainer.types import UserError
 
@@ -55,13 +56,8 @@ def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConf
         except ValueError as error:
             raise UserError(f"{key}.config: {str(error).splitlines()[0]}") from error
     assert settings.path is not None
-    try:
+    with reading(f"{key}.path", settings.path, "its config"):
         config = AutoConfig.from_pretrained(settings.path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{key}.path {settings.path!r} is neither a Hugging Face model directory nor a name on the hub ({reason})"
-        ) from error
     return getattr(config, part, config)
 
 
@@ -99,5 +95,6 @@ def _tower(settings: TowerSettings, config: PretrainedConfig, part: str, options
     options = options | {"attn_implementation": attention_of(config, options["attn_implementation"])}
     if settings.path is None:
         return AutoModel.from_config(config, **options)
-    model = AutoModel.from_pretrained(settings.path, **options)
+    with reading("model.image.path" if part == "vision_model" else "model.text.path", settings.path, "its weights"):
+        model = AutoModel.from_pretrained(settings.path, **options)
     return getattr(model, part, model)

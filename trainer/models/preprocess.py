@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
 
+from trainer.models.hub import reading
 from trainer.models.naflex import NAFLEX, budget_of
 from trainer.models.pair import PAIR
 from trainer.models.settings import ModelSettings
@@ -41,14 +42,10 @@ class Tokenize:
 def read_tokenizer(settings: ModelSettings) -> Any:
     """The tokenizer of the recipe, or the one that lies beside the pretrained weights."""
     name = settings.tokenizer or settings.path or (settings.text and settings.text.path)
-    assert name is not None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        key = "model.tokenizer" if settings.tokenizer else "model.path"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key} {name!r}: no tokenizer can be read there ({reason})") from error
-    return tokenizer
+    assert isinstance(name, str)
+    key = "model.tokenizer" if settings.tokenizer else "model.path" if settings.path else "model.text.path"
+    with reading(key, name, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer: Any) -> Preprocess:
@@ -61,7 +58,8 @@ def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer
     if config.model_type == "clip":
         tokenizer.padding_side = "right"
     path = settings.image.path if settings.image else settings.path
-    found = _image_processor(path) if path else None
+    key = "model.image.path" if settings.image else "model.path"
+    found = _image_processor(key, path) if path else None
     if config.model_type == NAFLEX:
         patch = config.vision_config.patch_size
         size = patch, (budget_of(found, config, settings.num_patches) + 1) * patch
@@ -76,12 +74,9 @@ def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer
     return Preprocess((side, side), resize, RESAMPLE[int(found.resample)], *_statistics(found), num_tokens, tokenize)
 
 
-def _image_processor(path: str) -> Any:
-    try:
+def _image_processor(key: str, path: str) -> Any:
+    with reading(key, path, "its image processor"):
         found = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path!r}: no image processor can be read there ({reason})") from error
     if int(found.resample) not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
         raise UserError(f"{path!r}: its image processor resamples with Pillow's filter {found.resample}; known: {known}")

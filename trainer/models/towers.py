@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from trainer.models.hub import reading
 from trainer.models.naflex import NAFLEX
 from trainer.models.pair import PAIR, TowerSettings, attention_of, join, pair_config, tower_config
 from trainer.models.settings import ModelSettings
@@ -46,7 +47,7 @@ def quietly() -> Iterator[None]:
 def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
     """The model's Hugging Face config with the recipe's sizes and the tokenizer's vocabulary laid in."""
     if settings.path:
-        config = _read_config(settings.path)
+        config = read_config(settings.path)
     elif settings.config is not None:
         config = _new_config(settings.config, tokenizer)
     else:
@@ -65,12 +66,10 @@ def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
     return config
 
 
-def _read_config(path: str) -> PretrainedConfig:
-    try:
+def read_config(path: str) -> PretrainedConfig:
+    """That of the model at ``path``."""
+    with reading("model.path", path, "its config"):
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.path {path!r} is neither a Hugging Face model directory nor a name on the hub ({reason})") from error
 
 
 def _new_pair(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
@@ -175,7 +174,8 @@ def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool
             towers = AutoModel.from_config(config, **options)
         else:
             assert settings.path is not None
-            towers = AutoModel.from_pretrained(settings.path, **options)
+            with reading("model.path", settings.path, "its weights"):
+                towers = AutoModel.from_pretrained(settings.path, **options)
     if settings.image_size and config.model_type in ("siglip", "clip"):  # a pair takes only its own
         resize_images(towers, settings.image_size)
     return towers
