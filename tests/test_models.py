@@ -303,6 +303,15 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("set model.num_patches instead", config=tiny_config("siglip2"), tokenizer=letter_tokenizer(Siglip2Tokenizer), image_size=16)
     refused("has 8 positions", config=clip, tokenizer=tiny_tokenizer(), num_tokens=9)
     refused("multiple of the number of attention heads", config={**clip, "vision_config": {"hidden_size": 33}}, tokenizer=tiny_tokenizer())
+    for tower, key, value, words in (
+        ("vision_config", "num_attention_heads", 3, "model.config: no model can be made of it .*must be divisible by num_heads"),
+        ("vision_config", "patch_size", 0, "model.config.vision_config.patch_size. is 0: a whole number"),
+        ("vision_config", "image_size", 4, "image_size. 4 is less than one patch .8."),
+        ("text_config", "num_hidden_layers", -1, "num_hidden_layers. is -1: a whole number"),
+        ("text_config", "hidden_act", "foo", "model.config: no model can be made of it .*foo"),
+    ):
+        siglip = tiny_config("siglip")
+        refused(words, config={**siglip, tower: {**siglip[tower], key: value}}, tokenizer=tiny_tokenizer())
     small = {**clip, "text_config": {**clip["text_config"], "vocab_size": 9}}
     refused("has ids up to 22, the text tower has 9 embeddings", config=small, tokenizer=tiny_tokenizer())
     other = {**clip, "text_config": {**clip["text_config"], "eos_token_id": 5}}

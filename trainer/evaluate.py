@@ -73,9 +73,7 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
         model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, path, average)
         where = str(folder)
     elif (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` makes of it"
-        )
+        raise UserError(f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` makes of it")
     elif path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{where}: neither a run (recipe.yaml), nor a checkpoint of one, nor a Hugging Face model (config.json)")
     elif average:

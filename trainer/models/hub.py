@@ -1,4 +1,4 @@
-"""What goes wrong where a Hugging Face directory or hub name is read, as one line that names the recipe's key.
+"""What goes wrong where a Hugging Face model is read or made, as one line that names the recipe's key.
 
 with reading("model.path", path, "its config"):
     config = AutoConfig.from_pretrained(path)
@@ -50,8 +50,19 @@ def reading(key: str, path: str, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def making(key: str) -> Iterator[None]:
+    """Raises UserError in the library's own words for sizes of ``key`` that no model can be made of."""
+    try:
+        yield
+    except (*UNREADABLE, TypeError, ArithmeticError, AssertionError) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{key}: no model can be made of it ({_words(error)}); change these sizes") from error
+
+
 def _words(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return " ".join((repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__).split())[:200]
 
 
 def _unreachable(error: BaseException | None) -> bool:

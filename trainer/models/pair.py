@@ -23,7 +23,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from trainer.models.hub import reading
+from trainer.models.hub import making, reading
 from trainer.settings import Settings
 from trainer.types import UserError
 
@@ -94,7 +94,8 @@ def attention_of(config: PretrainedConfig, wanted: str) -> str:
 def _tower(settings: TowerSettings, config: PretrainedConfig, part: str, options: dict[str, Any]) -> PreTrainedModel:
     options = options | {"attn_implementation": attention_of(config, options["attn_implementation"])}
     if settings.path is None:
-        return AutoModel.from_config(config, **options)
+        with making("model.image.config" if part == "vision_model" else "model.text.config"):
+            return AutoModel.from_config(config, **options)
     with reading("model.image.path" if part == "vision_model" else "model.text.path", settings.path, "its weights"):
         model = AutoModel.from_pretrained(settings.path, **options)
     return getattr(model, part, model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from trainer.models.hub import reading
+from trainer.models.hub import making, reading
 from trainer.models.naflex import NAFLEX
 from trainer.models.pair import PAIR, TowerSettings, attention_of, join, pair_config, tower_config
 from trainer.models.settings import ModelSettings
@@ -25,6 +25,11 @@ FAMILIES = ("siglip", "clip", NAFLEX, PAIR)
 """``model_type`` of the models that are trained here."""
 
 NEW_SCALE = {"siglip": 10.0, "clip": 1 / 0.07, NAFLEX: 10.0, PAIR: 10.0}
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_patches",
+    "vocab_size", "max_position_embeddings", "projection_dim", "projection_size",
+)  # fmt: skip
+"""Keys of a config that transformers takes unseen, to fail far away or not at all."""
 NEW_BIAS = {"siglip": -10.0, NAFLEX: -10.0, PAIR: -10.0}
 
 
@@ -122,6 +127,11 @@ def _check_keys(cls: type[PretrainedConfig], tree: dict[str, Any], where: str) -
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}"
             raise UserError(f"unknown key '{where}.{key}'; {hint}")
+        if key in SIZES and not isinstance(tree[key], list) and (type(tree[key]) is not int or tree[key] < 1):
+            raise UserError(f"'{where}.{key}' is {tree[key]!r}: a whole number from 1 is needed")
+    side, patch = tree.get("image_size", 0), tree.get("patch_size", 0)
+    if isinstance(side, int) and isinstance(patch, int) and 0 < side < patch:
+        raise UserError(f"'{where}.image_size' {side} is less than one patch ({patch}): raise it, or lower '{where}.patch_size'")
 
 
 def check_tokenizer(config: PretrainedConfig, tokenizer: Any, settings: ModelSettings) -> None:
@@ -171,7 +181,8 @@ def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool
             parts = {part: attention_of(getattr(config, part), settings.attention) for part in ("vision_config", "text_config")}
             options["attn_implementation"] = parts
         if not weights or settings.config is not None:
-            towers = AutoModel.from_config(config, **options)
+            with making("model.config" if settings.config is not None else settings.path or "model.image, model.text"):
+                towers = AutoModel.from_config(config, **options)
         else:
             assert settings.path is not None
             with reading("model.path", settings.path, "its weights"):
