@@ -345,7 +345,7 @@ def test_too_little_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------------------ one job
 
 
-def test_a_directory_is_one_jobs_until_it_dies(tmp_path: Path) -> None:
+def test_a_directory_is_one_jobs_until_it_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ready, go = os.pipe()
     child = os.fork()
     if child == 0:
@@ -356,6 +356,7 @@ def test_a_directory_is_one_jobs_until_it_dies(tmp_path: Path) -> None:
     os.read(ready, 1)
     with pytest.raises(RunFailed, match="another job is training there"), RunLock(tmp_path, patience=0.3):
         pass
+    assert capsys.readouterr().err.count("another job is training there; waiting up to") == 1
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     for _ in range(2):

@@ -145,6 +145,8 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["model.tokenizer=/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["run.samples=3"], "run.samples is 3, less than one global batch"),
         (["--lr"], "'--lr' is not an option"),
+        (["run.directory={recipe}"], "run.directory {recipe} is no directory that can be written to"),
+        (["run.directory={recipe}/run"], "run.directory {recipe}/run is no directory that can be written to"),
         (["data.validation=/nowhere/pictures"], "data.validation: /nowhere/pictures: no such folder"),
         (["eval.data=/nowhere/pictures"], "eval.data: /nowhere/pictures: no such folder"),
         (["eval.by=language"], "has no 'language', which eval.by asks for"),
@@ -155,8 +157,8 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_the_recipe_is_one_clear_line(recipe: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
-    for text in run_ranks(mistake, 2, recipe, *overrides):
-        assert says in text
+    for text in run_ranks(mistake, 2, recipe, *(override.replace("{recipe}", str(recipe)) for override in overrides)):
+        assert says.replace("{recipe}", str(recipe)) in text
         assert "\n" not in text
     assert not (tmp_path / "run" / "log.jsonl").exists(), "it was found while training"
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.whole import on_main
-from trainer.types import RunFailed
+from trainer.distributed import say
+from trainer.types import RunFailed, UserError
 
 PATIENCE = 60.0
 """Seconds for those before to finish their step, save and go."""
 NOT_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """Answers of file systems without locks: there the directory is trusted."""
+MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG)
+"""Answers that the same command would get again."""
 
 
 class RunLock:
@@ -40,9 +43,15 @@ class RunLock:
             os.close(self._handle)
 
     def _take(self) -> dict[str, Any]:
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self._run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno not in MISTAKES:
+                raise
+            raise UserError(f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another") from error
         deadline = time.monotonic() + self._patience
+        said = False
         while True:
             try:
                 fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,4 +61,7 @@ class RunLock:
                     return {}
                 if time.monotonic() > deadline:
                     raise RunFailed(f"{self._run_dir}: another job is training there; end it, or choose another run.directory") from error
+            if not said:
+                said = True
+                say(f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to end")
             time.sleep(0.2)
