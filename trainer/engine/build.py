@@ -28,6 +28,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer import distributed
@@ -230,7 +231,12 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: E
     if settings.autocasts:
         autocast_forward(model, torch.bfloat16)
     model.train()
-    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    try:
+        ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}") from error
     return Engine(ds_engine, config)
 
 

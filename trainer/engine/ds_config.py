@@ -127,6 +127,8 @@ KNOWN = {
 """What a ds_config may set: stage, offload, buckets, overlap, and what DeepSpeed measures and prints."""
 
 
+SECTIONS = [*KNOWN, "comms_logger", "flops_profiler"]
+
 BUCKET_ELEMENTS = 20_000_000
 """Elements that travel at once where a ds_config does not say (80 MB). DeepSpeed's default is 25 times that, and all of it is allocated."""
 
@@ -171,8 +173,13 @@ def _check_keys(path: Path, section: dict[str, Any], where: str) -> None:
             close = difflib.get_close_matches(key, KNOWN[where], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"a ds_config may set {', '.join(KNOWN[where])}"
             raise UserError(f"{path}: unknown key {dotted!r}; {hint}")
-        if dotted in KNOWN and isinstance(value, dict):
-            _check_keys(path, value, dotted)
+        if dotted in SECTIONS:
+            if not isinstance(value, dict | None):
+                raise UserError(f"{path}: {dotted!r} is {value!r}: it is a section, an object of keys")
+            if dotted in KNOWN:
+                _check_keys(path, value or {}, dotted)
+        elif key != "device" and value is not None and not (isinstance(value, int | float) and value >= 0):
+            raise UserError(f"{path}: {dotted!r} is {value!r}: a number from 0, true or false is needed")
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
