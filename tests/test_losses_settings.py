@@ -3,7 +3,18 @@
 import pytest
 
 from tests import dense
-from trainer.losses import LOSSES, LossSettings, QueueLoss, SigmoidLoss, SinkhornLoss, SoftmaxLoss, TripletLoss, build
+from trainer.losses import (
+    LOSSES,
+    LossSettings,
+    QueueLoss,
+    SigmoidLoss,
+    SigmoidSettings,
+    SinkhornLoss,
+    SoftmaxLoss,
+    TripletLoss,
+    TripletSettings,
+    build,
+)
 from trainer.settings import Settings, parse
 from trainer.types import UserError
 
@@ -36,6 +47,16 @@ def test_a_recipes_section_makes_a_loss_that_trains(section, kind):
     assert z.image.grad.norm() > 0 and z.text.grad.norm() > 0
     assert all(leaf.grad.shape == leaf.shape for leaf in z[:4])
     assert not list(loss.parameters())
+
+
+def test_a_section_without_a_name_is_of_the_default_kind():
+    class Defaulting(Settings):
+        loss: LossSettings = SigmoidSettings()
+
+    assert parse(Defaulting, {"loss": {"wire": "bfloat16"}}, "recipe.yaml").loss == SigmoidSettings(wire="bfloat16")
+    assert parse(Defaulting, {"loss": {"name": "triplet"}}, "recipe.yaml").loss == TripletSettings()
+    with pytest.raises(UserError, match=r"'loss.name' is required"):
+        parse(Recipe, {"loss": {"wire": "bfloat16"}}, "recipe.yaml")
 
 
 def test_every_loss_is_in_a_recipe_here():

@@ -18,6 +18,7 @@ from tests.runs import PLAIN, call, curve, make_shards, mistake, steps, stopped_
 from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 from trainer.signals import EXIT_AGAIN
+from trainer.types import UserError
 
 ROWS = 80
 
@@ -145,6 +146,11 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["model.tokenizer=/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["run.samples=3"], "run.samples is 3, less than one global batch"),
         (["--lr"], "'--lr' is not an option"),
+        (["eval.zeroshot.label=colr"], "'eval.zeroshot' is a list: write eval.zeroshot='[{label: colr}]'"),
+        (["eval.zeroshot=[{label: a}]", "eval.zeroshot.label=colr"], "is a list, which is written whole: eval.zeroshot='[{label: colr}]'"),
+        (["data.workers=-1"], "'data.workers': -1 processes cannot be"),
+        (["model.recompute.image=0"], "'model.recompute.image': every 0-th layer cannot be"),
+        (["model.recompute.image=99"], "SiglipVisionModel has 2 layers, every 99-th of them is none"),
         (["run.directory={recipe}"], "run.directory {recipe} is no directory that can be written to"),
         (["run.directory={recipe}/run"], "run.directory {recipe}/run is no directory that can be written to"),
         (["data.validation=/nowhere/pictures"], "data.validation: /nowhere/pictures: no such folder"),
@@ -163,10 +169,30 @@ def test_a_mistake_in_the_recipe_is_one_clear_line(recipe: Path, tmp_path: Path,
     assert not (tmp_path / "run" / "log.jsonl").exists(), "it was found while training"
 
 
+def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "A list: eval.zeroshot='[{label: LABEL}]'" in text and "eval.zeroshot[].label = 'cls'" in text
+    assert "name: sigmoid (default)" in text
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert "required: RECIPE\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is a directory: name a recipe in it"):
+        train.main([str(tmp_path)])
+
+
 def test_a_ds_config_that_sets_what_the_recipe_owns_is_refused(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text('{"train_batch_size": 32}')
     [text] = run_ranks(mistake, 1, recipe, f"engine.ds_config={tmp_path / 'own.json'}")
     assert "own.json: 'train_batch_size' belongs to the recipe: remove it here and set batch.size there" in text
+
+
+def test_what_deepspeed_refuses_names_the_file(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}')
+    [text] = run_ranks(mistake, 1, recipe, f"engine.ds_config={tmp_path / 'own.json'}")
+    assert "own.json: DeepSpeed refuses 'reduce_bucket_size' 0: Input should be greater than 0" in text
+    assert "\n" not in text
 
 
 def test_a_checkpoint_of_another_model_is_refused(recipe: Path) -> None:

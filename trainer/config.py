@@ -99,7 +99,9 @@ def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
         prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; trainer/recipes/ holds those that come with RingLIP")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe; values are read as YAML")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="laid over the recipe; values are read as YAML"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(argv)
     if rest:

@@ -178,7 +178,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="laid over the recipe")
     parser.add_argument("--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be given again")
     parser.add_argument("--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples the tower sees at once (default 64)")

@@ -192,7 +192,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="DIR", help="a run, one of its checkpoints, a Hugging Face directory or a hub name")
-    parser.add_argument("overrides", nargs="*", metavar="eval.key=value", help="laid over the recipe's eval: section")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="eval.key=value", help="laid over the recipe's eval: section")
     parser.add_argument("--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be given again")
     parser.add_argument("--limit", type=int, metavar="N", help="pictures used of each dataset; 0 uses all, the default without a recipe")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows embedded at once")

@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
         prog="python -m trainer.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--gpu-memory", required=True, help="of one card: 16GiB, 24GB, ...")
     parser.add_argument("--gpus", type=int, default=1, help="cards in all nodes together")
     parser.add_argument("--nodes", type=int, default=1)

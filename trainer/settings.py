@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trainer.types import UserError
 
@@ -29,12 +30,25 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_variants(cls, tree: Any) -> Any:
+        """A section with variants that does not say which it is, is the default one."""
+        if not isinstance(tree, dict):
+            return tree
+        named = {key: getattr(field.default, "name", None) for key, field in cls.model_fields.items() if field.discriminator}
+        return tree | {
+            key: {"name": name, **tree[key]} for key, name in named.items() if name is not None and isinstance(tree.get(key), dict)
+        }
+
 
 S = TypeVar("S", bound=Settings)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a recipe in it, such as {path / 'recipe.yaml'}")
     if not path.is_file():
         raise UserError(f"{path}: no such recipe; see trainer/recipes/ for those that come with RingLIP")
     try:
@@ -61,11 +75,19 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         node = result
         for parent in parents:
             child = node.setdefault(parent, {})
+            if isinstance(child, list):
+                start = path[: path.index(f"{parent}.") + len(parent)]
+                raise UserError(f"{path}: {start!r} is a list, which is written whole: {as_list(start, {key: value})}")
             if not isinstance(child, dict):
                 raise UserError(f"{path}: {parent!r} is a value, not a section")
             node = child
         node[key] = value
     return result
+
+
+def as_list(path: str, item: dict[str, Any]) -> str:
+    """The override that gives a list of one section."""
+    return f"{path}={shlex.quote(yaml.safe_dump([item], default_flow_style=True, width=1000, allow_unicode=True).strip())}"
 
 
 def _copy(tree: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +120,8 @@ def _explain(cls: type[Settings], item: Any) -> str:
         return f"{dotted + '.name'!r} is {context['tag']!r}, known: {context['expected_tags']}{hint}"
     if item["type"] == "union_tag_not_found":
         return f"{dotted + '.name'!r} is required: it chooses the variant"
+    if item["type"] == "list_type" and isinstance(item["input"], dict):
+        return f"{dotted!r} is a list: write {as_list(dotted, item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     if not dotted:
         return message
@@ -142,12 +166,17 @@ def describe(cls: type[Settings], prefix: str = "") -> str:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             lines.append(f"  {prefix + key + ' = ' + default:<44} {text}")
             continue
+        listed = "list[" in str(field.annotation)
+        if listed:
+            first = next(iter(nested[0].model_fields))
+            text += f" A list: {as_list(prefix + key, {first: first.upper()})}"
         lines.append(f"\n{prefix + key}: {text}" if text else f"\n{prefix + key}:")
         for variant in nested:
             if len(nested) > 1:
                 about = " ".join((variant.__doc__ or "").split("\n\n")[0].split())
-                lines.append(f"  -- {_tag(variant)}: {about}")
-            lines.append(describe(variant, f"{prefix}{key}."))
+                default = " (default)" if type(field.default) is variant else ""
+                lines.append(f"  -- {_tag(variant)}{default}: {about}")
+            lines.append(describe(variant, f"{prefix}{key}[]." if listed else f"{prefix}{key}."))
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.distributed import ranks_here
 from trainer.settings import Settings
@@ -97,6 +97,13 @@ class DataSettings(Settings):
     stall_seconds: float = Field(default=300.0, gt=0)
     """A worker silent for so long ends the run, with its name and the shard it was reading."""
 
+    @field_validator("workers")
+    @classmethod
+    def _not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{value} processes cannot be: give 0 or more, or auto")
+        return value
+
     @property
     def sources(self) -> list[SourceSettings]:
         """The training mixture as a list, whatever way it was written."""
@@ -105,5 +112,5 @@ class DataSettings(Settings):
     def num_workers(self) -> int:
         """Processes per rank; ``auto`` shares this node's cores among its ranks and leaves each one for the model."""
         if self.workers != "auto":
-            return max(0, self.workers)
+            return self.workers
         return max(0, min(8, len(os.sched_getaffinity(0)) // (ranks_here() or 1) - 1))

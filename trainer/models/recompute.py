@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from pydantic import field_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.settings import Settings
+from trainer.types import UserError
 
 Layers = Literal["none", "all"] | int
 
@@ -32,21 +34,32 @@ class RecomputeSettings(Settings):
     offload: bool = False
     "Moves what chosen layers still keep (their inputs) to pinned host memory until the backward pass."
 
+    @field_validator("image", "text")
+    @classmethod
+    def _from_one(cls, value: Layers) -> Layers:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"every {value}-th layer cannot be: give none, all, or a number from 1")
+        return value
+
 
 def recompute(tower: nn.Module, layers: Layers, offload: bool = False) -> int:
     """Wraps the chosen layers of ``tower`` in place, parameter names unchanged; returns how many there are.
 
-    ``layers`` k > 1 leaves k - 1 of k layers as they are, beginning with the first. Raises ValueError for a tower without a list of layers.
+    ``layers`` k > 1 leaves k - 1 of k layers as they are, beginning with the first.
+    Raises UserError for a tower without a list of layers, or of fewer.
     """
+    assert layers in ("none", "all") or int(layers) > 0
     if layers == "none":
         return 0
     step = 1 if layers == "all" else int(layers)
-    if step < 1:
-        raise ValueError(f"every {step}-th layer: give none, all, or a number from 1")
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise ValueError(f"{type(tower).__name__} has no list of layers to recompute")
+        raise UserError(f"model.recompute: {type(tower).__name__} has no list of layers to recompute; leave it at none")
     longest = max(stacks, key=lambda stack: len(stack))
+    if step > len(longest):
+        raise UserError(
+            f"model.recompute: {type(tower).__name__} has {len(longest)} layers, every {step}-th of them is none: lower the number"
+        )
     chosen = list(longest)[step - 1 :: step]
     for layer in chosen:
         _wrap(layer, offload)
