@@ -246,6 +246,15 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--batch-size", "0"], "at least one sample at once"), (["--data", "{world}/recipe.yaml"], "is a file that is no tar")],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        embed.main([str(embedded / "recipe.yaml"), STORED, *(text.format(world=embedded) for text in options)])
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["model.stored.image=nothing"], "are not there, or not finished (columns: "),
@@ -258,6 +267,8 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
         (["model.image_size=32", STORED], "were made by another tower"),
         ([STORED, "data.augment.flip=0.5"], "data.augment: stored image embeddings are of the whole pictures"),
         ([STORED, "model.mask.drop=0.5"], "cannot be dropped"),
+        (["model.stored.image=../../x"], "'model.stored.image': '../../x' cannot name a column"),
+        (["model.stored.image=''"], "'model.stored.image': '' cannot name a column"),
         (["model.stored={image: a, text: b}"], "one tower can be stored"),
     ],
 )

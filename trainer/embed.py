@@ -30,7 +30,7 @@ from trainer import config, distributed
 from trainer.checkpoint.whole import on_main
 from trainer.config import Recipe
 from trainer.data.opening import open_source
-from trainer.data.settings import SourceSettings
+from trainer.data.settings import SourceSettings, sharded
 from trainer.data.source import Source
 from trainer.data.stored import ColumnWriter, Half, Storage
 from trainer.data.transforms import Damaged, decode, fit, least_size
@@ -44,6 +44,8 @@ from trainer.types import Stored, UserError
 def main(argv: list[str]) -> int:
     options = _options(argv)
     recipe = config.load(options.recipe, options.overrides)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
     if recipe.model.stored.side is None:
         raise UserError("model.stored is empty: name the column to write, for example model.stored.image=vit_b16 (with model.lock.image)")
     if "RANK" in os.environ:
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
         model = build(whole(recipe.model))
         stored = stored_tower(model.towers, model.preprocess, recipe.model.stored)
         embedder = Embedder(model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision)
-        for source in [SourceSettings(path=path) for path in options.data] if options.data else recipe.data.sources:
+        for source in [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources:
             with torch.inference_mode():
                 embed(embedder, source, recipe, options.storage)
     finally:

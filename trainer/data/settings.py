@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import os
+import tarfile
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.distributed import ranks_here
 from trainer.settings import Settings
+from trainer.types import UserError
+
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl")
+"""Lists of pairs, which people give as they are."""
+
+
+def sharded(path: str) -> str:
+    """``path``, which may hold shards. Raises UserError for a table of pairs and for a file that is no tar."""
+    table, local = path.lower().endswith(TABLES), Path(path).expanduser()
+    if (table and not local.is_dir()) or (local.is_file() and not path.endswith(".tar") and not tarfile.is_tarfile(local)):
+        what = "a table of pairs" if table else "a file that is no tar"
+        raise UserError(f"{path} is {what}, and shards are read: make them with `python -m data_tools shard {path} OUT`, and name OUT")
+    return path
 
 
 class SourceSettings(Settings):
@@ -22,6 +37,8 @@ class SourceSettings(Settings):
     """How often an epoch draws each of its samples, where there are no weights; 0.5 draws every sample in two epochs."""
     caption: str | list[str] | None = None
     """As data.caption, for this dataset alone."""
+
+    _sharded = field_validator("path")(sharded)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SourceSettings:
@@ -96,6 +113,11 @@ class DataSettings(Settings):
     """Larger pictures are damaged samples: the size is read from the header, before memory is spent."""
     stall_seconds: float = Field(default=300.0, gt=0)
     """A worker silent for so long ends the run, with its name and the shard it was reading."""
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _sharded(cls, value: str | list[SourceSettings]) -> str | list[SourceSettings]:
+        return sharded(value) if isinstance(value, str) else value
 
     @field_validator("workers")
     @classmethod

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from trainer.data.opening import open_source
-from trainer.data.settings import DataSettings, SourceSettings
+from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.source import Source
 from trainer.data.transforms import Damaged
 from trainer.types import UserError
@@ -54,7 +54,7 @@ class Examples(Protocol):
 
 def open_examples(path: str, settings: DataSettings) -> Examples:
     """The dataset at ``path``; ``settings`` says which fields hold captions and where remote shards are cached."""
-    local = Path(path).expanduser()
+    local = Path(sharded(path)).expanduser()
     if "://" not in path and not local.exists() and not any(sign in path for sign in "*{"):
         raise UserError(f"{path}: no such folder; name shards made by `python -m data_tools shard`, or a CLIP_benchmark dataset")
     for root in (local, local.parent):

@@ -13,10 +13,11 @@ projection is new and trains on.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import xxhash
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,8 @@ VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "ar
 """Keys of a Hugging Face config that do not change what the model computes."""
 PROBE = ["", "a photo of a cat", "Ünïcode, 猫 & ПРИВЕТ: 0123456789 don't"]
 """Captions whose tokens tell two tokenizers apart, with their vocabularies."""
+NAME = re.compile(r"(?!\.)[\w.-]+")
+"""As `python -m data_tools join` has it: a file of this name is written."""
 
 
 class StoredSettings(Settings):
@@ -38,6 +41,13 @@ class StoredSettings(Settings):
     "Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. null: run the tower."
     text: str | None = None
     "The same for the text tower; needs model.lock.text and one caption a picture."
+
+    @field_validator("image", "text")
+    @classmethod
+    def _a_name(cls, value: str | None) -> str | None:
+        if value is not None and not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} cannot name a column: letters, digits, _, - and . are known, and it does not begin with a dot")
+        return value
 
     @model_validator(mode="after")
     def _one_side(self) -> StoredSettings:
