@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 import sys
 import types
@@ -42,6 +43,8 @@ class Settings(BaseModel):
         }
 
 
+KIND = re.compile(r"str|int|float|bool|(list|literal|function-\w+)\[.*\]")
+"""What pydantic puts into a path for the kinds of value that a key may have."""
 S = TypeVar("S", bound=Settings)
 
 
@@ -99,8 +102,24 @@ def parse(cls: type[S], tree: dict[str, Any], source: str) -> S:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{source}: {_explain(cls, item)}" for item in error.errors(include_url=False)]
+        lines = [f"{source}: {line}" for line in _lines(cls, error.errors(include_url=False))]
         raise UserError("\n".join(lines)) from None
+
+
+def _lines(cls: type[Settings], items: list[Any]) -> list[str]:
+    """One line a mistake. Of a value that may be of several kinds (``str | list``) pydantic tells what each of them misses."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for item in items:
+        kinds = [place for place, part in enumerate(item["loc"]) if KIND.fullmatch(str(part))]
+        groups.setdefault(item["loc"][: kinds[0]] if kinds else item["loc"], []).append(item)
+    lines = []
+    for where, group in groups.items():
+        inside = [item for item in group if len(item["loc"]) > len(where) + 1]  # the kind that was meant: it fits but for these
+        if inside or len(group) == 1:
+            lines += [_explain(cls, item) for item in inside or group]
+        else:
+            lines.append("; or ".join([_explain(cls, group[0]), *(item["msg"] for item in group[1:])]))
+    return lines
 
 
 def _explain(cls: type[Settings], item: Any) -> str:
@@ -135,6 +154,8 @@ def _follow(cls: type[Settings], loc: tuple[Any, ...]) -> tuple[list[str], list[
     variants: list[type[Settings]] = [cls]
     known: list[str] = list(cls.model_fields)
     for part in loc:
+        if KIND.fullmatch(str(part)):
+            continue
         tagged = [v for v in variants if "name" in v.model_fields and part in get_args(v.model_fields["name"].annotation)]
         if tagged and len(variants) > 1:
             variants, known = tagged, list(tagged[0].model_fields)
