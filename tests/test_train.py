@@ -154,6 +154,7 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["eval.data=s3://bucket/pairs.parquet"], "eval.data: s3://bucket/pairs.parquet is a table of pairs"),
         (["data.train=[{path: a, wight: 3}]"], "unknown key 'data.train.0.wight'; did you mean 'weight'?"),
         (["data.workers=foo"], "'data.workers': Input should be a valid integer, unable"),
+        (["batch.micro_batch=0"], "'batch.micro_batch': Input should be greater than 0 (got 0)"),
         (["data.workers=-1"], "'data.workers': -1 processes cannot be"),
         (["model.recompute.image=0"], "'model.recompute.image': every 0-th layer cannot be"),
         (["model.recompute.image=99"], "SiglipVisionModel has 2 layers, every 99-th of them is none"),

@@ -43,7 +43,7 @@ class Settings(BaseModel):
         }
 
 
-KIND = re.compile(r"str|int|float|bool|(list|literal|function-\w+)\[.*\]")
+KIND = re.compile(r"str|int|constrained-int|float|bool|(list|literal|function-\w+)\[.*\]")
 """What pydantic puts into a path for the kinds of value that a key may have."""
 S = TypeVar("S", bound=Settings)
 

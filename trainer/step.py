@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -42,7 +42,7 @@ class BatchSettings(Settings):
 
     size: int = Field(gt=0)
     "Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do not."
-    micro_batch: int | Literal["auto"] | None = Field(None)
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(None)
     "Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner finds to fit."
     reduce: Reduce = "once"
     "once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3 then keep a shard only)."
