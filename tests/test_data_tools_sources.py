@@ -237,6 +237,18 @@ def test_tars_of_img2dataset_are_sharded_again(tmp_path: Path) -> None:
     assert metas(tmp_path / "again")[0]["status"] == "success"
 
 
+def test_rejects_of_tars_name_long_keys_in_full(tmp_path: Path) -> None:
+    keys = ["f" * 90 + "/" + "n" * 60 + str(number) for number in range(2)]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, picture_bytes in ((keys[0], encoded(picture(0))), (keys[1], b"no picture")):
+            for name, data in ((f"{key}.png", picture_bytes), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert shard(tmp_path / "a.tar", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
+    assert list(rejects(tmp_path / "out")) == [f"a.tar:{keys[1]}"]
+
+
 def test_files_of_img2dataset(tmp_path: Path) -> None:
     pictures(tmp_path / "in" / "00000", 2)
     for number in range(2):

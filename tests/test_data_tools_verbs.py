@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,6 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
 
 
 def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import tarfile
-
     (tmp_path / "foreign").mkdir()
     damaged = bytearray(encoded(picture(0, 200, 200), "JPEG"))
     del damaged[len(damaged) // 2 : len(damaged) // 2 + 50]
@@ -118,6 +118,29 @@ def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, 
     assert data_tools(["verify", str(tmp_path / "foreign")]) == 1
     out = capsys.readouterr().out
     assert out.startswith("a.tar\tx\t") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_member_names_of_other_makers(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: int) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    keys = ["f" * 80 + "/" + "n" * 60 + str(number) for number in range(4)]
+    with tarfile.open(folder / "a.tar", "w", format=format) as tar:
+        for number, key in enumerate(keys):
+            for name, data in ((f"{key}.png", encoded(picture(number % 3))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["verify", str(folder)]) == 0
+    assert not capsys.readouterr().out
+    (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{key},{number}\n" for number, key in enumerate(keys)))
+    assert data_tools(["join", str(folder), str(tmp_path / "scores.csv"), "--on", "key"]) == 0
+    assert np.asarray(Dataset.open(folder).column("score")).tolist() == [0, 1, 2, 3]
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    assert json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text()) == {"key": keys[3], "same_as": keys[0]}
+    assert data_tools(["cat", str(folder), keys[2]]) == 0
+    assert f"{keys[2]}.png" in capsys.readouterr().out
 
 
 def test_index_of_our_own_tars_is_the_same_index(dataset: Path, tmp_path: Path) -> None:
@@ -140,8 +163,6 @@ def test_lost_index_is_made_anew_and_the_manifest_stays(dataset: Path, capsys: p
 
 
 def test_index_says_what_it_left_out(tmp_path: Path) -> None:
-    import tarfile
-
     folder = tmp_path / "foreign"
     folder.mkdir()
     for name, data in (("x.jpg", b"<html>"), ("x.txt", b"t"), ("y.png", encoded(picture(1))), ("y.txt", b"t"), ("z.txt", b"t")):
