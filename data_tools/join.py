@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
-from data_tools.index import MANIFEST
+from data_tools.index import MANIFEST, Dataset
 from data_tools.output import Output
 from data_tools.values import values_of
 from data_tools.view import write_column
@@ -112,13 +112,21 @@ def main(argv: list[str]) -> int | None:
     bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
     if bad:
         raise DataError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
-    output = Output(arguments.dataset)
-    output.start()
-    entries = {name: write_column(output, name, values) for name, values in columns.items()}
-    output.write_json(MANIFEST, {**dataset.manifest, "columns": {**dataset.manifest.get("columns", {}), **entries}})
-    output.finish()
+    _add(dataset, columns)
     print(f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples", file=sys.stderr)
     return 0
+
+
+def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None:
+    output = Output(dataset.root)
+    with output.amending("columns"):
+        output.start()
+        manifest = Dataset.open(dataset.root).manifest  # another column may have been joined meanwhile
+        if manifest["shards"] != dataset.manifest["shards"]:
+            raise DataError(f"{dataset.root}: its shards have changed meanwhile; join again")
+        entries = {name: write_column(output, name, values) for name, values in columns.items()}
+        output.write_json(MANIFEST, {**manifest, "columns": {**manifest.get("columns", {}), **entries}})
+        output.finish()
 
 
 def _array(path: Path, num_samples: int) -> NDArray[Any]:
