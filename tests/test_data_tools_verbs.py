@@ -284,15 +284,26 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
 
 def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
+    (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
+    (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
+        (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
+        (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
         (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
     ]:
         assert data_tools(["join", str(dataset), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_join_reads_long_fields(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"uid,words\nuid3,{'long ' * 60_000}\n")
+    assert data_tools(["join", str(dataset), str(tmp_path / "long.csv"), "--on", "uid", "--with", "uid"]) == 0
+    words = Dataset.open(dataset).column("words")
+    assert sorted({len(words[sample]) for sample in range(24)}) == [0, 300_000]
 
 
 def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
