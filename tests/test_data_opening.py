@@ -126,6 +126,24 @@ def test_remote_tars_without_an_index_are_fetched_and_indexed_once(
     assert same(take(loader(url, **cache), 1), [batch])
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_cache_too_small_for_remote_tars_without_an_index_is_refused(
+    tmp_path: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Also where the server does not tell sizes, and when the indexes are there already."""
+    folder = write_shards(tmp_path / "bare", [6] * 6, index=False)
+    one = (folder / "00000.tar").stat().st_size
+    url = remote_copy(folder)
+    if not told:
+        memory = type(fsspec.filesystem("memory"))
+        info = memory.info
+        monkeypatch.setattr(memory, "info", lambda self, path, **options: {**info(self, path, **options), "size": None})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"data.cache_limit: .* hold less than two windows of 2 shards"):
+            loader(url, window=2, cache_limit=2.5 * one / 2**30, **cache)
+    assert len(take(loader(url, window=2, cache_limit=4.5 * one / 2**30, **cache), 1)[0].ids) == 12
+
+
 def test_evaluation_reads_remote_shards(tmp_path: Path, cache: dict[str, Any]) -> None:
     url = remote_copy(write_shards(tmp_path / "local", [4, 3]))
     examples = open_examples(url, DataSettings(**cache))

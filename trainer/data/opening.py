@@ -100,7 +100,8 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
     entries, indexes, problems = [], [], Counter[str]()
     said = False
     for tar in tars:
-        kept = keeper.root / "indexes" / f"{_fingerprint(tar)}.idx"
+        size, stamp = _size_and_stamp(tar)
+        kept = keeper.root / "indexes" / f"{stamp}.idx"
         with keeper.lock(kept.name):
             if not kept.exists():
                 if not said:
@@ -109,7 +110,8 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
                 rows, found = scan_tar(keeper.fetch(tar) if cache else tar)
                 problems.update(problem.reason for problem in found)
                 _save(kept, rows)
-        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(load_array(str(kept)))})
+        rows = load_array(str(kept))
+        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(rows), "bytes": size or _reach(rows)})
         indexes.append(kept)
     if problems:
         listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
@@ -129,16 +131,23 @@ def _save(path: Path, rows: NDArray[np.void]) -> None:
     part.replace(path)
 
 
-def _fingerprint(tar: str) -> str:
-    """Changes when the tar does, so that a kept index is never that of another file."""
+def _reach(rows: NDArray[np.void]) -> int:
+    """Where the last member that the index names ends: a tar's size, nearly, where the server does not tell."""
+    return max((int((rows[f"{kind}_offset"] + rows[f"{kind}_size"]).max()) for kind in ("image", "text", "json") if len(rows)), default=0)
+
+
+def _size_and_stamp(tar: str) -> tuple[int, str]:
+    """Its bytes (0 where the server does not tell), and what changes when the tar does, so that a kept index is never that of another."""
     if "://" in tar:
         fs, inner = fsspec.core.url_to_fs(tar)
         info = fs.info(inner)
-        stamp = [tar, info.get("size"), info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")]
+        size = info.get("size")
+        stamp = [tar, size, info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")]
     else:
         stat = os.stat(tar)
-        stamp = [os.path.abspath(tar), stat.st_size, stat.st_mtime_ns]
-    return xxhash.xxh3_128_hexdigest("\n".join(map(str, stamp)).encode())
+        size = stat.st_size
+        stamp = [os.path.abspath(tar), size, stat.st_mtime_ns]
+    return int(size or 0), xxhash.xxh3_128_hexdigest("\n".join(map(str, stamp)).encode())
 
 
 def _find_tars(path: str) -> list[str]:
