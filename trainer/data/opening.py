@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,8 @@ def open_source(source: SourceSettings, settings: DataSettings) -> Source:
 
 def _open_dataset(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
     if cache is not None:
-        fs, _ = fsspec.core.url_to_fs(path)
-        if fs.exists(f"{path.rstrip('/')}/manifest.json"):
-            return MirroredDataset(path, Dataset.open(path).manifest, cache)
+        if cache.persist(path, lambda: fsspec.core.url_to_fs(path)[0].exists(f"{path.rstrip('/')}/manifest.json")):
+            return MirroredDataset(path, cache.persist(path, lambda: Dataset.open(path).manifest), cache)
     elif Path(path, "manifest.json").exists():
         dataset = Dataset.open(path)
         _check_present(dataset)
@@ -93,14 +93,14 @@ class ScannedDataset(Dataset):
 
 
 def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
-    tars = _find_tars(path)
+    tars = cache.persist(path, lambda: _find_tars(path)) if cache else _find_tars(path)
     if not tars:
         raise UserError(f"{path}: no manifest.json and no .tar there; make shards with `python -m data_tools shard`, or check the path")
     keeper = cache or ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30))
     entries, indexes, problems = [], [], Counter[str]()
     said = False
     for tar in tars:
-        size, stamp = _size_and_stamp(tar)
+        size, stamp = keeper.persist(tar, partial(_size_and_stamp, tar)) if cache else _size_and_stamp(tar)
         kept = keeper.root / "indexes" / f"{stamp}.idx"
         with keeper.lock(kept.name):
             if not kept.exists():

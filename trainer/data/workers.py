@@ -187,7 +187,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
             except EOFError:
                 return
             except UserError as error:
-                answer = (False, UserError(str(error)))
+                answer = (False, type(error)(str(error)))  # its kind decides the exit code; what it came from may not be picklable
             except Exception:
                 answer = (False, traceback.format_exc())
             pipe.send(answer)
