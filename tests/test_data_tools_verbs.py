@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -141,6 +144,24 @@ def test_long_member_names_of_other_makers(tmp_path: Path, capsys: pytest.Captur
     assert json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text()) == {"key": keys[3], "same_as": keys[0]}
     assert data_tools(["cat", str(folder), keys[2]]) == 0
     assert f"{keys[2]}.png" in capsys.readouterr().out
+
+
+def test_member_names_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for key in ("café", "thé"):
+            for name, data in ((f"{key}.png", encoded(picture(0))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    line = json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text(encoding="utf-8"))
+    assert line == {"key": "th\udce9", "same_as": "caf\udce9"}
+    command = [sys.executable, "-m", "data_tools", "cat", str(folder), "0"]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True)
+    assert r"caf\udce9.png" in shown.stdout, shown.stderr
 
 
 def test_index_of_our_own_tars_is_the_same_index(dataset: Path, tmp_path: Path) -> None:
