@@ -175,7 +175,8 @@ def main(argv: list[str]) -> int | None:
 def _lines(dataset: Dataset, stands: NDArray[np.int64], dropped: NDArray[np.int64]) -> bytes:
     keys = _keys(dataset, np.concatenate([dropped, stands[dropped]]))
     lines = [{"key": keys[int(sample)], "same_as": keys[int(stands[sample])]} for sample in dropped]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    # What of a key is no UTF-8 stands as \udcXX, which JSON reads as the same key again.
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
 def _keys(dataset: Dataset, samples: NDArray[np.int64]) -> dict[int, str]:

@@ -25,7 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
-from data_tools.walk import BLOCK, Member, Problem, walk
+from data_tools.walk import BLOCK, Member, Problem, names_before, walk
 
 FORMAT, VERSION = "ringlip-shards", 1
 MANIFEST = "manifest.json"
@@ -264,7 +264,18 @@ def hash_key(key: str) -> int:
 
 
 def read_key(descriptor: int, row: np.void) -> str:
-    """The key of one sample, from the header that stands before its picture in the tar open at ``descriptor``."""
-    header = os.pread(descriptor, BLOCK, int(row["image_offset"]) - BLOCK)
-    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-    return split_name(name)[0]
+    """The key of one sample, from the headers that stand before its picture in the tar open at ``descriptor``. Where none of them has
+    the key that was indexed, what the nearest one says: that header is damaged, or another than the index means.
+    """
+    return find_key(descriptor, int(row["image_offset"]), int(row["key_hash"]))
+
+
+def find_key(descriptor: int, image_offset: int, key_hash: int) -> str:
+    """As ``read_key``, by where the picture starts and the hash of its key."""
+    nearest = ""
+    for name in names_before(descriptor, image_offset):
+        key = split_name(name)[0]
+        if hash_key(key) == key_hash:
+            return key
+        nearest = nearest or key
+    return nearest

@@ -49,7 +49,7 @@ def reopen_if_damaged(output: Output) -> None:
         return
     print(f"{output.root}: writing again what is missing or cut: {', '.join(sorted(damaged))}", file=sys.stderr)
     rejects: dict[int, list[dict[str, Any]]] = {}
-    for line in output.read_text(REJECTS).splitlines():
+    for line in output.read_text(REJECTS).split("\n")[:-1]:  # splitlines() would also cut at what a name may hold, such as U+2028
         reject = json.loads(line)
         if "shard" in reject:
             rejects.setdefault(reject.pop("shard"), []).append(reject)

@@ -60,6 +60,26 @@ class Output:
         finally:
             os.close(descriptor)
 
+    @contextmanager
+    def amending(self, folder: str) -> Iterator[None]:
+        """Waits until no other process is adding to a finished local dataset's ``folder`` (a lock file in it says so), and keeps them away.
+
+        Not in the scratch folder, which each of them removes when it ends.
+        """
+        os.makedirs(f"{self.root}/{folder}", exist_ok=True)
+        descriptor = os.open(f"{self.root}/{folder}/lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.root}: waiting for another process that is writing here", file=sys.stderr, flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"{self.root}: this file system has no locks ({error.strerror}); add one thing at a time", file=sys.stderr)
+            yield
+        finally:
+            os.close(descriptor)
+
     def _wait_for(self, descriptor: int) -> None:
         for _ in range(100):
             try:

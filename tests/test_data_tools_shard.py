@@ -143,6 +143,23 @@ def test_lost_and_cut_shards_are_written_again(pairs: Path, reference: Path, tmp
     assert contents(tmp_path) == contents(reference)
 
 
+def test_names_with_line_separators_survive_writing_again(tmp_path: Path) -> None:
+    """U+2028, U+0085 and their like stand as they are in rejects.jsonl: they end no line of it."""
+    odd = ["line\u2028separator", "next\x85line", "form\x0cfeed", "file\x1cseparator", "paragraph\u2029separator"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, name in enumerate([*odd, *map(str, range(30))]):
+        (folder / f"{name}.png").write_bytes(encoded(picture(number)) if number >= len(odd) else b"no picture")
+        (folder / f"{name}.txt").write_text(f"caption {number}")
+    options = ("--shard-size", "10", "--processes", "1", "--max-rejected", "1")
+    assert shard(folder, tmp_path / "out", *options, columns=()) == 0
+    assert len(rejects(tmp_path / "out")) == len(odd)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "00001.tar").unlink()
+    assert shard(folder, tmp_path / "out", *options, columns=()) == 0
+    assert contents(tmp_path / "out") == before
+
+
 def _start(arguments: list[str]) -> int:
     """A run in a process of its own, without the cost of starting Python."""
     child = os.fork()

@@ -80,6 +80,33 @@ def test_an_open_quote_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a quote opened on line 7 is not closed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quoted", [True, False])
+def test_carriage_returns_and_other_odd_bytes_cost_their_own_row(tmp_path: Path, quoted: bool) -> None:
+    """With quotes anywhere in the file rows are found by another way."""
+    pictures(tmp_path, 6)
+    lines = [
+        b"image,caption",
+        b'0.png,"first"' if quoted else b"0.png,first",
+        b"1.png,hello\rworld",
+        b"2.png,nul \x00 inside",
+        b"3.png,ends in two\r\r",
+        b"4.png," + b"long " * 60_000,
+        b'5.png,"over\ntwo" lines\rand more' if quoted else b"5.png,another\rone",
+        b"0.png,last",
+    ]
+    (tmp_path / "pairs.csv").write_bytes(b"\n".join(lines))
+    assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-rejected", "1") == 0
+    assert rejects(tmp_path / "out") == {"pairs.csv:3": "row_malformed", "pairs.csv:7": "row_malformed"}
+    assert [caption[:11] for caption in captions(tmp_path / "out")] == ["ends in two", "first", "last", "long long l", "nul inside"]
+
+
+def test_a_header_that_is_not_csv_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.csv").write_bytes(b"image,caption\r0.png,one\r1.png,two\r")
+    assert shard(tmp_path / "pairs.csv", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "pairs.csv: line 1, the header" in error and r"tr '\r' '\n'" in error and error.count("\n") == 1
+
+
 def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_bytes("image,caption\n".encode("utf-16"))
     (tmp_path / "b.csv").write_bytes(b"")
@@ -235,6 +262,18 @@ def test_tars_of_img2dataset_are_sharded_again(tmp_path: Path) -> None:
     assert shard(tmp_path / "out", tmp_path / "again", "--caption", "caption", columns=()) == 0
     assert captions(tmp_path / "again") == captions(tmp_path / "out")
     assert metas(tmp_path / "again")[0]["status"] == "success"
+
+
+def test_rejects_of_tars_name_long_keys_in_full(tmp_path: Path) -> None:
+    keys = ["f" * 90 + "/" + "n" * 60 + str(number) for number in range(2)]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, picture_bytes in ((keys[0], encoded(picture(0))), (keys[1], b"no picture")):
+            for name, data in ((f"{key}.png", picture_bytes), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert shard(tmp_path / "a.tar", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
+    assert list(rejects(tmp_path / "out")) == [f"a.tar:{keys[1]}"]
 
 
 def test_files_of_img2dataset(tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +108,6 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
 
 
 def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import tarfile
-
     (tmp_path / "foreign").mkdir()
     damaged = bytearray(encoded(picture(0, 200, 200), "JPEG"))
     del damaged[len(damaged) // 2 : len(damaged) // 2 + 50]
@@ -118,6 +121,47 @@ def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, 
     assert data_tools(["verify", str(tmp_path / "foreign")]) == 1
     out = capsys.readouterr().out
     assert out.startswith("a.tar\tx\t") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_member_names_of_other_makers(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: int) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    keys = ["f" * 80 + "/" + "n" * 60 + str(number) for number in range(4)]
+    with tarfile.open(folder / "a.tar", "w", format=format) as tar:
+        for number, key in enumerate(keys):
+            for name, data in ((f"{key}.png", encoded(picture(number % 3))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["verify", str(folder)]) == 0
+    assert not capsys.readouterr().out
+    (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{key},{number}\n" for number, key in enumerate(keys)))
+    assert data_tools(["join", str(folder), str(tmp_path / "scores.csv"), "--on", "key"]) == 0
+    assert np.asarray(Dataset.open(folder).column("score")).tolist() == [0, 1, 2, 3]
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    assert json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text()) == {"key": keys[3], "same_as": keys[0]}
+    assert data_tools(["cat", str(folder), keys[2]]) == 0
+    assert f"{keys[2]}.png" in capsys.readouterr().out
+
+
+def test_member_names_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for key in ("café", "thé"):
+            for name, data in ((f"{key}.png", encoded(picture(0))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    line = json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text(encoding="utf-8"))
+    assert line == {"key": "th\udce9", "same_as": "caf\udce9"}
+    command = [sys.executable, "-m", "data_tools", "cat", str(folder), "0"]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True)
+    assert r"caf\udce9.png" in shown.stdout, shown.stderr
 
 
 def test_index_of_our_own_tars_is_the_same_index(dataset: Path, tmp_path: Path) -> None:
@@ -140,8 +184,6 @@ def test_lost_index_is_made_anew_and_the_manifest_stays(dataset: Path, capsys: p
 
 
 def test_index_says_what_it_left_out(tmp_path: Path) -> None:
-    import tarfile
-
     folder = tmp_path / "foreign"
     folder.mkdir()
     for name, data in (("x.jpg", b"<html>"), ("x.txt", b"t"), ("y.png", encoded(picture(1))), ("y.txt", b"t"), ("z.txt", b"t")):
@@ -263,15 +305,26 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
 
 def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
+    (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
+    (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
+        (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
+        (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
         (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
     ]:
         assert data_tools(["join", str(dataset), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_join_reads_long_fields(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"uid,words\nuid3,{'long ' * 60_000}\n")
+    assert data_tools(["join", str(dataset), str(tmp_path / "long.csv"), "--on", "uid", "--with", "uid"]) == 0
+    words = Dataset.open(dataset).column("words")
+    assert sorted({len(words[sample]) for sample in range(24)}) == [0, 300_000]
 
 
 def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

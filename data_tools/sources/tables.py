@@ -10,6 +10,7 @@ import csv
 import json
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ class TableSource:
             except ValueError:
                 return None
             return record if isinstance(record, dict) else None
-        fields: list[str] = next(self._reader([text]), [])
+        try:
+            fields: list[str] = next(self._reader([text]), [])
+        except csv.Error:  # a carriage return outside of quotes
+            return None
         return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else None
 
     def _reader(self, lines: Any) -> Any:
@@ -118,7 +122,10 @@ class TableSource:
         starts, last = [], 0
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             reader = self._reader(file)
-            for _ in reader:
+            while True:
+                with suppress(csv.Error):  # this row is malformed, which `_parse` will say; the reader goes on behind it
+                    if next(reader, None) is None:
+                        break
                 if reader.line_num - last > _MAX_LINES:
                     remedy = "--no-quotes reads quotes as letters"
                     raise DataError(f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}")
@@ -134,6 +141,11 @@ class TableSource:
         raw = self._map()[int(starts[0]) : int(starts[1])]
         try:
             return next(self._reader([raw.decode("utf-8")]))
+        except csv.Error as error:
+            raise DataError(
+                f"{self.path}: line {int(self._lines[0])}, the header of column names, is not readable ({error}); "
+                "if the file's lines end in carriage returns alone, convert it: tr '\\r' '\\n'"
+            ) from None
         except (UnicodeDecodeError, StopIteration):
             raise DataError(f"{self.path}: the first line is not a UTF-8 header of column names") from None
 
