@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
-from data_tools.index import MANIFEST, Dataset
+from data_tools.index import MANIFEST, Dataset, load_array
 from data_tools.output import Output
 from data_tools.values import values_of
 from data_tools.view import write_column
@@ -147,9 +147,9 @@ def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None
 
 def _array(path: Path, num_samples: int) -> NDArray[Any]:
     try:
-        values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = load_array(str(path))
     except ValueError as error:
-        raise DataError(f"{path}: not a .npy file ({error})") from None
+        raise DataError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
     if values.ndim == 0 or values.shape[0] != num_samples:
         raise DataError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
     return values

@@ -1,9 +1,9 @@
 """Is a dataset still what was written? Names every damaged sample.
 
-    python -m data_tools verify DATASET            # digests, counts, members, and every picture decoded
+    python -m data_tools verify DATASET            # digests, counts, members, columns, and every picture decoded
     python -m data_tools verify DATASET --quick    # digests and counts alone
 
-One line on stdout for each damage: SHARD, KEY (or "-"), what is wrong. Exit code 1 if there is any.
+One line on stdout for each damage: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
@@ -62,6 +62,21 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
     return found
 
 
+def verify_columns(dataset: Dataset) -> list[tuple[str, str]]:
+    """(File, what is wrong) of side-car columns that cannot be read or are not one value a sample."""
+    found = []
+    for name in dataset.columns:
+        file = dataset.manifest["columns"][name]["file"]
+        try:
+            values = dataset.column(name)
+        except DataError as error:
+            found.append((file, str(error)))
+            continue
+        if len(values) != dataset.num_samples:
+            found.append((file, f"{len(values)} values for {dataset.num_samples} samples; join it again"))
+    return found
+
+
 def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
     key = read_key(tar.descriptor, row)
     if hash_key(key) != int(row["key_hash"]):
@@ -101,6 +116,9 @@ def main(argv: list[str]) -> int | None:
         total += len(found)
         for key, fault in found:
             print(f"{dataset.manifest['shards'][shard]['name']}\t{key}\t{fault}")
+    for file, fault in verify_columns(dataset):
+        total += 1
+        print(f"{file}\t-\t{fault}")
     state = f"{total} damages" if total else "sound"
     print(f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr)
     return 1 if total else 0

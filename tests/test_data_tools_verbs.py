@@ -107,6 +107,29 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     assert sum("the tar's digest is" in fault for _, _, fault in lines) == 2 and len(lines) == 8
 
 
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (("00001.idx", b""), "00001.idx: not an index (the file is empty); make it anew"),
+        (("columns/score.npy", b""), "columns/score.npy: not a column (the file is empty); join it again"),
+        (("columns/score.npy", None), "columns/score.npy: no such file, but manifest.json names it; join it again"),
+    ],
+)
+def test_empty_and_lost_arrays_are_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: tuple[str, bytes | None], named: str
+) -> None:
+    np.save(tmp_path / "score.npy", np.arange(24))
+    assert data_tools(["join", str(dataset), str(tmp_path / "score.npy")]) == 0
+    file, data = damage
+    (dataset / file).unlink()
+    if data is not None:
+        (dataset / file).write_bytes(data)
+    assert data_tools(["verify", str(dataset)]) == 1
+    assert named in capsys.readouterr().out
+    assert data_tools(["cat", str(dataset), "12"]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign").mkdir()
     damaged = bytearray(encoded(picture(0, 200, 200), "JPEG"))
@@ -307,6 +330,7 @@ def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
     (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
     (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
+    (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
@@ -315,6 +339,7 @@ def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
         (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
+        (("empty.npy", "--name", "e"), "empty.npy: not a .npy file (the file is empty)"),
     ]:
         assert data_tools(["join", str(dataset), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert expected in capsys.readouterr().err
