@@ -55,9 +55,9 @@ def test_csv_with_everything_that_goes_wrong(tmp_path: Path) -> None:
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-rejected", "1") == 0
     assert captions(tmp_path / "out") == sorted(["two lines, and a comma", 'say "hi"', "שלום 👋 naïve", "last"])
     assert rejects(tmp_path / "out") == {
-        "pairs.csv:6": "row_malformed",
-        "pairs.csv:7": "row_malformed",
-        "pairs.csv:8": "row_malformed",
+        "pairs.csv:6": "wrong_fields",
+        "pairs.csv:7": "wrong_fields",
+        "pairs.csv:8": "not_utf8",
         "pairs.csv:9": "caption_empty",
         "pairs.csv:10": "file_missing",
         "pairs.csv:11": "image_missing",
@@ -130,7 +130,7 @@ def test_jsonl_with_several_captions(tmp_path: Path) -> None:
     assert meta[0]["captions"] == ["one", "two", "three"] and meta[0]["column_sample"] == "mine" and meta[0]["tags"] == ["a", {"b": None}]
     assert "captions" not in meta[1] and captions(tmp_path / "out") == ["one", "only alt"]
     assert Dataset.open(tmp_path / "out").max_captions == 3
-    assert sorted(rejects(tmp_path / "out").values()) == ["caption_missing", "row_malformed", "row_malformed"]
+    assert sorted(rejects(tmp_path / "out").values()) == ["caption_missing", "not_json", "row_malformed"]
 
 
 @pytest.mark.parametrize("shard_size", [7, 100])
@@ -209,12 +209,14 @@ def test_folder_with_txt_and_json(tmp_path: Path) -> None:
     (deep / "2.txt").write_text("both")
     (deep / "2.json").write_text('{"tag": 8}')
     (deep / "3.json").write_text("{broken")
+    (deep / "5.png").write_bytes(encoded(picture(5)))
+    (deep / "5.txt").write_bytes("Café".encode("latin-1"))
     (deep / "9.txt").write_text("orphan")
     (deep / "._0.png").write_bytes(b"mac")
     assert shard(tmp_path / "in", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
     assert captions(tmp_path / "out") == ["both", "from json", "from txt"]
     assert [entry.get("tag") for entry in metas(tmp_path / "out")] == [None, 7, 8]
-    expected = {"deep/9.txt": "missing_image", "deep/3.png": "row_malformed", "deep/4.png": "caption_missing"}
+    expected = {"deep/9.txt": "missing_image", "deep/3.png": "not_json", "deep/4.png": "caption_missing", "deep/5.png": "not_utf8"}
     assert rejects(tmp_path / "out") == expected
 
 

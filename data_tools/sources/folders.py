@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.errors import DataError
 from data_tools.index import IMAGE_FORMATS
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, hash_text, split_columns
 
 _SIDE = ("txt", "json")
@@ -57,8 +58,9 @@ class FolderSource:
                     record = json.loads((self.path / f"{stem}.json").read_bytes())
                 if f"{stem}.txt" in self._sides:
                     captions = [(self.path / f"{stem}.txt").read_bytes().decode("utf-8")]
-            except ValueError:
-                record = None
+            except ValueError as error:
+                yield Row(name, name, [], fault=fault_of(error))
+                continue
             if not isinstance(record, dict):
                 yield Row(name, name, [], fault="row_malformed")
                 continue
