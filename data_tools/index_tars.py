@@ -9,10 +9,8 @@ columns stay while keys and pictures are the same in the same order; a line name
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
 import sys
 from collections import Counter
 from functools import partial
@@ -23,6 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes
 from data_tools.columns import Entries, note_change, still_true
 from data_tools.errors import DataError
 from data_tools.headers import read_header
@@ -93,11 +92,9 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("index", __doc__)
     parser.add_argument("folder", metavar="FOLDER", help="local folder with .tar files")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
     if not folder.is_dir():

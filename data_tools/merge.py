@@ -8,12 +8,12 @@ shard has been written again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from typing import Any
 
+from data_tools.arguments import Parser
 from data_tools.columns import put_aside, taken_up
 from data_tools.errors import DataError
 from data_tools.index import FORMAT, MANIFEST, VERSION, index_name
@@ -107,7 +107,7 @@ def summary(root: str, manifest: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(prog="python -m data_tools merge", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("merge", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("out", metavar="OUT", help="folder or fsspec URL that all tasks wrote to")
     arguments = parser.parse_args(argv)
     print(summary(arguments.out, merge(Output(arguments.out))), file=sys.stderr)

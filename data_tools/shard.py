@@ -12,12 +12,12 @@ stopped or killed continues when it is started again with the same options.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.arguments import Parser, add_processes, number, whole
 from data_tools.errors import DataError
 from data_tools.images import ImageOptions
 from data_tools.index import MANIFEST
@@ -36,24 +36,20 @@ _FEW = 1000
 
 def make_parser() -> argparse.ArgumentParser:
     """All options of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("shard", __doc__)
     parser.add_argument("pairs", metavar="PAIRS", help="the input")
     parser.add_argument("out", metavar="OUT", help="folder, or any URL that fsspec writes to (s3://, gs://, ...)")
     _add_input(parser.add_argument_group("input"))
     _add_pictures(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("shards")
-    group.add_argument("--shard-size", type=_positive, default=5000, metavar="N", help="input rows a shard (default 5000)")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the order of samples (default 0)")
+    group.add_argument("--shard-size", type=whole(1), default=5000, metavar="N", help="input rows a shard (default 5000)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order of samples (default 0)")
     group.add_argument("--keep-order", action="store_true", help="keep the order of the input instead of permuting it")
     group.add_argument(
-        "--max-caption", type=_positive, default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
+        "--max-caption", type=whole(1), default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
     )
     group = parser.add_argument_group("running (these do not change what is written)")
-    group.add_argument(
-        "--processes", type=_positive, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
-    )
+    add_processes(group)
     group.add_argument(
         "--task",
         type=_task,
@@ -61,10 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="write only every N-th shard, from the I-th (0 .. N - 1); `merge` ends the run",
     )
-    group.add_argument("--ray", type=_positive, metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
+    group.add_argument("--ray", type=whole(1), metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
     group.add_argument("--strict", action="store_true", help="end at the first row that cannot be used")
     group.add_argument(
-        "--max-rejected", type=float, default=0.5, metavar="SHARE", help="end when more than this share of rows is left out (default 0.5)"
+        "--max-rejected",
+        type=number(0, 1),
+        default=0.5,
+        metavar="SHARE",
+        help="end when more than this share of rows is left out (default 0.5)",
     )
     group.add_argument("--quiet", action="store_true", help="no progress line")
     return parser
@@ -84,7 +84,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
 def _add_pictures(group: argparse._ArgumentGroup) -> None:
     defaults = ImageOptions()
     group.add_argument(
-        "--resize", type=_positive, metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
+        "--resize", type=whole(1), metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
     )
     group.add_argument(
         "--resize-mode",
@@ -106,49 +106,39 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--quality",
-        type=_positive,
+        type=whole(1, 100),
         default=defaults.quality,
         metavar="Q",
         help=f"JPEG and WebP quality of those (default {defaults.quality})",
     )
     group.add_argument(
         "--min-side",
-        type=_positive,
+        type=whole(1),
         default=defaults.min_side,
         metavar="N",
         help=f"leave out pictures with a shorter side (default {defaults.min_side})",
     )
     group.add_argument(
         "--max-aspect",
-        type=float,
+        type=number(1),
         default=defaults.max_aspect,
         metavar="X",
         help=f"leave out pictures more elongated than X:1 (default {defaults.max_aspect:g})",
     )
     group.add_argument(
         "--max-pixels",
-        type=_positive,
+        type=whole(1),
         default=defaults.max_pixels,
         metavar="N",
         help=f"leave out larger pictures, by their header (default {defaults.max_pixels})",
     )
     group.add_argument(
         "--max-bytes",
-        type=_positive,
+        type=whole(1),
         default=defaults.max_bytes,
         metavar="N",
         help=f"leave out larger files (default {defaults.max_bytes})",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"
 
 
 def _task(text: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ One line on stdout for each damage: SHARD (or the file of a joined column), KEY 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import xxhash
 
 from data_tools import walk
+from data_tools.arguments import Parser, add_processes
 from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.images import check_pixels
@@ -102,12 +102,10 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("verify", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("--quick", action="store_true", help="compare digests and counts; look at samples only where they differ")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     total = 0

@@ -361,7 +361,7 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
             (str(pairs), str(out), "--image", "picture", "--caption", "caption"),
             "no column 'picture' (--image); there are: image, caption",
         ),
-        ((str(pairs), str(out), "--image", "image"), "say which column it is with --caption"),
+        ((str(pairs), str(out), "--image", "image"), "say which column holds the caption: --caption COLUMN; there are: image, caption"),
     ]:
         assert data_tools(["shard", *arguments]) == 2
         error = capsys.readouterr().err
@@ -370,8 +370,28 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
     assert shard(tmp_path / "web.csv", out) == 2
     assert "fetch them with img2dataset" in capsys.readouterr().err
     assert not out.exists()
-    with pytest.raises(SystemExit):
-        shard(pairs, out, "--task", "3/3")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--task", "3/3"), "--task: '3/3' is not I/N with I from 0 to N - 1"),
+        (("--shard-size", "0"), "--shard-size: '0' is not a whole number of 1 or more"),
+        (("--quality", "1000"), "--quality: '1000' is not a whole number from 1 to 100"),
+        (("--max-rejected", "2"), "--max-rejected: '2' is not a number from 0 to 1"),
+        (("--max-rejected", "-1"), "--max-rejected: '-1' is not"),
+        (("--max-aspect", "nan"), "--max-aspect: 'nan' is not a number of 1 or more"),
+        (("--seed", "-1"), "--seed: '-1' is not"),
+        (("--resize", "wide"), "--resize: 'wide' is not"),
+        (("--nonsense",), "unrecognized arguments: --nonsense; `python -m data_tools shard --help` says more"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], expected: str
+) -> None:
+    assert shard(pairs, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 4096, 70_001])

@@ -111,7 +111,13 @@ def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.csv").write_bytes("image,caption\n".encode("utf-16"))
     (tmp_path / "b.csv").write_bytes(b"")
     (tmp_path / "c.csv").write_bytes(b"image,caption\n")
-    for name, expected in (("a", "iconv -f UTF-16"), ("b", "the file is empty"), ("c", "no rows in it")):
+    (tmp_path / "d.csv").write_bytes(b"image,caption,caption,,\n0.png,a,b,,\n")
+    for name, expected in (
+        ("a", "iconv -f UTF-16"),
+        ("b", "the file is empty"),
+        ("c", "no rows in it"),
+        ("d", "2 columns are called 'caption'"),
+    ):
         assert shard(tmp_path / f"{name}.csv", tmp_path / "out") == 2
         assert expected in capsys.readouterr().err
 

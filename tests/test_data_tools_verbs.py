@@ -78,6 +78,24 @@ def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no verb 'shrad'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("stats", "D", "--captions", "-1"), "--captions: '-1' is not"),
+        (("stats", "D", "--pictures", "-5"), "--pictures: '-5' is not"),
+        (("vocabulary", "D", "OUT", "--num-tokens", "0"), "--num-tokens: '0' is not a whole number of 2 or more"),
+        (("dedup", "D", "OUT", "--near", "17"), "--near: '17' is not a whole number from 0 to 16"),
+        (("filter", "D", "OUT", "--share", "nan"), "--share: 'nan' is not"),
+        (("verify", "D", "--processes", "0"), "--processes: '0' is not"),
+        (("merge",), "the following arguments are required: OUT"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str) -> None:
+    assert data_tools(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+
+
 def test_verify_is_quiet_about_sound_data(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["verify", str(dataset)]) == 0
     captured = capsys.readouterr()
@@ -328,12 +346,15 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
 
 def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
+    (tmp_path / "twice.csv").write_text("uid,score,score\nelse,1,2\n")
     (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
     (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
     (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
+        (("a.csv",), "say which column names the sample: --on COLUMN; there are: uid, score"),
+        (("twice.csv", "--on", "uid"), "twice.csv: 2 columns are called 'score'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
         (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
         (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),

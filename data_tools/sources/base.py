@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +87,21 @@ def split_columns(record: dict[str, Any], options: SourceOptions) -> tuple[Any, 
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them."""
-    for flag, names in (("--image", (options.image,)), ("--caption", options.captions or (None,))):
+    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them, or a name is there twice."""
+    for flag, what, names in (("--image", "picture", (options.image,)), ("--caption", "caption", options.captions or (None,))):
         for name in names:
             if name is None:
-                raise DataError(f"{place}: say which column it is with {flag}; there are: {', '.join(columns)}")
+                raise DataError(f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}")
             if name not in columns:
                 raise DataError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
+    refuse_twice(place, columns)
+
+
+def refuse_twice(place: str, columns: list[str]) -> None:
+    """Raises DataError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's empty ones."""
+    for name, count in Counter(columns).items():
+        if name and count > 1:
+            raise DataError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
 
 
 def image_value(value: Any) -> str | bytes | None:
