@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,6 +20,7 @@ from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.images import decode
 from data_tools.index import Dataset, hash_key, read_key
+from data_tools.output import make_folder
 from data_tools.reject import Reject
 from data_tools.workers import Place, TarReader, open_local
 
@@ -78,8 +78,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
         except Reject as reject:
             lines.append(f"  the picture cannot be drawn: {reject.reason}")
     if save:
-        folder = Path(save)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(save)
         stem = key.replace("/", "_")
         for suffix, data in ((extension, image), ("txt", text), ("json", meta)):
             (folder / f"{stem}.{suffix}").write_bytes(data)

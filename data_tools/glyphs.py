@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.arguments import Parser, add_processes, whole
+from data_tools.output import refuse_file
 
 # Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings and the pieces of
 # tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
@@ -176,6 +177,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", type=whole(16, 512), default=32, help="side of a picture in pixels (default 32)")
     add_processes(parser)
     options = parser.parse_args(argv)
+    refuse_file(options.out)
     if (options.out / "train.csv").exists():
         print(f"{options.out / 'train.csv'} is there already: nothing to do (remove the folder to render again)", file=sys.stderr)
         return 0

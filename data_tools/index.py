@@ -17,6 +17,7 @@ import json
 import os
 from pathlib import Path
 from threading import Lock
+from tokenize import TokenError
 from typing import Any
 
 import fsspec
@@ -25,6 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
+from data_tools.remote import require_backend
 from data_tools.walk import BLOCK, Member, Problem, names_before, walk
 
 FORMAT, VERSION = "ringlip-shards", 1
@@ -82,11 +84,15 @@ class Dataset:
         """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not one of ours."""
         root = str(root).rstrip("/") or "/"
         path = f"{root}/{MANIFEST}"
+        if "://" in root:
+            require_backend(root)
         try:
             manifest = json.loads(read_bytes(path))
         except FileNotFoundError:
             remedy = "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for tars of other makers"
             raise DataError(f"{path}: no such file; {remedy}") from None
+        except NotADirectoryError:
+            raise DataError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
         except ValueError as error:
             raise DataError(f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -191,6 +197,8 @@ def load_array(path: str) -> NDArray[Any]:
             return np.asanyarray(np.load(source, mmap_mode="r" if local else None, allow_pickle=False))
     except EOFError:  # NumPy's word for 0 bytes, as a full disk leaves them
         raise ValueError("the file is empty") from None
+    except (SyntaxError, TokenError, TypeError, OverflowError) as error:
+        raise ValueError(f"a damaged header: {' '.join(str(error).split())}") from None
 
 
 def read_bytes(path: str) -> bytes:

@@ -27,6 +27,7 @@ from data_tools.output import Output
 from data_tools.plan import Plan, ShardOptions
 from data_tools.pool import write_shards
 from data_tools.progress import Progress
+from data_tools.remote import require_backend
 from data_tools.sources import KINDS, SourceOptions, open_source
 from data_tools.tally import Tally
 
@@ -170,6 +171,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Opens the input and decides everything."""
     options = options_of(arguments)
     source = open_source(arguments.pairs, arguments.input, options.source)
+    if arguments.images and "://" in arguments.images:
+        require_backend(arguments.images)
     pairs = Path(arguments.pairs)
     root = arguments.images or str(pairs if pairs.is_dir() else pairs.parent)
     plan = Plan(source, options, root, pairs.name)

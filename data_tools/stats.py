@@ -25,6 +25,7 @@ from data_tools.errors import DataError
 from data_tools.index import Dataset
 from data_tools.languages import guess_language
 from data_tools.order import permute
+from data_tools.output import make_folder
 from data_tools.stats_page import Picture, render
 from data_tools.workers import TarReader, open_local, over_shards
 
@@ -161,8 +162,7 @@ def main(argv: list[str]) -> int | None:
     dataset = open_local(arguments.dataset)
     if not dataset.num_samples:
         raise DataError(f"{arguments.dataset}: holds no samples")
-    out = Path(arguments.out or arguments.dataset)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(arguments.out or arguments.dataset)
     figures = collect(dataset, arguments.captions, arguments.processes)
     (out / "stats.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures else []

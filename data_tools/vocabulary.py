@@ -17,6 +17,7 @@ from pathlib import Path
 from data_tools.arguments import Parser, whole
 from data_tools.errors import DataError
 from data_tools.index import Dataset
+from data_tools.output import make_folder, refuse_file
 
 SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
 
@@ -60,8 +61,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.size <= len(SPECIAL):
         raise DataError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
+    refuse_file(options.out)
     tokenizer, config = train(captions(Dataset.open(options.shards)), options.size, options.num_tokens)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     (options.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     aside = options.out / "tokenizer.json.tmp"
     aside.write_text(tokenizer, encoding="utf-8")

@@ -17,6 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
+from fsspec.registry import known_implementations
 from PIL import Image
 
 from data_tools.__main__ import main as data_tools
@@ -370,6 +371,39 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
     assert shard(tmp_path / "web.csv", out) == 2
     assert "fetch them with img2dataset" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "expected"),
+    [
+        ("PAIRS", "nope://bucket/x", "nope://bucket/x: unknown protocol nope://; known are s3://"),
+        ("PAIRS", "uninstalled://bucket/x", "a package for uninstalled:// is not installed (Install nothere): pip install nothere"),
+        ("PAIRS", "unreachable://bucket/x", "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); look at the address"),
+        ("s3://bucket/x.csv", "OUT", "s3://bucket/x.csv: the input is read from local files; copy it here first"),
+        ("https://127.0.0.1:9/x.csv", "OUT", "x.csv: the input is read from local files"),
+        ("PAIRS", "PAIRS", "pairs.csv: a file; name a folder"),
+        ("PAIRS", "PAIRS/deeper", "pairs.csv is a file; name a folder"),
+    ],
+)
+def test_places_that_cannot_be_are_one_line(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    out: str,
+    expected: str,
+) -> None:
+    class Unreachable(fsspec.AbstractFileSystem):
+        def info(self, path: str, **_: object) -> dict[str, object]:
+            raise RuntimeError("no such host")
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    monkeypatch.setitem(known_implementations, "uninstalled", {"class": "nothere.FileSystem", "err": "Install nothere"})
+    names = {"PAIRS": str(pairs), "OUT": str(tmp_path / "out"), "PAIRS/deeper": f"{pairs}/deeper"}
+    assert shard(names.get(source, source), names.get(out, out)) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

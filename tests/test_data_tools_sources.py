@@ -312,6 +312,19 @@ def test_pictures_by_url(tmp_path: Path) -> None:
     assert captions(tmp_path / "out") == ["by root", "by url"] and rejects(tmp_path / "out") == {"pairs.csv:4": "file_missing"}
 
 
+def test_pictures_of_a_backend_that_is_not_installed_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fsspec.registry import known_implementations
+
+    monkeypatch.setitem(known_implementations, "uninstalled", {"class": "nothere.FileSystem", "err": "Install nothere"})
+    for pictures, options in (("uninstalled://b/0.png", ()), ("0.png", ("--images", "uninstalled://b"))):
+        (tmp_path / "pairs.csv").write_text(f"image,caption\n{pictures},a\n")
+        assert shard(tmp_path / "pairs.csv", tmp_path / "out", *options) == 2
+        error = capsys.readouterr().err
+        assert "is not installed (Install nothere): pip install nothere" in error and error.count("\n") == 1
+
+
 def test_large_and_unreadable_files(tmp_path: Path) -> None:
     pictures(tmp_path, 2)
     (tmp_path / "1.png").write_bytes(encoded(picture(1)) + bytes(100_000))

@@ -96,6 +96,30 @@ def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[st
     assert error.startswith("error: ") and named in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", "FILE"), "table.csv: a file; name the folder of a dataset"),
+        (("verify", "DATASET/00000.tar"), "00000.tar: a file; name the folder of a dataset"),
+        (("merge", "FILE"), "table.csv: a file; name a folder"),
+        (("stats", "DATASET", "--out", "FILE"), "table.csv: a file; name a folder"),
+        (("cat", "DATASET", "--save", "FILE/deeper"), "table.csv is a file; name a folder"),
+        (("vocabulary", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("dedup", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("glyphs", "FILE"), "table.csv: a file; name a folder"),
+        (("verify", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / "table.csv").write_text("a,b")
+    places = [word.replace("DATASET", str(dataset)).replace("FILE", str(tmp_path / "table.csv")) for word in arguments]
+    assert data_tools(places) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1 and "run again to continue" not in error
+
+
 def test_verify_is_quiet_about_sound_data(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["verify", str(dataset)]) == 0
     captured = capsys.readouterr()

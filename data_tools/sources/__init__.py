@@ -25,6 +25,8 @@ _SUFFIXES = {
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
     """The reader of an input, opened and counted. Raises DataError naming what is missing."""
+    if "://" in path:
+        raise DataError(f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)")
     paths = [Path(path)]
     if not paths[0].exists():
         paths = [Path(found) for found in sorted(glob.glob(path))]

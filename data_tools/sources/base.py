@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from data_tools.errors import DataError
 from data_tools.reject import Reject
+from data_tools.remote import require_backend
 
 
 class Problem(NamedTuple):
@@ -128,6 +129,9 @@ def read_image(row: Row, root: str, max_bytes: int) -> bytes:
                 data = _read_all(file, max_bytes)
     except FileNotFoundError:
         raise Reject("file_missing") from None
+    except ImportError:  # not the row's fault, and the next one would have it too
+        require_backend(path)
+        raise
     except (OSError, ValueError):  # ValueError: a path with a NUL character
         raise Reject("file_unreadable") from None
     if len(data) > max_bytes:
