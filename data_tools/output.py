@@ -19,6 +19,7 @@ import fsspec
 
 from data_tools.errors import DataError
 from data_tools.remote import require_backend
+from data_tools.walk import BLOCK
 
 PARTS = ".parts"
 """Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them all."""
@@ -105,6 +106,27 @@ class Output:
                 print(f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice", file=sys.stderr)
                 return
         raise DataError(f"{self.root}: another run is writing here; wait for it or end it")
+
+    def take_back(self) -> bool:
+        """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says whether that was so.
+
+        Never of a remote place, which has no locks that would tell.
+        """
+        if self.is_remote:
+            return False
+        empty = [path for path in Path(self.root).glob("*.tar") if path.stat().st_size == 2 * BLOCK]  # its end marker alone
+        records = [self.scratch / f"{path.name}.json" for path in empty]
+        if set(Path(self.root).glob("*.tar")) - set(empty) or set(self.scratch.glob("*.json")) - set(records):
+            return False
+        for lock in self.scratch.glob("lock-*"):
+            with open(lock) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:  # held, or a file system that cannot tell
+                    return False
+        for path in [*records, *(path.with_suffix(".idx") for path in empty), *empty]:
+            path.unlink(missing_ok=True)
+        return True
 
     def size(self, name: str) -> int | None:
         """Bytes of a finished file, None where there is none."""

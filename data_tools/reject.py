@@ -50,3 +50,8 @@ class Reject(Exception):
 def fault_of(error: ValueError) -> str:
     """The reason for text that could not be decoded or is no JSON."""
     return "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
+
+
+def explain(reason: str, path: str | None) -> str:
+    """The reason in words, in one line, with the path that was looked for."""
+    return f"{REASONS[reason]}: {' '.join(path.split())[:200]}" if path else REASONS[reason]

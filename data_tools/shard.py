@@ -12,7 +12,9 @@ stopped or killed continues when it is started again with the same options.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,13 @@ from data_tools.arguments import Parser, add_processes, number, whole
 from data_tools.errors import DataError
 from data_tools.images import ImageOptions
 from data_tools.index import MANIFEST
-from data_tools.merge import PLAN, merge, record_of, reopen_if_damaged, summary
+from data_tools.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
 from data_tools.on_ray import shard_on_ray
 from data_tools.output import Output
 from data_tools.plan import Plan, ShardOptions
 from data_tools.pool import write_shards
-from data_tools.progress import Progress
+from data_tools.progress import EXAMPLES, Progress
+from data_tools.reject import explain
 from data_tools.remote import require_backend
 from data_tools.sources import KINDS, SourceOptions, open_source
 from data_tools.tally import Tally
@@ -189,6 +192,9 @@ def refuse_other(plan: Plan, output: Output) -> None:
         if output.size(MANIFEST) is not None:
             raise DataError(f"{output.root}: holds another dataset; choose another folder, or remove it")
     elif found["plan"] != plan.hash:
+        if output.size(MANIFEST) is None and output.take_back():  # of a run that found no picture, most often for the mistake that is mended now
+            output.remove(PLAN)
+            return
         raise DataError(f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one")
 
 
@@ -222,18 +228,28 @@ def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.N
     todo = [shard for shard in mine if records[shard] is None]
     rows = {shard: min(plan.options.shard_size, plan.num_rows - shard * plan.options.shard_size) for shard in mine}
     done = sum(rows[shard] for shard in mine if shard not in todo)
-    earlier = sum(len(record["rejects"]) for record in records.values() if record)
+    before = [line for record in records.values() if record for line in record["rejects"]]
+    earlier = Counter(line["reason"] for line in before)
     progress = Progress(sum(rows.values()), done, arguments.quiet)
 
     def hear(tally: Tally) -> None:
         progress.add(tally)
-        rejected, seen = sum(progress.rejected.values()) + earlier, progress.seen + done
-        if seen >= min(_FEW, progress.total) and rejected > arguments.max_rejected * seen:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in progress.rejected.most_common())
-            raise DataError(f"{arguments.pairs}: {rejected} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected")
+        counts, seen = progress.rejected + earlier, progress.seen + done
+        if seen >= min(_FEW, progress.total) and counts.total() > arguments.max_rejected * seen:
+            raise DataError(_refusal(arguments.pairs, output, counts, seen, (before + progress.examples)[:EXAMPLES]))
 
     write_shards(plan, output, todo, arguments.processes, arguments.strict, hear)
     progress.close()
+
+
+def _refusal(pairs: str, output: Output, counts: Counter[str], seen: int, lines: list[dict[str, str]]) -> str:
+    """Too many rows are left out: why, with the first of the commonest reason; the others are in rejects.jsonl."""
+    output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    first = next((line for line in lines if line["reason"] == counts.most_common(1)[0][0]), lines[0])
+    example = f"{first['source']}, key {first['key']}: {explain(first['reason'], first.get('path'))}"
+    named = f"{output.root}/{REJECTS} names " + ("them" if counts.total() <= len(lines) else f"the first {len(lines):,}")
+    return f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected; {named} ({example})"
 
 
 def run_task(arguments: argparse.Namespace) -> Output:

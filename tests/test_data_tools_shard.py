@@ -23,6 +23,7 @@ from PIL import Image
 from data_tools.__main__ import main as data_tools
 from data_tools.index import Dataset, hash_key, read_key, scan_tar
 from data_tools.order import permute
+from data_tools.output import Output
 from data_tools.progress import Progress
 from data_tools.tally import Tally
 from data_tools.walk import Problem, walk
@@ -216,9 +217,43 @@ def test_too_many_rejected_rows_end_the_run(tmp_path: Path, capsys: pytest.Captu
         (broken.parent / f"{number}.jpeg").write_bytes(b"<html>")
     assert shard(broken, tmp_path / "out") == 2
     assert "16 of 30 rows cannot be used (16 html); mend them, or raise --max-rejected" in capsys.readouterr().err
+    assert len(rejects(tmp_path / "out")) == 16
     assert shard(broken, tmp_path / "out", "--max-rejected", "0.6") == 0
     assert Dataset.open(tmp_path / "out").manifest["rejected"] == {"html": 16}
     assert len(rejects(tmp_path / "out")) == 16
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
+    pairs: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: str
+) -> None:
+    options, out = ("--shard-size", "20", "--processes", processes), tmp_path / "out"
+    small = ("--shard-size", "10", "--processes", processes)  # shards without a sample are written before the share is known
+    mistakes = [
+        (("--images", "/nonexist", *COLUMNS), "/nonexist/"),
+        (("--image", "caption", "--caption", "image"), f"{pairs.parent}/picture number "),
+    ]
+    for columns, looked in mistakes:
+        assert shard(pairs, out, *small, columns=columns) == 2
+        error = capsys.readouterr().err
+        assert f"the picture's file does not exist: {looked}" in error and error.count("\n") == 1
+        assert "pairs.csv:" in error and ", key 000" in error and f"{out}/rejects.jsonl names them" in error
+        first = json.loads((out / "rejects.jsonl").read_text().split("\n")[0])
+        assert first["reason"] == "file_missing" and first["path"].startswith(looked)
+    assert shard(pairs, out, *options) == 0
+    assert contents(out) == contents(reference)
+
+
+def test_a_plan_stays_while_its_run_is_at_work_or_has_written(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shard(pairs, tmp_path, "--images", "/nonexist") == 2
+    first = Output(str(tmp_path))
+    with first.locked("3-of-4"):
+        assert shard(pairs, tmp_path) == 2
+    assert "begun with images='/nonexist' (now None)" in capsys.readouterr().err
+    (tmp_path / "00000.tar").write_bytes(b"a sample")
+    assert shard(pairs, tmp_path) == 2
+    (tmp_path / "00000.tar").unlink()
+    assert shard(pairs, tmp_path) == 0
 
 
 def test_remote_output(pairs: Path, reference: Path) -> None:
@@ -344,8 +379,6 @@ def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_runs_at_once_are_kept_apart(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_tools.output import Output
-
     first = Output(str(tmp_path))
     first.start()
     monkeypatch.setattr(time, "sleep", lambda _: None)

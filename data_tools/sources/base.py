@@ -128,12 +128,12 @@ def read_image(row: Row, root: str, max_bytes: int) -> bytes:
             with open(path, "rb", buffering=0) as file:
                 data = _read_all(file, max_bytes)
     except FileNotFoundError:
-        raise Reject("file_missing") from None
+        raise Reject("file_missing", path) from None
     except ImportError:  # not the row's fault, and the next one would have it too
         require_backend(path)
         raise
     except (OSError, ValueError):  # ValueError: a path with a NUL character
-        raise Reject("file_unreadable") from None
+        raise Reject("file_unreadable", path) from None
     if len(data) > max_bytes:
         raise Reject("file_too_large")
     return data
