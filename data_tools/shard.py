@@ -192,7 +192,9 @@ def refuse_other(plan: Plan, output: Output) -> None:
         if output.size(MANIFEST) is not None:
             raise DataError(f"{output.root}: holds another dataset; choose another folder, or remove it")
     elif found["plan"] != plan.hash:
-        if output.size(MANIFEST) is None and output.take_back():  # of a run that found no picture, most often for the mistake that is mended now
+        if (
+            output.size(MANIFEST) is None and output.take_back()
+        ):  # of a run that found no picture, most often for the mistake that is mended now
             output.remove(PLAN)
             return
         raise DataError(f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one")

@@ -115,7 +115,7 @@ def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.Capture
     for name, expected in (
         ("a", "iconv -f UTF-16"),
         ("b", "the file is empty"),
-        ("c", "no rows in it"),
+        ("c", "c.csv: a header line and no rows below it"),
         ("d", "2 columns are called 'caption'"),
     ):
         assert shard(tmp_path / f"{name}.csv", tmp_path / "out") == 2
@@ -331,6 +331,41 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n1.png,b\n.,a folder\n")
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-bytes", "50000", "--max-rejected", "1") == 0
     assert rejects(tmp_path / "out") == {"pairs.csv:3": "file_too_large", "pairs.csv:4": "file_unreadable"}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("dir.csv", (), "dir.csv: no pictures in it, nor in the folders below"),
+        ("tables", (), "tables: no pictures in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv"),
+        ("tables", ("--input", "csv", *COLUMNS), "tables: a folder; name the csv file in it"),
+        (
+            "tables/a.csv",
+            ("--input", "tars"),
+            "a.csv: no whole sample in it: a picture with KEY.txt or KEY.json; the first of what is wrong",
+        ),
+        ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of pictures"),
+        ("empty.jsonl", COLUMNS, "empty.jsonl: no line with anything in it"),
+        ("imgs", (), "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table"),
+        ("imgs", COLUMNS, "imgs: --image names a column of a table, and this is a folder of pictures; leave it out"),
+        ("texts", ("--caption", "caption"), "texts: --caption names a key of NAME.json, and there is none"),
+        ("tars", (), "d.tar: a folder among the tars; rename it"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, options: tuple[str, ...], expected: str
+) -> None:
+    for folder in ("dir.csv", "tables", "tars/d.tar"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "tables" / name).write_text("image,caption\n0.png,one\n")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    pictures(tmp_path / "imgs", 2)
+    pictures(tmp_path / "texts", 1)
+    (tmp_path / "texts" / "0.txt").write_text("caption")
+    assert data_tools(["shard", str(tmp_path / source), str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and str(tmp_path) in error and error.count("\n") == 1
 
 
 def test_unknown_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,10 @@ class FolderSource:
                     sizes[os.path.relpath(full, path)] = os.stat(full).st_size
         self._sides = {name for name in sizes if name.rpartition(".")[2].lower() in _SIDE}
         self._images = sorted(sizes.keys() - self._sides)
+        if self._images and not self._sides:
+            raise DataError(f"{path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table")
+        if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
+            raise DataError(f"{path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out for NAME.txt")
         stems = {name.rpartition(".")[0] for name in self._images}
         orphans = sorted(name for name in self._sides if name.rpartition(".")[0] not in stems)
         # img2dataset leaves a NNNNN_stats.json beside each folder of pictures
@@ -77,6 +81,8 @@ class CocoSource:
         self.path, self.options = path, options
         self.problems: list[Problem] = []
         self.columns = ["image_id"]
+        if options.captions:
+            raise DataError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
         try:
             tree = json.loads(path.read_bytes())
         except ValueError as error:
