@@ -70,6 +70,9 @@ def merge(output: Output) -> dict[str, Any]:
     if manifest is not None and manifest.get("plan") == plan["plan"]:
         output.finish()
         return dict(manifest)
+    if manifest is not None:
+        remedy = "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take another folder"
+        raise DataError(f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}")
     names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
     records = [record_of(output, name) for name in names]
     missing = [name for name, record in zip(names, records, strict=True) if record is None]

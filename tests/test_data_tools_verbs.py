@@ -263,6 +263,35 @@ def test_index_says_what_it_left_out(tmp_path: Path) -> None:
     assert (int(opened.shard(0)[0]["width"]), int(opened.shard(0)[0]["height"])) == (48, 40)
 
 
+def test_index_of_tars_without_a_sample_and_of_new_ones(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(b"")
+    (folder / "b.tar").write_bytes(b"garbage" * 500)
+    assert data_tools(["index", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: no whole sample in 2 tars (" in error and error.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "rejects.jsonl"]
+    shutil.copy(dataset / "00000.tar", folder / "c.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
+    shutil.copy(dataset / "00001.tar", folder / "new.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json" in capsys.readouterr().err
+    (folder / "d.tar").mkdir()
+    assert data_tools(["index", str(folder)]) == 2
+    assert "d.tar: a folder with the name of a tar" in capsys.readouterr().err
+
+
+def test_merge_after_tars_were_changed_and_indexed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(dataset / "00001.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert data_tools(["index", str(dataset)]) == 0
+    assert data_tools(["merge", str(dataset)]) == 2
+    error = capsys.readouterr().err
+    assert "complete, and its tars were changed and indexed since `shard` wrote them" in error and "--task" not in error
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
