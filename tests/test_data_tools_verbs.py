@@ -153,6 +153,7 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     ("damage", "named"),
     [
         (("00001.idx", b""), "00001.idx: not an index (the file is empty); make it anew"),
+        (("00001.idx", b"\x93NUMPY\x01\x00\x01\x00({}"), "00001.idx: not an index (a damaged header: "),
         (("columns/score.npy", b""), "columns/score.npy: not a column (the file is empty); join it again"),
         (("columns/score.npy", None), "columns/score.npy: no such file, but manifest.json names it; join it again"),
     ],
