@@ -107,7 +107,9 @@ def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[st
         (("vocabulary", "DATASET", "FILE"), "table.csv: a file; name a folder"),
         (("dedup", "DATASET", "FILE"), "table.csv: a file; name a folder"),
         (("glyphs", "FILE"), "table.csv: a file; name a folder"),
-        (("verify", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
+        (("merge", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
+        (("verify", "s3://bucket/x"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+        (("vocabulary", "s3://bucket/x", "OUT"), "s3://bucket/x: this verb reads local datasets; copy it first"),
     ],
 )
 def test_a_file_in_the_place_of_a_folder_is_named(
