@@ -10,10 +10,8 @@ gives the values; `filter` and `cat` know them too. This is how scores, new capt
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes
 from data_tools.errors import DataError
-from data_tools.index import MANIFEST, Dataset
+from data_tools.index import MANIFEST, Dataset, load_array
 from data_tools.output import Output
+from data_tools.sources.base import refuse_twice
 from data_tools.values import values_of
 from data_tools.view import write_column
 from data_tools.workers import open_local
@@ -61,6 +61,7 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         try:
+            refuse_twice(str(path), list(reader.fieldnames or ()))
             for row in reader:
                 if None in row:
                     raise DataError(f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it")
@@ -94,16 +95,14 @@ def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.i
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("join", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("table", metavar="TABLE")
     parser.add_argument("--on", metavar="COLUMN", help="column of the table that names the sample")
     parser.add_argument("--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")')
     parser.add_argument("--columns", metavar="A,B,...", help="columns to join (default: all others)")
     parser.add_argument("--name", metavar="NAME", help="name of the column of a .npy file (default: that of the file)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     path = Path(arguments.table)
@@ -115,6 +114,8 @@ def main(argv: list[str]) -> int | None:
         columns[arguments.name or path.stem] = _array(path, dataset.num_samples)
     else:
         table = read_table(path)
+        if arguments.on is None:
+            raise DataError(f"{path}: say which column names the sample: --on COLUMN; there are: {', '.join(table)}")
         wanted = arguments.columns.split(",") if arguments.columns else [name for name in table if name != arguments.on]
         unknown = [name for name in [arguments.on, *wanted] if name not in table]
         if unknown:
@@ -147,9 +148,9 @@ def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None
 
 def _array(path: Path, num_samples: int) -> NDArray[Any]:
     try:
-        values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = load_array(str(path))
     except ValueError as error:
-        raise DataError(f"{path}: not a .npy file ({error})") from None
+        raise DataError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
     if values.ndim == 0 or values.shape[0] != num_samples:
         raise DataError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
     return values

@@ -78,6 +78,50 @@ def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no verb 'shrad'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("stats", "D", "--captions", "-1"), "--captions: '-1' is not"),
+        (("stats", "D", "--pictures", "-5"), "--pictures: '-5' is not"),
+        (("vocabulary", "D", "OUT", "--num-tokens", "0"), "--num-tokens: '0' is not a whole number of 2 or more"),
+        (("dedup", "D", "OUT", "--near", "17"), "--near: '17' is not a whole number from 0 to 16"),
+        (("filter", "D", "OUT", "--share", "nan"), "--share: 'nan' is not"),
+        (("verify", "D", "--processes", "0"), "--processes: '0' is not"),
+        (("merge",), "the following arguments are required: OUT"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str) -> None:
+    assert data_tools(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", "FILE"), "table.csv: a file; name the folder of a dataset"),
+        (("verify", "DATASET/00000.tar"), "00000.tar: a file; name the folder of a dataset"),
+        (("merge", "FILE"), "table.csv: a file; name a folder"),
+        (("stats", "DATASET", "--out", "FILE"), "table.csv: a file; name a folder"),
+        (("cat", "DATASET", "--save", "FILE/deeper"), "table.csv is a file; name a folder"),
+        (("vocabulary", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("dedup", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("glyphs", "FILE"), "table.csv: a file; name a folder"),
+        (("merge", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
+        (("verify", "s3://bucket/x"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+        (("vocabulary", "s3://bucket/x", "OUT"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / "table.csv").write_text("a,b")
+    places = [word.replace("DATASET", str(dataset)).replace("FILE", str(tmp_path / "table.csv")) for word in arguments]
+    assert data_tools(places) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1 and "run again to continue" not in error
+
+
 def test_verify_is_quiet_about_sound_data(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["verify", str(dataset)]) == 0
     captured = capsys.readouterr()
@@ -105,6 +149,30 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     assert any(line[0] == "00001.tar" and "damaged header in a tar" in line[2] for line in lines)
     assert ("00002.tar", "-", "the tar is missing; fetch or write this shard again") in lines
     assert sum("the tar's digest is" in fault for _, _, fault in lines) == 2 and len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (("00001.idx", b""), "00001.idx: not an index (the file is empty); make it anew"),
+        (("00001.idx", b"\x93NUMPY\x01\x00\x01\x00({}"), "00001.idx: not an index (a damaged header: "),
+        (("columns/score.npy", b""), "columns/score.npy: not a column (the file is empty); join it again"),
+        (("columns/score.npy", None), "columns/score.npy: no such file, but manifest.json names it; join it again"),
+    ],
+)
+def test_empty_and_lost_arrays_are_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: tuple[str, bytes | None], named: str
+) -> None:
+    np.save(tmp_path / "score.npy", np.arange(24))
+    assert data_tools(["join", str(dataset), str(tmp_path / "score.npy")]) == 0
+    file, data = damage
+    (dataset / file).unlink()
+    if data is not None:
+        (dataset / file).write_bytes(data)
+    assert data_tools(["verify", str(dataset)]) == 1
+    assert named in capsys.readouterr().out
+    assert data_tools(["cat", str(dataset), "12"]) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +264,35 @@ def test_index_says_what_it_left_out(tmp_path: Path) -> None:
     assert opened.num_samples == 1 and opened.manifest["rejected"] == {"html": 1, "missing_image": 1}
     assert sorted(rejects(folder).values()) == ["html", "missing_image"]
     assert (int(opened.shard(0)[0]["width"]), int(opened.shard(0)[0]["height"])) == (48, 40)
+
+
+def test_index_of_tars_without_a_sample_and_of_new_ones(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(b"")
+    (folder / "b.tar").write_bytes(b"garbage" * 500)
+    assert data_tools(["index", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: no whole sample in 2 tars (" in error and error.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "rejects.jsonl"]
+    shutil.copy(dataset / "00000.tar", folder / "c.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
+    shutil.copy(dataset / "00001.tar", folder / "new.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json" in capsys.readouterr().err
+    (folder / "d.tar").mkdir()
+    assert data_tools(["index", str(folder)]) == 2
+    assert "d.tar: a folder with the name of a tar" in capsys.readouterr().err
+
+
+def test_merge_after_tars_were_changed_and_indexed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(dataset / "00001.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert data_tools(["index", str(dataset)]) == 0
+    assert data_tools(["merge", str(dataset)]) == 2
+    error = capsys.readouterr().err
+    assert "complete, and its tars were changed and indexed since `shard` wrote them" in error and "--task" not in error
 
 
 @pytest.mark.parametrize(
@@ -305,16 +402,21 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
 
 def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
+    (tmp_path / "twice.csv").write_text("uid,score,score\nelse,1,2\n")
     (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
     (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
+    (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
+        (("a.csv",), "say which column names the sample: --on COLUMN; there are: uid, score"),
+        (("twice.csv", "--on", "uid"), "twice.csv: 2 columns are called 'score'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
         (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
         (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
         (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
+        (("empty.npy", "--name", "e"), "empty.npy: not a .npy file (the file is empty)"),
     ]:
         assert data_tools(["join", str(dataset), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert expected in capsys.readouterr().err

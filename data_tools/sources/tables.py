@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
 
 csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
@@ -56,28 +57,25 @@ class TableSource:
             raw = data[int(self._starts[number]) : int(self._starts[number + 1])]
             source = f"{self.path.name}:{int(self._lines[number])}"
             record = self._parse(raw)
-            if record is None:
-                yield Row(source, None, [], fault="row_malformed")
+            if isinstance(record, str):
+                yield Row(source, None, [], fault=record)
                 continue
             image, captions, columns = split_columns(record, self.options)
             yield Row(source, image_value(image), captions, columns)
 
-    def _parse(self, raw: bytes) -> dict[str, Any] | None:
+    def _parse(self, raw: bytes) -> dict[str, Any] | str:
+        """The row, or the reason why it is none."""
         try:
             text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-        if self.kind == "jsonl":
-            try:
+            if self.kind == "jsonl":
                 record = json.loads(text)
-            except ValueError:
-                return None
-            return record if isinstance(record, dict) else None
-        try:
+                return record if isinstance(record, dict) else "row_malformed"
             fields: list[str] = next(self._reader([text]), [])
+        except ValueError as error:
+            return fault_of(error)
         except csv.Error:  # a carriage return outside of quotes
-            return None
-        return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else None
+            return "row_malformed"
+        return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else "wrong_fields"
 
     def _reader(self, lines: Any) -> Any:
         delimiter = "\t" if self.kind == "tsv" else ","

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools import walk
 from data_tools.index import find_key, hash_key, scan_samples
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, split_columns
 
 _PLACE = np.dtype([("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))])
@@ -56,8 +57,9 @@ class TarSource:
             try:
                 record = json.loads(os.pread(descriptor, int(place["json_size"]), int(place["json_offset"])) or b"{}")
                 text = os.pread(descriptor, int(place["text_size"]), int(place["text_offset"])).decode("utf-8")
-            except ValueError:
-                record, text = None, ""
+            except ValueError as error:
+                yield Row(source, image, [], fault=fault_of(error))
+                continue
             if not isinstance(record, dict):
                 yield Row(source, image, [], fault="row_malformed")
                 continue
