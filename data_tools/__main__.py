@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 from data_tools.errors import run_verb
@@ -41,4 +42,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # keys of other makers' tars may be no UTF-8: they are shown, not refused
     sys.exit(main(sys.argv[1:]))

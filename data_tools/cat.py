@@ -9,18 +9,18 @@ A number of 8 or more digits is a key, a shorter one a sample number.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_tools.arguments import Parser
 from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.images import decode
 from data_tools.index import Dataset, hash_key, read_key
+from data_tools.output import make_folder
 from data_tools.reject import Reject
 from data_tools.workers import Place, TarReader, open_local
 
@@ -78,8 +78,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
         except Reject as reject:
             lines.append(f"  the picture cannot be drawn: {reject.reason}")
     if save:
-        folder = Path(save)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(save)
         stem = key.replace("/", "_")
         for suffix, data in ((extension, image), ("txt", text), ("json", meta)):
             (folder / f"{stem}.{suffix}").write_bytes(data)
@@ -87,9 +86,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools cat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("cat", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("samples", metavar="SAMPLE", nargs="*", help="sample numbers or keys (default: 0 1 2)")
     parser.add_argument("--show", action="store_true", help="draw the pictures in the terminal")

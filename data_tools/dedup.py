@@ -11,9 +11,7 @@ functions"); pictures without any structure, which all hash alike, are compared 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from functools import partial
 from typing import Any
@@ -24,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.errors import DataError
+from data_tools.arguments import Parser, add_processes, whole
 from data_tools.headers import read_header
 from data_tools.images import open_image, to_rgb
 from data_tools.index import Dataset, read_key
@@ -149,17 +147,18 @@ def _choose(roots: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.i
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools dedup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("dedup", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
-    parser.add_argument("--near", type=int, metavar="BITS", help="also pictures whose perceptual hashes differ in at most BITS of 64 bits")
+    parser.add_argument(
+        "--near",
+        type=whole(0, 16),
+        metavar="BITS",
+        help="also pictures whose perceptual hashes differ in at most BITS of 64 bits, 0 to 16; 4 finds scaled and recompressed copies",
+    )
     parser.add_argument("--same-caption", action="store_true", help="two samples are duplicates only where their captions are equal too")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
-    if arguments.near is not None and not 0 <= arguments.near <= 16:
-        raise DataError("--near is a number of bits from 0 to 16; 4 finds scaled and recompressed copies")
     dataset = open_local(arguments.dataset)
     output = open_view(arguments.out, dataset)
     stands = find_groups(dataset, arguments.near, arguments.same_caption, arguments.processes)
@@ -175,7 +174,8 @@ def main(argv: list[str]) -> int | None:
 def _lines(dataset: Dataset, stands: NDArray[np.int64], dropped: NDArray[np.int64]) -> bytes:
     keys = _keys(dataset, np.concatenate([dropped, stands[dropped]]))
     lines = [{"key": keys[int(sample)], "same_as": keys[int(stands[sample])]} for sample in dropped]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    # What of a key is no UTF-8 stands as \udcXX, which JSON reads as the same key again.
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
 def _keys(dataset: Dataset, samples: NDArray[np.int64]) -> dict[int, str]:

@@ -11,9 +11,7 @@ a sample without the value is dropped. --best keeps the given share with the hig
 
 from __future__ import annotations
 
-import argparse
 import operator
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes, number
 from data_tools.errors import DataError
 from data_tools.merge import summary
 from data_tools.values import values_of
@@ -86,15 +85,13 @@ def choose_best(values: list[Any], keep: NDArray[np.bool_], share: float) -> NDA
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("filter", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
     parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help="may be repeated; all must hold")
     parser.add_argument("--best", metavar="NAME", help="rank by this value, highest first")
-    parser.add_argument("--share", type=float, metavar="X", help="share of samples that --best keeps, 0 to 1")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    parser.add_argument("--share", type=number(0, 1), metavar="X", help="share of samples that --best keeps, 0 to 1")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     if not arguments.where and not arguments.best:
         raise DataError("nothing to filter by: give --where or --best")

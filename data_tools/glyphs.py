@@ -12,11 +12,9 @@ Two pictures in five are the same to the pixel in several faces (an arrow has no
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
-import os
 import sys
 import unicodedata
 from collections import defaultdict
@@ -25,7 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.errors import DataError
+from data_tools.arguments import Parser, add_processes, whole
+from data_tools.output import refuse_file
 
 # Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings and the pieces of
 # tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
@@ -173,19 +172,16 @@ def write(out: Path, size: int, processes: int) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools glyphs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("glyphs", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the CSV files and the PNGs")
-    parser.add_argument("--size", type=int, default=32, help="side of a picture in pixels (default 32)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="faces rendered at once (default: all cores)")
+    parser.add_argument("--size", type=whole(16, 512), default=32, help="side of a picture in pixels (default 32)")
+    add_processes(parser)
     options = parser.parse_args(argv)
-    if not 16 <= options.size <= 512:
-        raise DataError(f"--size {options.size}: choose 16 to 512 pixels")
+    refuse_file(options.out)
     if (options.out / "train.csv").exists():
         print(f"{options.out / 'train.csv'} is there already: nothing to do (remove the folder to render again)", file=sys.stderr)
         return 0
-    counts = write(options.out, options.size, max(1, options.processes))
+    counts = write(options.out, options.size, options.processes)
     print(
         f"{sum(counts.values()):,} glyphs in {len(FACES)} faces -> {options.out}: "
         + ", ".join(f"{n:,} {part}" for part, n in counts.items())

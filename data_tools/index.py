@@ -17,6 +17,7 @@ import json
 import os
 from pathlib import Path
 from threading import Lock
+from tokenize import TokenError
 from typing import Any
 
 import fsspec
@@ -25,7 +26,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
-from data_tools.walk import BLOCK, Member, Problem, walk
+from data_tools.remote import require_backend
+from data_tools.walk import BLOCK, Member, Problem, names_before, walk
 
 FORMAT, VERSION = "ringlip-shards", 1
 MANIFEST = "manifest.json"
@@ -82,11 +84,15 @@ class Dataset:
         """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not one of ours."""
         root = str(root).rstrip("/") or "/"
         path = f"{root}/{MANIFEST}"
+        if "://" in root:
+            require_backend(root)
         try:
             manifest = json.loads(read_bytes(path))
         except FileNotFoundError:
             remedy = "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for tars of other makers"
             raise DataError(f"{path}: no such file; {remedy}") from None
+        except NotADirectoryError:
+            raise DataError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
         except ValueError as error:
             raise DataError(f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -160,14 +166,22 @@ class Dataset:
         return sorted(self.manifest.get("columns", {}))
 
     def column(self, name: str) -> NDArray[Any] | Strings:
-        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or `Strings`."""
+        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or `Strings`.
+        Raises DataError where there is none or its file cannot be read."""
         if name not in self.columns:
             raise DataError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
         entry = self.manifest["columns"][name]
-        values = load_array(f"{self.root}/{entry['file']}")
-        if "text" in entry:
-            return Strings(values, load_array(f"{self.root}/{entry['text']}"))
-        return values
+        values = self._column_file(entry["file"])
+        return Strings(values, self._column_file(entry["text"])) if "text" in entry else values
+
+    def _column_file(self, file: str) -> NDArray[Any]:
+        path, remedy = f"{self.root}/{file}", "join it again, or `python -m trainer.embed` where that wrote it"
+        try:
+            return load_array(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file, but {MANIFEST} names it; {remedy}") from None
+        except ValueError as error:
+            raise DataError(f"{path}: not a column ({error}); {remedy}") from None
 
 
 # NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython below 3.12).
@@ -176,12 +190,15 @@ _parsing = Lock()
 
 def load_array(path: str) -> NDArray[Any]:
     """A .npy file: mapped where local, read where remote. Raises FileNotFoundError, or ValueError when it is not a whole .npy file."""
-    if "://" not in path:
+    local = "://" not in path
+    source: Any = path if local else io.BytesIO(read_bytes(path))
+    try:
         with _parsing:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-    data = io.BytesIO(read_bytes(path))
-    with _parsing:
-        return np.asarray(np.load(data, allow_pickle=False))
+            return np.asanyarray(np.load(source, mmap_mode="r" if local else None, allow_pickle=False))
+    except EOFError:  # NumPy's word for 0 bytes, as a full disk leaves them
+        raise ValueError("the file is empty") from None
+    except (SyntaxError, TokenError, TypeError, OverflowError) as error:
+        raise ValueError(f"a damaged header: {' '.join(str(error).split())}") from None
 
 
 def read_bytes(path: str) -> bytes:
@@ -264,7 +281,18 @@ def hash_key(key: str) -> int:
 
 
 def read_key(descriptor: int, row: np.void) -> str:
-    """The key of one sample, from the header that stands before its picture in the tar open at ``descriptor``."""
-    header = os.pread(descriptor, BLOCK, int(row["image_offset"]) - BLOCK)
-    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-    return split_name(name)[0]
+    """The key of one sample, from the headers that stand before its picture in the tar open at ``descriptor``. Where none of them has
+    the key that was indexed, what the nearest one says: that header is damaged, or another than the index means.
+    """
+    return find_key(descriptor, int(row["image_offset"]), int(row["key_hash"]))
+
+
+def find_key(descriptor: int, image_offset: int, key_hash: int) -> str:
+    """As ``read_key``, by where the picture starts and the hash of its key."""
+    nearest = ""
+    for name in names_before(descriptor, image_offset):
+        key = split_name(name)[0]
+        if hash_key(key) == key_hash:
+            return key
+        nearest = nearest or key
+    return nearest

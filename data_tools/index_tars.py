@@ -9,10 +9,8 @@ columns stay while keys and pictures are the same in the same order; a line name
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
 import sys
 from collections import Counter
 from functools import partial
@@ -23,6 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes
 from data_tools.columns import Entries, note_change, still_true
 from data_tools.errors import DataError
 from data_tools.headers import read_header
@@ -80,8 +79,11 @@ def _num_captions(meta: bytes) -> int:
 
 def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], list[str]]:
     """(Paths, names) of the tars: those of the manifest where there is one, else all in the folder."""
+    found = sorted(folder.glob("*.tar"))
+    folders = [str(path) for path in found if path.is_dir()]
+    if folders:
+        raise DataError(f"{folders[0]}: a folder with the name of a tar; rename it or move it away")
     if manifest is None:
-        found = sorted(folder.glob("*.tar"))
         return found, [path.name for path in found]
     paths = [folder / entry.get("path", entry["name"]) for entry in manifest["shards"]]
     missing = [str(path) for path in paths if not path.exists()]
@@ -89,15 +91,19 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
         raise DataError(f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what is there")
     if any("path" in entry for entry in manifest["shards"]):
         raise DataError(f"{folder}: a view of another dataset has no tars of its own; make it anew with the verb that made it")
-    return paths, [entry["name"] for entry in manifest["shards"]]
+    names = [entry["name"] for entry in manifest["shards"]]
+    new = sorted({path.name for path in found} - set(names))
+    if new:
+        some = ", ".join(new[:5]) + (" ..." if len(new) > 5 else "")
+        remedy = f"remove {MANIFEST} to index every tar in the folder (columns must then be joined again)"
+        print(f"{folder}: {len(new)} tars that {MANIFEST} does not name are passed over: {some}; {remedy}", file=sys.stderr)
+    return paths, names
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("index", __doc__)
     parser.add_argument("folder", metavar="FOLDER", help="local folder with .tar files")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
     if not folder.is_dir():
@@ -119,10 +125,23 @@ def main(argv: list[str]) -> int | None:
         entries.append(found.entry)
         lines += found.rejects
         max_captions = max(max_captions, found.max_captions)
+    rejects = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
+    empty = [entry["name"] for entry in entries if not entry["samples"]]
+    if len(empty) == len(entries):
+        output.write(REJECTS, rejects)
+        for name in names if old is None else ():
+            output.remove(index_name(name))
+        output.finish()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(line["reason"] for line in lines).most_common(3)) or "empty"
+        sample = "a sample is KEY.jpg|png|webp with KEY.txt or KEY.json"
+        raise DataError(f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them again")
+    if empty:
+        some = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
+        print(f"{folder}: no whole sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why", file=sys.stderr)
     manifest = old
     if manifest is None or manifest["shards"] != entries:
         manifest = _manifest(entries, lines, max_captions, still_true(output, old))
-        output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+        output.write(REJECTS, rejects)
         output.write_json(MANIFEST, manifest)
     output.finish()
     print(summary(str(folder), manifest), file=sys.stderr)

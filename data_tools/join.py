@@ -10,10 +10,8 @@ gives the values; `filter` and `cat` know them too. This is how scores, new capt
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,12 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes
 from data_tools.errors import DataError
-from data_tools.index import MANIFEST
+from data_tools.index import MANIFEST, Dataset, load_array
 from data_tools.output import Output
+from data_tools.sources.base import refuse_twice
 from data_tools.values import values_of
 from data_tools.view import write_column
 from data_tools.workers import open_local
+
+csv.field_size_limit(2**31 - 1)
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
@@ -39,8 +41,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 
             return dict(pq.read_table(path).to_pydict())
         if suffix in (".csv", ".tsv"):
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+            rows = _read_csv(path, "\t" if suffix == ".tsv" else ",")
         elif suffix in (".jsonl", ".ndjson"):
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -52,6 +53,22 @@ def read_table(path: Path) -> dict[str, list[Any]]:
         raise DataError(f"{path}: not readable ({' '.join(str(error).split())[:200]})") from None
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
+    """Its rows by the names of the header. As `shard` reads them: a carriage return in a field is not the end of a row."""
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        try:
+            refuse_twice(str(path), list(reader.fieldnames or ()))
+            for row in reader:
+                if None in row:
+                    raise DataError(f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it")
+                rows.append(row)
+        except csv.Error as error:
+            raise DataError(f"{path}: line {reader.reader.line_num} is not readable ({error}); mend it") from None
+    return rows
 
 
 def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
@@ -78,16 +95,14 @@ def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.i
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("join", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("table", metavar="TABLE")
     parser.add_argument("--on", metavar="COLUMN", help="column of the table that names the sample")
     parser.add_argument("--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")')
     parser.add_argument("--columns", metavar="A,B,...", help="columns to join (default: all others)")
     parser.add_argument("--name", metavar="NAME", help="name of the column of a .npy file (default: that of the file)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     path = Path(arguments.table)
@@ -99,6 +114,8 @@ def main(argv: list[str]) -> int | None:
         columns[arguments.name or path.stem] = _array(path, dataset.num_samples)
     else:
         table = read_table(path)
+        if arguments.on is None:
+            raise DataError(f"{path}: say which column names the sample: --on COLUMN; there are: {', '.join(table)}")
         wanted = arguments.columns.split(",") if arguments.columns else [name for name in table if name != arguments.on]
         unknown = [name for name in [arguments.on, *wanted] if name not in table]
         if unknown:
@@ -112,20 +129,28 @@ def main(argv: list[str]) -> int | None:
     bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
     if bad:
         raise DataError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
-    output = Output(arguments.dataset)
-    output.start()
-    entries = {name: write_column(output, name, values) for name, values in columns.items()}
-    output.write_json(MANIFEST, {**dataset.manifest, "columns": {**dataset.manifest.get("columns", {}), **entries}})
-    output.finish()
+    _add(dataset, columns)
     print(f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples", file=sys.stderr)
     return 0
 
 
+def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None:
+    output = Output(dataset.root)
+    with output.amending("columns"):
+        output.start()
+        manifest = Dataset.open(dataset.root).manifest  # another column may have been joined meanwhile
+        if manifest["shards"] != dataset.manifest["shards"]:
+            raise DataError(f"{dataset.root}: its shards have changed meanwhile; join again")
+        entries = {name: write_column(output, name, values) for name, values in columns.items()}
+        output.write_json(MANIFEST, {**manifest, "columns": {**manifest.get("columns", {}), **entries}})
+        output.finish()
+
+
 def _array(path: Path, num_samples: int) -> NDArray[Any]:
     try:
-        values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = load_array(str(path))
     except ValueError as error:
-        raise DataError(f"{path}: not a .npy file ({error})") from None
+        raise DataError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
     if values.ndim == 0 or values.shape[0] != num_samples:
         raise DataError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
     return values

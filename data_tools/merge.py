@@ -8,12 +8,12 @@ shard has been written again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from typing import Any
 
+from data_tools.arguments import Parser
 from data_tools.columns import put_aside, taken_up
 from data_tools.errors import DataError
 from data_tools.index import FORMAT, MANIFEST, VERSION, index_name
@@ -49,7 +49,7 @@ def reopen_if_damaged(output: Output) -> None:
         return
     print(f"{output.root}: writing again what is missing or cut: {', '.join(sorted(damaged))}", file=sys.stderr)
     rejects: dict[int, list[dict[str, Any]]] = {}
-    for line in output.read_text(REJECTS).splitlines():
+    for line in output.read_text(REJECTS).split("\n")[:-1]:  # splitlines() would also cut at what a name may hold, such as U+2028
         reject = json.loads(line)
         if "shard" in reject:
             rejects.setdefault(reject.pop("shard"), []).append(reject)
@@ -70,6 +70,9 @@ def merge(output: Output) -> dict[str, Any]:
     if manifest is not None and manifest.get("plan") == plan["plan"]:
         output.finish()
         return dict(manifest)
+    if manifest is not None:
+        remedy = "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take another folder"
+        raise DataError(f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}")
     names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
     records = [record_of(output, name) for name in names]
     missing = [name for name, record in zip(names, records, strict=True) if record is None]
@@ -107,7 +110,7 @@ def summary(root: str, manifest: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(prog="python -m data_tools merge", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("merge", (__doc__ or "").split("\n\n")[0])
     parser.add_argument("out", metavar="OUT", help="folder or fsspec URL that all tasks wrote to")
     arguments = parser.parse_args(argv)
     print(summary(arguments.out, merge(Output(arguments.out))), file=sys.stderr)

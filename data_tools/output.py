@@ -18,6 +18,8 @@ from typing import Any
 import fsspec
 
 from data_tools.errors import DataError
+from data_tools.remote import require_backend
+from data_tools.walk import BLOCK
 
 PARTS = ".parts"
 """Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them all."""
@@ -30,9 +32,12 @@ class Output:
         self.root = root.rstrip("/") or "/"
         self.is_remote = "://" in self.root
         if self.is_remote:
+            require_backend(self.root)
             self._base = self._fs._strip_protocol(self.root)
+            self._reach()
             self.scratch = Path(tempfile.mkdtemp(prefix="ringlip-shard-"))
         else:
+            refuse_file(self.root)
             self.scratch = Path(self.root, PARTS)
 
     @property
@@ -40,9 +45,19 @@ class Output:
         # Asked for anew each time: fsspec keeps one for each process, and those of a parent do not work in its children.
         return fsspec.core.url_to_fs(self.root)[0]
 
+    def _reach(self) -> None:
+        """A first look at the remote place, before anything is made for it."""
+        try:
+            self._fs.info(self._base)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # each backend has its own: botocore's, gcsfs' HttpError are no OSErrors
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise DataError(f"{self.root}: cannot be reached ({said}); look at the address, the credentials and the network") from error
+
     def start(self) -> None:
         """Makes the folders."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self.scratch)
 
     @contextmanager
     def locked(self, task: str) -> Iterator[None]:
@@ -60,6 +75,26 @@ class Output:
         finally:
             os.close(descriptor)
 
+    @contextmanager
+    def amending(self, folder: str) -> Iterator[None]:
+        """Waits until no other process is adding to a finished local dataset's ``folder`` (a lock file in it says so), and keeps them away.
+
+        Not in the scratch folder, which each of them removes when it ends.
+        """
+        os.makedirs(f"{self.root}/{folder}", exist_ok=True)
+        descriptor = os.open(f"{self.root}/{folder}/lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.root}: waiting for another process that is writing here", file=sys.stderr, flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"{self.root}: this file system has no locks ({error.strerror}); add one thing at a time", file=sys.stderr)
+            yield
+        finally:
+            os.close(descriptor)
+
     def _wait_for(self, descriptor: int) -> None:
         for _ in range(100):
             try:
@@ -71,6 +106,27 @@ class Output:
                 print(f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice", file=sys.stderr)
                 return
         raise DataError(f"{self.root}: another run is writing here; wait for it or end it")
+
+    def take_back(self) -> bool:
+        """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says whether that was so.
+
+        Never of a remote place, which has no locks that would tell.
+        """
+        if self.is_remote:
+            return False
+        empty = [path for path in Path(self.root).glob("*.tar") if path.stat().st_size == 2 * BLOCK]  # its end marker alone
+        records = [self.scratch / f"{path.name}.json" for path in empty]
+        if set(Path(self.root).glob("*.tar")) - set(empty) or set(self.scratch.glob("*.json")) - set(records):
+            return False
+        for lock in self.scratch.glob("lock-*"):
+            with open(lock) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:  # held, or a file system that cannot tell
+                    return False
+        for path in [*records, *(path.with_suffix(".idx") for path in empty), *empty]:
+            path.unlink(missing_ok=True)
+        return True
 
     def size(self, name: str) -> int | None:
         """Bytes of a finished file, None where there is none."""
@@ -133,6 +189,20 @@ class Output:
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self.is_remote and self._fs.exists(f"{self._base}/{PARTS}"):
             self._fs.rm(f"{self._base}/{PARTS}", recursive=True)
+
+
+def refuse_file(path: str | Path) -> None:
+    """Raises DataError where a file stands in the place of a folder, or of one above it."""
+    there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise DataError(f"{path}: {'a file' if there == Path(path).absolute() else f'{there} is a file'}; name a folder")
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it is not there."""
+    refuse_file(path)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 def sync_folder(folder: Path) -> None:

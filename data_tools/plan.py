@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
 from data_tools.images import ImageOptions
 from data_tools.order import permute
 from data_tools.sources import Source, SourceOptions
@@ -43,8 +42,7 @@ class Plan:
     def __init__(self, source: Source, options: ShardOptions, image_root: str, name: str) -> None:
         self.source, self.options, self.image_root, self.name = source, options, image_root, name
         self.num_rows = sum(source.blocks)
-        if not self.num_rows:
-            raise DataError(f"{name}: no rows in it")
+        assert self.num_rows, "open_source refuses inputs without rows"
         self.num_shards = -(-self.num_rows // options.shard_size)
         self.fingerprint = source.fingerprint()
         self.hash = hash_text(LAYOUT, asdict(options), self.num_rows, self.fingerprint)

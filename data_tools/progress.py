@@ -9,6 +9,8 @@ from collections import Counter, deque
 
 from data_tools.tally import Tally
 
+EXAMPLES = 1000
+
 
 class Progress:
     """Counts rows of all workers and prints to stderr."""
@@ -16,6 +18,8 @@ class Progress:
     def __init__(self, total: int, done: int, quiet: bool = False) -> None:
         self.total, self.done, self.images, self.bytes = total, done, 0, 0
         self.rejected: Counter[str] = Counter()
+        self.examples: list[dict[str, str]] = []
+        """The first ones that were left out."""
         self.started = time.monotonic()
         self._quiet, self._tty = quiet, sys.stderr.isatty()
         self._recent: deque[tuple[float, int, int]] = deque([(self.started, 0, 0)], maxlen=120)
@@ -31,6 +35,7 @@ class Progress:
         self.images += tally.images
         self.bytes += tally.bytes
         self.rejected += tally.rejected
+        self.examples += tally.examples[: EXAMPLES - len(self.examples)]
         now = time.monotonic()
         self._recent.append((now, self.seen, self.bytes))
         if not self._quiet and now - self._printed > (0.2 if self._tty else 5.0):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 REASONS = {
-    "row_malformed": "the line is not a row of the table (columns missing or too many, not JSON, not UTF-8)",
+    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an object)",
+    "not_utf8": "a row, caption or .json that is not UTF-8 (Latin-1 perhaps: iconv -f LATIN1 -t UTF-8)",
+    "not_json": "a row or .json that is broken JSON",
+    "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted comma perhaps)",
     "image_missing": "no picture is named, or a caption has no picture beside it",
     "file_missing": "the picture's file does not exist",
     "file_unreadable": "the picture's file cannot be read",
@@ -36,9 +39,19 @@ REASONS = {
 
 
 class Reject(Exception):
-    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on."""
+    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on. ``path`` was looked for, if any."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, path: str | None = None) -> None:
         assert reason in REASONS, reason
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.path = reason, path
+
+
+def fault_of(error: ValueError) -> str:
+    """The reason for text that could not be decoded or is no JSON."""
+    return "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
+
+
+def explain(reason: str, path: str | None) -> str:
+    """The reason in words, in one line, with the path that was looked for."""
+    return f"{REASONS[reason]}: {' '.join(path.split())[:200]}" if path else REASONS[reason]

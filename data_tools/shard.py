@@ -12,21 +12,25 @@ stopped or killed continues when it is started again with the same options.
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.arguments import Parser, add_processes, number, whole
 from data_tools.errors import DataError
 from data_tools.images import ImageOptions
 from data_tools.index import MANIFEST
-from data_tools.merge import PLAN, merge, record_of, reopen_if_damaged, summary
+from data_tools.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
 from data_tools.on_ray import shard_on_ray
 from data_tools.output import Output
 from data_tools.plan import Plan, ShardOptions
 from data_tools.pool import write_shards
-from data_tools.progress import Progress
+from data_tools.progress import EXAMPLES, Progress
+from data_tools.reject import explain
+from data_tools.remote import require_backend
 from data_tools.sources import KINDS, SourceOptions, open_source
 from data_tools.tally import Tally
 
@@ -36,24 +40,20 @@ _FEW = 1000
 
 def make_parser() -> argparse.ArgumentParser:
     """All options of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("shard", __doc__)
     parser.add_argument("pairs", metavar="PAIRS", help="the input")
     parser.add_argument("out", metavar="OUT", help="folder, or any URL that fsspec writes to (s3://, gs://, ...)")
     _add_input(parser.add_argument_group("input"))
     _add_pictures(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("shards")
-    group.add_argument("--shard-size", type=_positive, default=5000, metavar="N", help="input rows a shard (default 5000)")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the order of samples (default 0)")
+    group.add_argument("--shard-size", type=whole(1), default=5000, metavar="N", help="input rows a shard (default 5000)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order of samples (default 0)")
     group.add_argument("--keep-order", action="store_true", help="keep the order of the input instead of permuting it")
     group.add_argument(
-        "--max-caption", type=_positive, default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
+        "--max-caption", type=whole(1), default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
     )
     group = parser.add_argument_group("running (these do not change what is written)")
-    group.add_argument(
-        "--processes", type=_positive, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
-    )
+    add_processes(group)
     group.add_argument(
         "--task",
         type=_task,
@@ -61,10 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="write only every N-th shard, from the I-th (0 .. N - 1); `merge` ends the run",
     )
-    group.add_argument("--ray", type=_positive, metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
+    group.add_argument("--ray", type=whole(1), metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
     group.add_argument("--strict", action="store_true", help="end at the first row that cannot be used")
     group.add_argument(
-        "--max-rejected", type=float, default=0.5, metavar="SHARE", help="end when more than this share of rows is left out (default 0.5)"
+        "--max-rejected",
+        type=number(0, 1),
+        default=0.5,
+        metavar="SHARE",
+        help="end when more than this share of rows is left out (default 0.5)",
     )
     group.add_argument("--quiet", action="store_true", help="no progress line")
     return parser
@@ -84,7 +88,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
 def _add_pictures(group: argparse._ArgumentGroup) -> None:
     defaults = ImageOptions()
     group.add_argument(
-        "--resize", type=_positive, metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
+        "--resize", type=whole(1), metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
     )
     group.add_argument(
         "--resize-mode",
@@ -106,49 +110,39 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--quality",
-        type=_positive,
+        type=whole(1, 100),
         default=defaults.quality,
         metavar="Q",
         help=f"JPEG and WebP quality of those (default {defaults.quality})",
     )
     group.add_argument(
         "--min-side",
-        type=_positive,
+        type=whole(1),
         default=defaults.min_side,
         metavar="N",
         help=f"leave out pictures with a shorter side (default {defaults.min_side})",
     )
     group.add_argument(
         "--max-aspect",
-        type=float,
+        type=number(1),
         default=defaults.max_aspect,
         metavar="X",
         help=f"leave out pictures more elongated than X:1 (default {defaults.max_aspect:g})",
     )
     group.add_argument(
         "--max-pixels",
-        type=_positive,
+        type=whole(1),
         default=defaults.max_pixels,
         metavar="N",
         help=f"leave out larger pictures, by their header (default {defaults.max_pixels})",
     )
     group.add_argument(
         "--max-bytes",
-        type=_positive,
+        type=whole(1),
         default=defaults.max_bytes,
         metavar="N",
         help=f"leave out larger files (default {defaults.max_bytes})",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -180,6 +174,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Opens the input and decides everything."""
     options = options_of(arguments)
     source = open_source(arguments.pairs, arguments.input, options.source)
+    if arguments.images and "://" in arguments.images:
+        require_backend(arguments.images)
     pairs = Path(arguments.pairs)
     root = arguments.images or str(pairs if pairs.is_dir() else pairs.parent)
     plan = Plan(source, options, root, pairs.name)
@@ -196,6 +192,11 @@ def refuse_other(plan: Plan, output: Output) -> None:
         if output.size(MANIFEST) is not None:
             raise DataError(f"{output.root}: holds another dataset; choose another folder, or remove it")
     elif found["plan"] != plan.hash:
+        if (
+            output.size(MANIFEST) is None and output.take_back()
+        ):  # of a run that found no picture, most often for the mistake that is mended now
+            output.remove(PLAN)
+            return
         raise DataError(f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one")
 
 
@@ -229,18 +230,28 @@ def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.N
     todo = [shard for shard in mine if records[shard] is None]
     rows = {shard: min(plan.options.shard_size, plan.num_rows - shard * plan.options.shard_size) for shard in mine}
     done = sum(rows[shard] for shard in mine if shard not in todo)
-    earlier = sum(len(record["rejects"]) for record in records.values() if record)
+    before = [line for record in records.values() if record for line in record["rejects"]]
+    earlier = Counter(line["reason"] for line in before)
     progress = Progress(sum(rows.values()), done, arguments.quiet)
 
     def hear(tally: Tally) -> None:
         progress.add(tally)
-        rejected, seen = sum(progress.rejected.values()) + earlier, progress.seen + done
-        if seen >= min(_FEW, progress.total) and rejected > arguments.max_rejected * seen:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in progress.rejected.most_common())
-            raise DataError(f"{arguments.pairs}: {rejected} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected")
+        counts, seen = progress.rejected + earlier, progress.seen + done
+        if seen >= min(_FEW, progress.total) and counts.total() > arguments.max_rejected * seen:
+            raise DataError(_refusal(arguments.pairs, output, counts, seen, (before + progress.examples)[:EXAMPLES]))
 
     write_shards(plan, output, todo, arguments.processes, arguments.strict, hear)
     progress.close()
+
+
+def _refusal(pairs: str, output: Output, counts: Counter[str], seen: int, lines: list[dict[str, str]]) -> str:
+    """Too many rows are left out: why, with the first of the commonest reason; the others are in rejects.jsonl."""
+    output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    first = next((line for line in lines if line["reason"] == counts.most_common(1)[0][0]), lines[0])
+    example = f"{first['source']}, key {first['key']}: {explain(first['reason'], first.get('path'))}"
+    named = f"{output.root}/{REJECTS} names " + ("them" if counts.total() <= len(lines) else f"the first {len(lines):,}")
+    return f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected; {named} ({example})"
 
 
 def run_task(arguments: argparse.Namespace) -> Output:

@@ -9,9 +9,7 @@ Sizes in pixels and bytes, formats and exact duplicates are those of all samples
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -22,10 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.arguments import Parser, add_processes, whole
 from data_tools.errors import DataError
 from data_tools.index import Dataset
 from data_tools.languages import guess_language
 from data_tools.order import permute
+from data_tools.output import make_folder
 from data_tools.stats_page import Picture, render
 from data_tools.workers import TarReader, open_local, over_shards
 
@@ -152,23 +152,20 @@ def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("stats", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
-    parser.add_argument("--captions", type=int, default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)")
-    parser.add_argument("--pictures", type=int, default=60, metavar="N", help="pictures on the contact sheet (default 60)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    parser.add_argument("--captions", type=whole(0), default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)")
+    parser.add_argument("--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     if not dataset.num_samples:
         raise DataError(f"{arguments.dataset}: holds no samples")
-    out = Path(arguments.out or arguments.dataset)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = collect(dataset, max(0, arguments.captions), arguments.processes)
+    out = make_folder(arguments.out or arguments.dataset)
+    figures = collect(dataset, arguments.captions, arguments.processes)
     (out / "stats.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures > 0 else []
+    pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures else []
     (out / "stats.html").write_text(render(Path(arguments.dataset).resolve().name, figures, pictures), encoding="utf-8")
     print(f"{out}/stats.html and stats.json: {figures['samples']:,} samples", file=sys.stderr)
     return 0

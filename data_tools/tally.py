@@ -20,6 +20,8 @@ class Tally:
     bytes: int = 0
     """Read, before any change."""
     rejected: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, str]] = field(default_factory=list)
+    """What was left out, as in rejects.jsonl, each with the "path" that was looked for, if any."""
 
 
 class Reporter:
@@ -35,9 +37,10 @@ class Reporter:
         self._tally.bytes += num_bytes
         self._tick()
 
-    def reject(self, reason: str) -> None:
-        """A row was left out."""
-        self._tally.rejected[reason] += 1
+    def reject(self, line: dict[str, str], path: str | None) -> None:
+        """A row was left out: what rejects.jsonl says of it, and the path that was looked for."""
+        self._tally.rejected[line["reason"]] += 1
+        self._tally.examples.append({**line, "path": path} if path else line)
         self._tick()
 
     def _tick(self) -> None:

@@ -1,14 +1,13 @@
 """Is a dataset still what was written? Names every damaged sample.
 
-    python -m data_tools verify DATASET            # digests, counts, members, and every picture decoded
+    python -m data_tools verify DATASET            # digests, counts, members, columns, and every picture decoded
     python -m data_tools verify DATASET --quick    # digests and counts alone
 
-One line on stdout for each damage: SHARD, KEY (or "-"), what is wrong. Exit code 1 if there is any.
+One line on stdout for each damage: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import xxhash
 
 from data_tools import walk
+from data_tools.arguments import Parser, add_processes
 from data_tools.errors import DataError
 from data_tools.headers import read_header
 from data_tools.images import check_pixels
@@ -62,6 +62,21 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
     return found
 
 
+def verify_columns(dataset: Dataset) -> list[tuple[str, str]]:
+    """(File, what is wrong) of side-car columns that cannot be read or are not one value a sample."""
+    found = []
+    for name in dataset.columns:
+        file = dataset.manifest["columns"][name]["file"]
+        try:
+            values = dataset.column(name)
+        except DataError as error:
+            found.append((file, str(error)))
+            continue
+        if len(values) != dataset.num_samples:
+            found.append((file, f"{len(values)} values for {dataset.num_samples} samples; join it again"))
+    return found
+
+
 def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
     key = read_key(tar.descriptor, row)
     if hash_key(key) != int(row["key_hash"]):
@@ -87,12 +102,10 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("verify", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("--quick", action="store_true", help="compare digests and counts; look at samples only where they differ")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     total = 0
@@ -101,6 +114,9 @@ def main(argv: list[str]) -> int | None:
         total += len(found)
         for key, fault in found:
             print(f"{dataset.manifest['shards'][shard]['name']}\t{key}\t{fault}")
+    for file, fault in verify_columns(dataset):
+        total += 1
+        print(f"{file}\t-\t{fault}")
     state = f"{total} damages" if total else "sound"
     print(f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr)
     return 1 if total else 0

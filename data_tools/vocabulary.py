@@ -9,14 +9,16 @@ takes an end token 2 for that of old configs).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_tools.arguments import Parser, whole
 from data_tools.errors import DataError
 from data_tools.index import Dataset
+from data_tools.output import make_folder, refuse_file
+from data_tools.workers import open_local
 
 SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
 
@@ -52,18 +54,17 @@ def train(texts: Iterator[str], size: int, num_tokens: int) -> tuple[str, dict[s
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools vocabulary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a dataset written by `data_tools shard`")
+    parser = Parser("vocabulary", __doc__)
+    parser.add_argument("shards", metavar="SHARDS", help="a dataset written by `data_tools shard`")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer")
-    parser.add_argument("--size", type=int, default=8192, help="words kept, the most frequent first (default 8192)")
-    parser.add_argument("--num-tokens", type=int, default=16, help="context length, end token included (default 16)")
+    parser.add_argument("--size", type=whole(1), default=8192, help="words kept, the most frequent first (default 8192)")
+    parser.add_argument("--num-tokens", type=whole(2), default=16, help="context length, end token included (default 16)")
     options = parser.parse_args(argv)
     if options.size <= len(SPECIAL):
         raise DataError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
-    tokenizer, config = train(captions(Dataset.open(options.shards)), options.size, options.num_tokens)
-    options.out.mkdir(parents=True, exist_ok=True)
+    refuse_file(options.out)
+    tokenizer, config = train(captions(open_local(options.shards)), options.size, options.num_tokens)
+    make_folder(options.out)
     (options.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     aside = options.out / "tokenizer.json.tmp"
     aside.write_text(tokenizer, encoding="utf-8")

@@ -125,6 +125,33 @@ class _Walk:
         return self.length
 
 
+def names_before(descriptor: int, offset: int) -> Iterator[str]:
+    """What the member whose data stand at ``offset`` may be called: by its header, then by each long-name or pax record in front of it.
+
+    Stepping back is cheap but may be led astray by data that look like a header: the caller knows the name when it sees it.
+    """
+    yield _parse_name(os.pread(descriptor, BLOCK, offset - BLOCK))
+    for reach in (16 * BLOCK, 2 * _MAX_META):  # records are short as a rule
+        yield from _names_in(os.pread(descriptor, min(reach, offset - BLOCK), max(0, offset - BLOCK - reach)))
+
+
+def _names_in(before: bytes) -> Iterator[str]:
+    ends = {len(before)}  # where a record must end to belong to the member: at its header, or at the next of its records
+    for at in range(len(before) - BLOCK, -1, -BLOCK):
+        header = before[at : at + BLOCK]
+        kind = header[156:157]
+        if kind not in (b"L", b"K", b"x", b"g") or not _checksum_is_right(header):
+            continue
+        size, data = _parse_size(header), at + BLOCK
+        if size is None or data + (size + BLOCK - 1) // BLOCK * BLOCK not in ends:
+            continue
+        ends.add(at)
+        if kind == b"L":
+            yield before[data : data + size].decode("utf-8", "surrogateescape").rstrip("\0")
+        elif kind == b"x" and (path := _parse_pax(before[data : data + size]).get("path")):
+            yield path
+
+
 def _checksum_is_right(header: bytes) -> bool:
     if len(header) != BLOCK:
         return False

@@ -60,7 +60,6 @@ class Place(NamedTuple):
 
 def open_local(root: str) -> Dataset:
     """The dataset in a local folder. Raises DataError for a remote one, whose tars these verbs cannot read in place."""
-    dataset = Dataset.open(root)
-    if dataset.is_remote:
+    if "://" in root:
         raise DataError(f"{root}: this verb reads local datasets; copy it first")
-    return dataset
+    return Dataset.open(root)

@@ -16,7 +16,7 @@ from data_tools.images import prepare
 from data_tools.index import IMAGE_FORMATS, ROW, hash_key, index_name
 from data_tools.output import PARTS, Output
 from data_tools.plan import Plan
-from data_tools.reject import REASONS, Reject
+from data_tools.reject import Reject, explain
 from data_tools.sources.base import Row, read_image
 from data_tools.tally import Reporter
 from data_tools.tar import TarWriter
@@ -41,9 +41,10 @@ def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, stri
                 entry, num_captions, num_bytes = _write_sample(plan, writer, key, row)
             except Reject as reject:
                 if strict:
-                    raise DataError(f"{row.source}: {REASONS[reject.reason]} ({reject.reason}; --strict ends at the first)") from None
+                    words = explain(reject.reason, reject.path)
+                    raise DataError(f"{row.source}: {words} ({reject.reason}; --strict ends at the first)") from None
                 rejects.append({"key": key, "reason": reject.reason, "source": row.source})
-                reporter.reject(reject.reason)
+                reporter.reject(rejects[-1], reject.path)
             else:
                 index[kept] = entry
                 kept += 1

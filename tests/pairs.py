@@ -59,5 +59,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def rejects(out: Path) -> dict[str, str]:
     """Source -> reason, of everything that was left out."""
-    lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     return {line["source"]: line["reason"] for line in lines}

@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +24,7 @@ from trainer.data.opening import open_source
 from trainer.data.reader import Reader, Rows
 from trainer.data.remote import FetchAhead, ShardCache
 from trainer.evals.examples import open_examples
-from trainer.types import UserError
+from trainer.types import RunFailed, UserError
 
 numbers = itertools.count()
 
@@ -126,6 +127,24 @@ def test_remote_tars_without_an_index_are_fetched_and_indexed_once(
     assert same(take(loader(url, **cache), 1), [batch])
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_cache_too_small_for_remote_tars_without_an_index_is_refused(
+    tmp_path: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Also where the server does not tell sizes, and when the indexes are there already."""
+    folder = write_shards(tmp_path / "bare", [6] * 6, index=False)
+    one = (folder / "00000.tar").stat().st_size
+    url = remote_copy(folder)
+    if not told:
+        memory = type(fsspec.filesystem("memory"))
+        info = memory.info
+        monkeypatch.setattr(memory, "info", lambda self, path, **options: {**info(self, path, **options), "size": None})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"data.cache_limit: .* hold less than two windows of 2 shards"):
+            loader(url, window=2, cache_limit=2.5 * one / 2**30, **cache)
+    assert len(take(loader(url, window=2, cache_limit=4.5 * one / 2**30, **cache), 1)[0].ids) == 12
+
+
 def test_evaluation_reads_remote_shards(tmp_path: Path, cache: dict[str, Any]) -> None:
     url = remote_copy(write_shards(tmp_path / "local", [4, 3]))
     examples = open_examples(url, DataSettings(**cache))
@@ -142,6 +161,89 @@ def test_remote_mistakes_are_named(tmp_path: Path, cache: dict[str, Any]) -> Non
         take(loader(url, batch=24, **cache), 1)
     with pytest.raises(UserError, match=r"no manifest.json and no .tar there"):
         loader("memory://nowhere", **cache)
+    with pytest.raises(UserError, match=r"00007\.tar: no such file; upload it"):
+        loader(f"{url}/{{00000,00007}}.tar", **cache)
+
+
+class Dropped(Exception):
+    """What a backend raises: no OSError, as those of aiohttp, botocore and gcsfs are none."""
+
+
+class DroppingFile(io.BytesIO):
+    """A file whose first piece arrives; then the connection is dropped, as often as its file system is told."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() and Dropping.drops > 0:
+            Dropping.drops -= 1
+            raise Dropped("connection lost\nin the middle")
+        return super().read(min(size, 100) if size and size > 0 else size)
+
+
+class Dropping(MemoryFileSystem):
+    """The memory file system behind a bad line. Each process counts for itself."""
+
+    protocol = "dropping"
+    drops = 0
+    refused = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("dropping://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        file = DroppingFile(super()._open(path, "rb").getvalue())
+        file.size = len(file.getvalue())  # type: ignore[attr-defined]
+        return file
+
+    def exists(self, path: str, **options: Any) -> bool:
+        if Dropping.refused > 0:
+            Dropping.refused -= 1
+            raise Dropped("refused")
+        return bool(super().exists(path, **options))
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> type[Dropping]:
+    fsspec.register_implementation("dropping", Dropping, clobber=True)
+    monkeypatch.setattr(Dropping, "drops", 0)
+    monkeypatch.setattr(Dropping, "refused", 0)
+    init = ShardCache.__init__
+    monkeypatch.setattr(ShardCache, "__init__", lambda self, folder, limit: init(self, folder, limit, retry_seconds=0.01))
+    return Dropping
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dropped_connections_of_any_kind_are_tried_again_and_then_named(
+    tmp_path: Path, cache: dict[str, Any], dropping: type[Dropping], workers: int
+) -> None:
+    folder = write_shards(tmp_path / "local", [6] * 4)
+    url = remote_copy(folder).replace("memory:", "dropping:")
+    how = {"window": 2, "workers": workers, "cache_decoded": 0}
+    dropping.refused = 2
+    with loader(url, **how, **cache) as source:
+        dropping.drops = 2
+        assert same([next(source), next(source)], global_batches(folder, 2, world=1, shuffle="window", window=2, cache_decoded=0))
+    dropping.drops = 10**6  # before the workers are forked
+    expected = (
+        r"^dropping:/.*\.(tar|idx): not fetched in 3 attempts \(Dropped: connection lost in the middle\); check network and credentials$"
+    )
+    with pytest.raises(RunFailed, match=expected):
+        take(loader(url, **how, cache_dir=str(tmp_path / "third")), 1)
+    dropping.drops, dropping.refused = 0, 10**6
+    with pytest.raises(RunFailed, match=r"^dropping:/.*: not fetched in 3 attempts \(Dropped: refused\)"):
+        loader(url, **how, **cache)
+
+
+def test_what_ends_the_thread_that_fetches_ahead_is_raised_to_who_asks() -> None:
+    def broken(url: str) -> str:
+        raise KeyError(url)
+
+    ahead = FetchAhead(broken)
+    ahead.want(["a"])
+    ahead.thread.join(5)
+    assert not ahead.thread.is_alive()
+    with pytest.raises(KeyError, match="a"):
+        ahead.want(["b"])
 
 
 def test_a_fetch_that_fails_is_tried_again_and_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +254,7 @@ def test_a_fetch_that_fails_is_tried_again_and_then_named(tmp_path: Path, monkey
         raise ConnectionResetError("connection reset")
 
     monkeypatch.setattr("trainer.data.remote.fsspec.open", broken)
-    with pytest.raises(UserError, match=r"s3://b/0.tar: not fetched in 3 attempts \(connection reset\)"):
+    with pytest.raises(UserError, match=r"s3://b/0.tar: not fetched in 3 attempts \(ConnectionResetError: connection reset\)"):
         ShardCache(str(tmp_path), 1000, retry_seconds=0.01).fetch("s3://b/0.tar")
     assert len(calls) == 3
 

@@ -6,7 +6,9 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from data_tools.__main__ import main as data_tools
 from data_tools.index import Dataset
 from data_tools.output import Output
+from data_tools.values import values_of
 from tests.pairs import contents, encoded, picture, shard, write_pairs
 
 ROWS = 50
@@ -70,6 +73,40 @@ def test_a_shard_written_again_keeps_them(pairs: Path, dataset: Path, tasks: int
         assert again(pairs, dataset, "--task", f"{task}/{tasks}") == 0
     assert data_tools(["merge", str(dataset)]) == 0
     assert contents(dataset) == before
+
+
+def test_a_column_joined_while_another_is_being_read_stays(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late.csv").write_text("uid,late\n" + "".join(f"{number},{number}\n" for number in range(ROWS)))
+    meanwhile = [["join", str(dataset), str(tmp_path / "teacher.npy"), "--name", "meanwhile"]]
+
+    def values(*arguments: Any) -> Any:
+        found = values_of(*arguments)
+        while meanwhile:
+            assert data_tools(meanwhile.pop()) == 0
+        return found
+
+    monkeypatch.setattr("data_tools.join.values_of", values)
+    late = ["join", str(dataset), str(tmp_path / "late.csv"), "--on", "uid", "--with", "number"]
+    assert data_tools(late) == 0
+    assert Dataset.open(dataset).columns == ["late", "meanwhile", "teacher", "words"]
+    # a dataset that became another is not given the columns of what it was
+    rewrite(dataset / "00000.tar", lambda members: dict(list(members.items())[:-3]))
+    meanwhile.append(["index", str(dataset)])
+    assert data_tools(late) == 2
+    assert "its shards have changed meanwhile; join again" in capsys.readouterr().err
+
+
+def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> None:
+    names = [f"column{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        ended = pool.map(lambda name: data_tools(["join", str(dataset), str(tmp_path / "teacher.npy"), "--name", name]), names)
+        assert list(ended) == [0] * len(names)
+    opened = Dataset.open(dataset)
+    assert opened.columns == [*names, "teacher", "words"]
+    assert all(np.array_equal(np.asarray(opened.column(name)), VALUES) for name in names)
+    assert not (dataset / ".parts").exists()
 
 
 def test_a_shard_that_came_out_different_loses_them_with_a_line(pairs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,5 +85,5 @@ def test_a_second_call_changes_nothing(pairs: Path) -> None:
 
 
 def test_an_unusable_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--size 4"):
+    with pytest.raises(DataError, match="--size: '4' is not a whole number from 16 to 512"):
         glyphs.main([str(tmp_path), "--size", "4"])

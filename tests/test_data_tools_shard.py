@@ -17,11 +17,13 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
+from fsspec.registry import known_implementations
 from PIL import Image
 
 from data_tools.__main__ import main as data_tools
 from data_tools.index import Dataset, hash_key, read_key, scan_tar
 from data_tools.order import permute
+from data_tools.output import Output
 from data_tools.progress import Progress
 from data_tools.tally import Tally
 from data_tools.walk import Problem, walk
@@ -143,6 +145,23 @@ def test_lost_and_cut_shards_are_written_again(pairs: Path, reference: Path, tmp
     assert contents(tmp_path) == contents(reference)
 
 
+def test_names_with_line_separators_survive_writing_again(tmp_path: Path) -> None:
+    """U+2028, U+0085 and their like stand as they are in rejects.jsonl: they end no line of it."""
+    odd = ["line\u2028separator", "next\x85line", "form\x0cfeed", "file\x1cseparator", "paragraph\u2029separator"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, name in enumerate([*odd, *map(str, range(30))]):
+        (folder / f"{name}.png").write_bytes(encoded(picture(number)) if number >= len(odd) else b"no picture")
+        (folder / f"{name}.txt").write_text(f"caption {number}")
+    options = ("--shard-size", "10", "--processes", "1", "--max-rejected", "1")
+    assert shard(folder, tmp_path / "out", *options, columns=()) == 0
+    assert len(rejects(tmp_path / "out")) == len(odd)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "00001.tar").unlink()
+    assert shard(folder, tmp_path / "out", *options, columns=()) == 0
+    assert contents(tmp_path / "out") == before
+
+
 def _start(arguments: list[str]) -> int:
     """A run in a process of its own, without the cost of starting Python."""
     child = os.fork()
@@ -198,9 +217,43 @@ def test_too_many_rejected_rows_end_the_run(tmp_path: Path, capsys: pytest.Captu
         (broken.parent / f"{number}.jpeg").write_bytes(b"<html>")
     assert shard(broken, tmp_path / "out") == 2
     assert "16 of 30 rows cannot be used (16 html); mend them, or raise --max-rejected" in capsys.readouterr().err
+    assert len(rejects(tmp_path / "out")) == 16
     assert shard(broken, tmp_path / "out", "--max-rejected", "0.6") == 0
     assert Dataset.open(tmp_path / "out").manifest["rejected"] == {"html": 16}
     assert len(rejects(tmp_path / "out")) == 16
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
+    pairs: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: str
+) -> None:
+    options, out = ("--shard-size", "20", "--processes", processes), tmp_path / "out"
+    small = ("--shard-size", "10", "--processes", processes)  # shards without a sample are written before the share is known
+    mistakes = [
+        (("--images", "/nonexist", *COLUMNS), "/nonexist/"),
+        (("--image", "caption", "--caption", "image"), f"{pairs.parent}/picture number "),
+    ]
+    for columns, looked in mistakes:
+        assert shard(pairs, out, *small, columns=columns) == 2
+        error = capsys.readouterr().err
+        assert f"the picture's file does not exist: {looked}" in error and error.count("\n") == 1
+        assert "pairs.csv:" in error and ", key 000" in error and f"{out}/rejects.jsonl names them" in error
+        first = json.loads((out / "rejects.jsonl").read_text().split("\n")[0])
+        assert first["reason"] == "file_missing" and first["path"].startswith(looked)
+    assert shard(pairs, out, *options) == 0
+    assert contents(out) == contents(reference)
+
+
+def test_a_plan_stays_while_its_run_is_at_work_or_has_written(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shard(pairs, tmp_path, "--images", "/nonexist") == 2
+    first = Output(str(tmp_path))
+    with first.locked("3-of-4"):
+        assert shard(pairs, tmp_path) == 2
+    assert "begun with images='/nonexist' (now None)" in capsys.readouterr().err
+    (tmp_path / "00000.tar").write_bytes(b"a sample")
+    assert shard(pairs, tmp_path) == 2
+    (tmp_path / "00000.tar").unlink()
+    assert shard(pairs, tmp_path) == 0
 
 
 def test_remote_output(pairs: Path, reference: Path) -> None:
@@ -326,8 +379,6 @@ def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_runs_at_once_are_kept_apart(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_tools.output import Output
-
     first = Output(str(tmp_path))
     first.start()
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -344,7 +395,7 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
             (str(pairs), str(out), "--image", "picture", "--caption", "caption"),
             "no column 'picture' (--image); there are: image, caption",
         ),
-        ((str(pairs), str(out), "--image", "image"), "say which column it is with --caption"),
+        ((str(pairs), str(out), "--image", "image"), "say which column holds the caption: --caption COLUMN; there are: image, caption"),
     ]:
         assert data_tools(["shard", *arguments]) == 2
         error = capsys.readouterr().err
@@ -353,8 +404,61 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
     assert shard(tmp_path / "web.csv", out) == 2
     assert "fetch them with img2dataset" in capsys.readouterr().err
     assert not out.exists()
-    with pytest.raises(SystemExit):
-        shard(pairs, out, "--task", "3/3")
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "expected"),
+    [
+        ("PAIRS", "nope://bucket/x", "nope://bucket/x: unknown protocol nope://; known are s3://"),
+        ("PAIRS", "uninstalled://bucket/x", "a package for uninstalled:// is not installed (Install nothere): pip install nothere"),
+        ("PAIRS", "unreachable://bucket/x", "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); look at the address"),
+        ("s3://bucket/x.csv", "OUT", "s3://bucket/x.csv: the input is read from local files; copy it here first"),
+        ("https://127.0.0.1:9/x.csv", "OUT", "x.csv: the input is read from local files"),
+        ("PAIRS", "PAIRS", "pairs.csv: a file; name a folder"),
+        ("PAIRS", "PAIRS/deeper", "pairs.csv is a file; name a folder"),
+    ],
+)
+def test_places_that_cannot_be_are_one_line(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    out: str,
+    expected: str,
+) -> None:
+    class Unreachable(fsspec.AbstractFileSystem):
+        def info(self, path: str, **_: object) -> dict[str, object]:
+            raise RuntimeError("no such host")
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    monkeypatch.setitem(known_implementations, "uninstalled", {"class": "nothere.FileSystem", "err": "Install nothere"})
+    names = {"PAIRS": str(pairs), "OUT": str(tmp_path / "out"), "PAIRS/deeper": f"{pairs}/deeper"}
+    assert shard(names.get(source, source), names.get(out, out)) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--task", "3/3"), "--task: '3/3' is not I/N with I from 0 to N - 1"),
+        (("--shard-size", "0"), "--shard-size: '0' is not a whole number of 1 or more"),
+        (("--quality", "1000"), "--quality: '1000' is not a whole number from 1 to 100"),
+        (("--max-rejected", "2"), "--max-rejected: '2' is not a number from 0 to 1"),
+        (("--max-rejected", "-1"), "--max-rejected: '-1' is not"),
+        (("--max-aspect", "nan"), "--max-aspect: 'nan' is not a number of 1 or more"),
+        (("--seed", "-1"), "--seed: '-1' is not"),
+        (("--resize", "wide"), "--resize: 'wide' is not"),
+        (("--nonsense",), "unrecognized arguments: --nonsense; `python -m data_tools shard --help` says more"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], expected: str
+) -> None:
+    assert shard(pairs, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 4096, 70_001])

@@ -55,9 +55,9 @@ def test_csv_with_everything_that_goes_wrong(tmp_path: Path) -> None:
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-rejected", "1") == 0
     assert captions(tmp_path / "out") == sorted(["two lines, and a comma", 'say "hi"', "שלום 👋 naïve", "last"])
     assert rejects(tmp_path / "out") == {
-        "pairs.csv:6": "row_malformed",
-        "pairs.csv:7": "row_malformed",
-        "pairs.csv:8": "row_malformed",
+        "pairs.csv:6": "wrong_fields",
+        "pairs.csv:7": "wrong_fields",
+        "pairs.csv:8": "not_utf8",
         "pairs.csv:9": "caption_empty",
         "pairs.csv:10": "file_missing",
         "pairs.csv:11": "image_missing",
@@ -80,11 +80,44 @@ def test_an_open_quote_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a quote opened on line 7 is not closed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quoted", [True, False])
+def test_carriage_returns_and_other_odd_bytes_cost_their_own_row(tmp_path: Path, quoted: bool) -> None:
+    """With quotes anywhere in the file rows are found by another way."""
+    pictures(tmp_path, 6)
+    lines = [
+        b"image,caption",
+        b'0.png,"first"' if quoted else b"0.png,first",
+        b"1.png,hello\rworld",
+        b"2.png,nul \x00 inside",
+        b"3.png,ends in two\r\r",
+        b"4.png," + b"long " * 60_000,
+        b'5.png,"over\ntwo" lines\rand more' if quoted else b"5.png,another\rone",
+        b"0.png,last",
+    ]
+    (tmp_path / "pairs.csv").write_bytes(b"\n".join(lines))
+    assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-rejected", "1") == 0
+    assert rejects(tmp_path / "out") == {"pairs.csv:3": "row_malformed", "pairs.csv:7": "row_malformed"}
+    assert [caption[:11] for caption in captions(tmp_path / "out")] == ["ends in two", "first", "last", "long long l", "nul inside"]
+
+
+def test_a_header_that_is_not_csv_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.csv").write_bytes(b"image,caption\r0.png,one\r1.png,two\r")
+    assert shard(tmp_path / "pairs.csv", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "pairs.csv: line 1, the header" in error and r"tr '\r' '\n'" in error and error.count("\n") == 1
+
+
 def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_bytes("image,caption\n".encode("utf-16"))
     (tmp_path / "b.csv").write_bytes(b"")
     (tmp_path / "c.csv").write_bytes(b"image,caption\n")
-    for name, expected in (("a", "iconv -f UTF-16"), ("b", "the file is empty"), ("c", "no rows in it")):
+    (tmp_path / "d.csv").write_bytes(b"image,caption,caption,,\n0.png,a,b,,\n")
+    for name, expected in (
+        ("a", "iconv -f UTF-16"),
+        ("b", "the file is empty"),
+        ("c", "c.csv: a header line and no rows below it"),
+        ("d", "2 columns are called 'caption'"),
+    ):
         assert shard(tmp_path / f"{name}.csv", tmp_path / "out") == 2
         assert expected in capsys.readouterr().err
 
@@ -103,7 +136,7 @@ def test_jsonl_with_several_captions(tmp_path: Path) -> None:
     assert meta[0]["captions"] == ["one", "two", "three"] and meta[0]["column_sample"] == "mine" and meta[0]["tags"] == ["a", {"b": None}]
     assert "captions" not in meta[1] and captions(tmp_path / "out") == ["one", "only alt"]
     assert Dataset.open(tmp_path / "out").max_captions == 3
-    assert sorted(rejects(tmp_path / "out").values()) == ["caption_missing", "row_malformed", "row_malformed"]
+    assert sorted(rejects(tmp_path / "out").values()) == ["caption_missing", "not_json", "row_malformed"]
 
 
 @pytest.mark.parametrize("shard_size", [7, 100])
@@ -182,12 +215,14 @@ def test_folder_with_txt_and_json(tmp_path: Path) -> None:
     (deep / "2.txt").write_text("both")
     (deep / "2.json").write_text('{"tag": 8}')
     (deep / "3.json").write_text("{broken")
+    (deep / "5.png").write_bytes(encoded(picture(5)))
+    (deep / "5.txt").write_bytes("Café".encode("latin-1"))
     (deep / "9.txt").write_text("orphan")
     (deep / "._0.png").write_bytes(b"mac")
     assert shard(tmp_path / "in", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
     assert captions(tmp_path / "out") == ["both", "from json", "from txt"]
     assert [entry.get("tag") for entry in metas(tmp_path / "out")] == [None, 7, 8]
-    expected = {"deep/9.txt": "missing_image", "deep/3.png": "row_malformed", "deep/4.png": "caption_missing"}
+    expected = {"deep/9.txt": "missing_image", "deep/3.png": "not_json", "deep/4.png": "caption_missing", "deep/5.png": "not_utf8"}
     assert rejects(tmp_path / "out") == expected
 
 
@@ -237,6 +272,18 @@ def test_tars_of_img2dataset_are_sharded_again(tmp_path: Path) -> None:
     assert metas(tmp_path / "again")[0]["status"] == "success"
 
 
+def test_rejects_of_tars_name_long_keys_in_full(tmp_path: Path) -> None:
+    keys = ["f" * 90 + "/" + "n" * 60 + str(number) for number in range(2)]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, picture_bytes in ((keys[0], encoded(picture(0))), (keys[1], b"no picture")):
+            for name, data in ((f"{key}.png", picture_bytes), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert shard(tmp_path / "a.tar", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
+    assert list(rejects(tmp_path / "out")) == [f"a.tar:{keys[1]}"]
+
+
 def test_files_of_img2dataset(tmp_path: Path) -> None:
     pictures(tmp_path / "in" / "00000", 2)
     for number in range(2):
@@ -265,12 +312,60 @@ def test_pictures_by_url(tmp_path: Path) -> None:
     assert captions(tmp_path / "out") == ["by root", "by url"] and rejects(tmp_path / "out") == {"pairs.csv:4": "file_missing"}
 
 
+def test_pictures_of_a_backend_that_is_not_installed_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fsspec.registry import known_implementations
+
+    monkeypatch.setitem(known_implementations, "uninstalled", {"class": "nothere.FileSystem", "err": "Install nothere"})
+    for pictures, options in (("uninstalled://b/0.png", ()), ("0.png", ("--images", "uninstalled://b"))):
+        (tmp_path / "pairs.csv").write_text(f"image,caption\n{pictures},a\n")
+        assert shard(tmp_path / "pairs.csv", tmp_path / "out", *options) == 2
+        error = capsys.readouterr().err
+        assert "is not installed (Install nothere): pip install nothere" in error and error.count("\n") == 1
+
+
 def test_large_and_unreadable_files(tmp_path: Path) -> None:
     pictures(tmp_path, 2)
     (tmp_path / "1.png").write_bytes(encoded(picture(1)) + bytes(100_000))
     (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n1.png,b\n.,a folder\n")
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-bytes", "50000", "--max-rejected", "1") == 0
     assert rejects(tmp_path / "out") == {"pairs.csv:3": "file_too_large", "pairs.csv:4": "file_unreadable"}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("dir.csv", (), "dir.csv: no pictures in it, nor in the folders below"),
+        ("tables", (), "tables: no pictures in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv"),
+        ("tables", ("--input", "csv", *COLUMNS), "tables: a folder; name the csv file in it"),
+        (
+            "tables/a.csv",
+            ("--input", "tars"),
+            "a.csv: no whole sample in it: a picture with KEY.txt or KEY.json; the first of what is wrong",
+        ),
+        ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of pictures"),
+        ("empty.jsonl", COLUMNS, "empty.jsonl: no line with anything in it"),
+        ("imgs", (), "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table"),
+        ("imgs", COLUMNS, "imgs: --image names a column of a table, and this is a folder of pictures; leave it out"),
+        ("texts", ("--caption", "caption"), "texts: --caption names a key of NAME.json, and there is none"),
+        ("tars", (), "d.tar: a folder among the tars; rename it"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, options: tuple[str, ...], expected: str
+) -> None:
+    for folder in ("dir.csv", "tables", "tars/d.tar"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "tables" / name).write_text("image,caption\n0.png,one\n")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    pictures(tmp_path / "imgs", 2)
+    pictures(tmp_path / "texts", 1)
+    (tmp_path / "texts" / "0.txt").write_text("caption")
+    assert data_tools(["shard", str(tmp_path / source), str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and str(tmp_path) in error and error.count("\n") == 1
 
 
 def test_unknown_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,45 @@ def test_long_names_of_every_tar_format(tmp_path: Path, format: int) -> None:
     assert found(path) == ([stem], [])
 
 
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_keys_of_long_names(tmp_path: Path, format: int) -> None:
+    stems = ["f" * 60 + "/" + "n" * 60 + str(number) for number in range(3)] + ["short", "x" * 96]
+    members = [(f"{stem}.{kind}", b"data" * 300) for stem in stems for kind in ("txt", "jpg")]
+    rows, problems = scan_tar(make_tar(tmp_path / "a.tar", members, format))
+    with open(tmp_path / "a.tar", "rb") as file:
+        assert not problems and [read_key(file.fileno(), row) for row in rows] == stems
+
+
+def test_keys_behind_several_records_and_false_ones(tmp_path: Path) -> None:
+    """A pax record of several blocks, one with a link's long name between, and a picture that itself looks like a long-name record."""
+    long = "n" * 150
+    bait = tarfile.TarInfo("././@LongLink")
+    bait.type, bait.size = tarfile.GNUTYPE_LONGNAME, 4
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data, headers in [
+            (f"{long}.jpg", b"j", {"comment": "c" * 30_000}),
+            (f"{long}.txt", bait.tobuf(tarfile.GNU_FORMAT) + b"bait".ljust(512, b"\0"), {}),
+            ("plain.jpg", b"j", {}),
+            ("plain.txt", b"t", {}),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(data), headers
+            tar.addfile(info, io.BytesIO(data))
+    rows, problems = scan_tar(tmp_path / "a.tar")
+    with open(tmp_path / "a.tar", "rb") as file:
+        assert not problems and [read_key(file.fileno(), row) for row in rows] == [long, "plain"]
+
+
+def test_the_key_of_a_damaged_header_is_what_it_says(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", samples(2), tarfile.GNU_FORMAT)
+    rows, _ = scan_tar(path)
+    raw = bytearray(path.read_bytes())
+    raw[int(rows[1]["image_offset"]) - 512] = ord("Z")
+    path.write_bytes(raw)
+    with open(path, "rb") as file:
+        assert [read_key(file.fileno(), row) for row in rows] == ["000", "Z01"]
+
+
 def test_rows_of_a_foreign_tar(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", [("b.json", b"{}"), ("b.txt", b"two"), ("a.png", b"PNG"), ("b.jpg", b"JPEG"), ("a.txt", b"one")])
     rows, problems = scan_tar(path)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +78,50 @@ def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no verb 'shrad'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("stats", "D", "--captions", "-1"), "--captions: '-1' is not"),
+        (("stats", "D", "--pictures", "-5"), "--pictures: '-5' is not"),
+        (("vocabulary", "D", "OUT", "--num-tokens", "0"), "--num-tokens: '0' is not a whole number of 2 or more"),
+        (("dedup", "D", "OUT", "--near", "17"), "--near: '17' is not a whole number from 0 to 16"),
+        (("filter", "D", "OUT", "--share", "nan"), "--share: 'nan' is not"),
+        (("verify", "D", "--processes", "0"), "--processes: '0' is not"),
+        (("merge",), "the following arguments are required: OUT"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str) -> None:
+    assert data_tools(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", "FILE"), "table.csv: a file; name the folder of a dataset"),
+        (("verify", "DATASET/00000.tar"), "00000.tar: a file; name the folder of a dataset"),
+        (("merge", "FILE"), "table.csv: a file; name a folder"),
+        (("stats", "DATASET", "--out", "FILE"), "table.csv: a file; name a folder"),
+        (("cat", "DATASET", "--save", "FILE/deeper"), "table.csv is a file; name a folder"),
+        (("vocabulary", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("dedup", "DATASET", "FILE"), "table.csv: a file; name a folder"),
+        (("glyphs", "FILE"), "table.csv: a file; name a folder"),
+        (("merge", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
+        (("verify", "s3://bucket/x"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+        (("vocabulary", "s3://bucket/x", "OUT"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str
+) -> None:
+    (tmp_path / "table.csv").write_text("a,b")
+    places = [word.replace("DATASET", str(dataset)).replace("FILE", str(tmp_path / "table.csv")) for word in arguments]
+    assert data_tools(places) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1 and "run again to continue" not in error
+
+
 def test_verify_is_quiet_about_sound_data(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["verify", str(dataset)]) == 0
     captured = capsys.readouterr()
@@ -102,9 +151,31 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     assert sum("the tar's digest is" in fault for _, _, fault in lines) == 2 and len(lines) == 8
 
 
-def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import tarfile
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (("00001.idx", b""), "00001.idx: not an index (the file is empty); make it anew"),
+        (("00001.idx", b"\x93NUMPY\x01\x00\x01\x00({}"), "00001.idx: not an index (a damaged header: "),
+        (("columns/score.npy", b""), "columns/score.npy: not a column (the file is empty); join it again"),
+        (("columns/score.npy", None), "columns/score.npy: no such file, but manifest.json names it; join it again"),
+    ],
+)
+def test_empty_and_lost_arrays_are_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: tuple[str, bytes | None], named: str
+) -> None:
+    np.save(tmp_path / "score.npy", np.arange(24))
+    assert data_tools(["join", str(dataset), str(tmp_path / "score.npy")]) == 0
+    file, data = damage
+    (dataset / file).unlink()
+    if data is not None:
+        (dataset / file).write_bytes(data)
+    assert data_tools(["verify", str(dataset)]) == 1
+    assert named in capsys.readouterr().out
+    assert data_tools(["cat", str(dataset), "12"]) == 2
+    assert named in capsys.readouterr().err
 
+
+def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign").mkdir()
     damaged = bytearray(encoded(picture(0, 200, 200), "JPEG"))
     del damaged[len(damaged) // 2 : len(damaged) // 2 + 50]
@@ -118,6 +189,47 @@ def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, 
     assert data_tools(["verify", str(tmp_path / "foreign")]) == 1
     out = capsys.readouterr().out
     assert out.startswith("a.tar\tx\t") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_member_names_of_other_makers(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: int) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    keys = ["f" * 80 + "/" + "n" * 60 + str(number) for number in range(4)]
+    with tarfile.open(folder / "a.tar", "w", format=format) as tar:
+        for number, key in enumerate(keys):
+            for name, data in ((f"{key}.png", encoded(picture(number % 3))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["verify", str(folder)]) == 0
+    assert not capsys.readouterr().out
+    (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{key},{number}\n" for number, key in enumerate(keys)))
+    assert data_tools(["join", str(folder), str(tmp_path / "scores.csv"), "--on", "key"]) == 0
+    assert np.asarray(Dataset.open(folder).column("score")).tolist() == [0, 1, 2, 3]
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    assert json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text()) == {"key": keys[3], "same_as": keys[0]}
+    assert data_tools(["cat", str(folder), keys[2]]) == 0
+    assert f"{keys[2]}.png" in capsys.readouterr().out
+
+
+def test_member_names_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for key in ("café", "thé"):
+            for name, data in ((f"{key}.png", encoded(picture(0))), (f"{key}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert data_tools(["index", str(folder)]) == 0
+    assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
+    line = json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text(encoding="utf-8"))
+    assert line == {"key": "th\udce9", "same_as": "caf\udce9"}
+    command = [sys.executable, "-m", "data_tools", "cat", str(folder), "0"]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True)
+    assert r"caf\udce9.png" in shown.stdout, shown.stderr
 
 
 def test_index_of_our_own_tars_is_the_same_index(dataset: Path, tmp_path: Path) -> None:
@@ -140,8 +252,6 @@ def test_lost_index_is_made_anew_and_the_manifest_stays(dataset: Path, capsys: p
 
 
 def test_index_says_what_it_left_out(tmp_path: Path) -> None:
-    import tarfile
-
     folder = tmp_path / "foreign"
     folder.mkdir()
     for name, data in (("x.jpg", b"<html>"), ("x.txt", b"t"), ("y.png", encoded(picture(1))), ("y.txt", b"t"), ("z.txt", b"t")):
@@ -154,6 +264,35 @@ def test_index_says_what_it_left_out(tmp_path: Path) -> None:
     assert opened.num_samples == 1 and opened.manifest["rejected"] == {"html": 1, "missing_image": 1}
     assert sorted(rejects(folder).values()) == ["html", "missing_image"]
     assert (int(opened.shard(0)[0]["width"]), int(opened.shard(0)[0]["height"])) == (48, 40)
+
+
+def test_index_of_tars_without_a_sample_and_of_new_ones(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(b"")
+    (folder / "b.tar").write_bytes(b"garbage" * 500)
+    assert data_tools(["index", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: no whole sample in 2 tars (" in error and error.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "rejects.jsonl"]
+    shutil.copy(dataset / "00000.tar", folder / "c.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
+    shutil.copy(dataset / "00001.tar", folder / "new.tar")
+    assert data_tools(["index", str(folder)]) == 0
+    assert "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json" in capsys.readouterr().err
+    (folder / "d.tar").mkdir()
+    assert data_tools(["index", str(folder)]) == 2
+    assert "d.tar: a folder with the name of a tar" in capsys.readouterr().err
+
+
+def test_merge_after_tars_were_changed_and_indexed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(dataset / "00001.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert data_tools(["index", str(dataset)]) == 0
+    assert data_tools(["merge", str(dataset)]) == 2
+    error = capsys.readouterr().err
+    assert "complete, and its tars were changed and indexed since `shard` wrote them" in error and "--task" not in error
 
 
 @pytest.mark.parametrize(
@@ -263,15 +402,31 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
 
 def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("uid,score\nelse,1\n")
+    (tmp_path / "twice.csv").write_text("uid,score,score\nelse,1,2\n")
+    (tmp_path / "return.csv").write_bytes(b"uid,words\nuid1,one\nuid2,hello\rworld\n")
+    (tmp_path / "many.csv").write_text("uid,score\nuid1,1\nuid2,2,3\n")
+    (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
+        (("a.csv",), "say which column names the sample: --on COLUMN; there are: uid, score"),
+        (("twice.csv", "--on", "uid"), "twice.csv: 2 columns are called 'score'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
+        (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
+        (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
         (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
+        (("empty.npy", "--name", "e"), "empty.npy: not a .npy file (the file is empty)"),
     ]:
         assert data_tools(["join", str(dataset), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_join_reads_long_fields(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"uid,words\nuid3,{'long ' * 60_000}\n")
+    assert data_tools(["join", str(dataset), str(tmp_path / "long.csv"), "--on", "uid", "--with", "uid"]) == 0
+    words = Dataset.open(dataset).column("words")
+    assert sorted({len(words[sample]) for sample in range(24)}) == [0, 300_000]
 
 
 def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from trainer.data.workers import QUEUED, Pool, shared_array
+from trainer.signals import NAMES
 from trainer.types import UserError
 
 
@@ -68,6 +69,17 @@ def test_errors_keep_their_words() -> None:
             next(results)
     with Pool(fail, 2, 10, str) as pool, pytest.raises(RuntimeError, match=r"(?s)data worker \d.*ZeroDivisionError"):
         list(pool.run(iter([4]), ahead=1))
+
+
+@pytest.mark.parametrize("number", NAMES, ids=lambda number: number.name)
+def test_signals_that_let_a_run_finish_leave_its_workers_alone(number: signal.Signals) -> None:
+    with Pool(uneven, 2, 10, str) as pool:
+        results = pool.run(iter(range(1, 8)), ahead=1)
+        next(results)  # the first worker is up
+        next(results)
+        for worker in pool.workers:
+            os.kill(worker.pid, number)
+        assert [task for task, _ in results] == list(range(3, 8))
 
 
 def test_workers_end_with_their_parent() -> None:

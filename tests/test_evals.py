@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tests.ranks import run_ranks
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, ZeroShotSettings, evaluate, run
+from trainer.evals.examples import open_examples
 from trainer.settings import parse
 from trainer.types import Embeddings, Preprocess, UserError
 
@@ -240,6 +241,15 @@ def test_a_clip_benchmark_retrieval_folder_has_a_caption_a_line(tmp_path: Path) 
     found = assess(tmp_path / "flickr")
     assert found.sizes[str(tmp_path / "flickr")] == {"samples": 8, "pictures": 8, "captions": 16, "damaged": 0}
     assert set(found.metrics.values()) == {1.0}
+
+
+def test_captions_of_clip_benchmark_end_where_it_ends_them(tmp_path: Path) -> None:
+    """Its loader maps `str.splitlines` over the .txt members."""
+    text = "one\r\ntwo\rthree\u2028four\x85five\n"
+    write_tar(tmp_path / "flickr" / "test" / "0.tar", [{"png": picture(0), "txt": text.encode()}])
+    (tmp_path / "flickr" / "dataset_type.txt").write_text("retrieval\n")
+    examples = open_examples(str(tmp_path / "flickr"), DataSettings())
+    assert examples.read(0).captions == text.splitlines() == ["one", "two", "three", "four", "five"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.ranks import run_ranks
 from tests.runs import curve, make_shards
 from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
+from trainer.checkpoint import RunLock
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -194,6 +196,22 @@ def test_what_is_started_again(tmp_path: Path, ends: list[str], code: int, start
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = multinode("--ranks", "1", "--restarts", "2", "recipe.yaml", environment=environment)
     assert (done.returncode, int((tmp_path / "count").read_text())) == (code, starts), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_deepspeed_command_that_dies_alone_takes_its_ranks_along(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """It passes no signal on: without a word the launcher below it and its ranks would train to the end."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
+    command += ["trainer.train", str(recipe), f"run.directory={tmp_path / 'run'}", "run.samples=96000"]
+    with (tmp_path / "out").open("w") as out:
+        shell = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=out, stderr=out, cwd=ROOT)
+        checkpoint_of(tmp_path / "run", 96)
+        os.kill(shell.pid, number)
+        shell.wait(LONG)
+        with RunLock(tmp_path / "run", patience=LONG):
+            pass
+    assert "stopped by SIGHUP" in (tmp_path / "out").read_text()
 
 
 @pytest.mark.slow

@@ -43,6 +43,18 @@ def test_the_second_ctrl_c_stops_at_once() -> None:
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
 
 
+def test_a_ctrl_c_is_called_by_its_name_whatever_launchers_send_after_it() -> None:
+    def work() -> str | None:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if rank() == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return signals.agreed()
+
+    assert run_ranks(work, 2) == ["SIGINT"] * 2
+
+
 def test_one_process_needs_no_peers() -> None:
     with StopSignals() as signals:
         assert signals.agreed() is None

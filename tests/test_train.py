@@ -125,6 +125,18 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(recipe: Path, tmp
     assert [line["samples_seen"] for line in steps(tmp_path / "run")] == [16, 32, 48, 64]
 
 
+def test_going_on_under_another_recipe_is_said_and_keeps_the_one_before(recipe: Path, tmp_path: Path, capfd: Any) -> None:
+    run_ranks(call, 1, recipe, "run.samples=32")
+    run_ranks(call, 1, recipe, "run.samples=32", "batch.micro_batch=8", "engine.ds_config=zero2")
+    capfd.readouterr()
+    run_ranks(call, 1, recipe, "run.samples=48", "batch.micro_batch=8", "loss.name=softmax")
+    said = capfd.readouterr().err
+    assert "another recipe than before" in said and "run.samples 32 -> 48; loss.name sigmoid -> softmax" in said
+    assert "micro_batch" not in said
+    assert yaml.safe_load((tmp_path / "run" / "recipe-until-000000032.yaml").read_text())["loss"]["name"] == "sigmoid"
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["loss"]["name"] == "softmax"
+
+
 def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
     def moved(factor: float, ds_config: str) -> float:
         folder = tmp_path / f"{ds_config}-{factor}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -81,6 +82,28 @@ class Recipe(Settings):
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.run.samples // self.batch.size)
+
+
+NOT_LEARNT = (
+    *("run.directory", "run.timeout", "run.silence", "batch.micro_batch", "batch.reduce", "engine.ds_config", "checkpoint", "log", "eval"),
+    *("loss.rows", "loss.exchange", "loss.node_size", "model.attention", "model.recompute", "data.validation", "data.workers"),
+    *("data.prefetch", "data.cache_decoded", "data.cache_dir", "data.cache_limit", "data.check_digests", "data.stall_seconds"),
+)
+"""Keys and sections that change what a run costs, keeps or says, and nothing of what it learns."""
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "loss.name sigmoid -> softmax" for every key by which two recipes (as ``dump`` writes them) learn something else."""
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        name, old, new = prefix + key, before.get(key), now.get(key)
+        if name in NOT_LEARNT or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{name}.")
+        else:
+            found.append(f"{name} {old} -> {new}")
+    return found
 
 
 def load(path: Path, assignments: list[str] | None = None) -> Recipe:

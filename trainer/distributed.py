@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from trainer.types import UserError
+from trainer.types import RunFailed, UserError
 
 # deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their own.
 # A variable that only a started task has comes first: an interactive Slurm shell has the others too.
@@ -23,8 +25,8 @@ FOREIGN_LAUNCHERS = (
 RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """torchrun and accelerate; deepspeed; Slurm; Open MPI."""
 
-_launcher: int | None = None
-"""Process id of what started this rank; None for a plain process, which nobody watches over."""
+_launchers: tuple[int, ...] = ()
+"""Process ids of what started this rank, and of the `deepspeed` command above that; none for a plain process, which nobody watches over."""
 
 
 def init(timeout_seconds: float = 600.0) -> None:
@@ -36,8 +38,8 @@ def init(timeout_seconds: float = 600.0) -> None:
         return
     _adopt_foreign_launcher()
     if "RANK" in os.environ:
-        global _launcher
-        _launcher = os.getppid()
+        global _launchers
+        _launchers = _those_above()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -49,7 +51,15 @@ def init(timeout_seconds: float = 600.0) -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address of rank 0")
-    dist.init_process_group(backend, timeout=timeout)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RunFailed(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken: end the ranks of an earlier start if some are "
+            "left, or take another (deepspeed --master_port N, torchrun --master-port N)"
+        ) from error
 
 
 def _adopt_foreign_launcher() -> None:
@@ -63,7 +73,19 @@ def _adopt_foreign_launcher() -> None:
 
 def orphaned() -> bool:
     """True when the launcher that started this rank is gone: whoever starts the job again would find it still running."""
-    return _launcher is not None and os.getppid() != _launcher
+    return bool(_launchers) and _those_above()[: len(_launchers)] != _launchers
+
+
+def _those_above() -> tuple[int, ...]:
+    """The parent, and its own where that is the command `deepspeed`: it dies of a signal without a word to the launcher below it."""
+    try:
+        parent = psutil.Process(os.getppid())
+        above = parent.parent()
+        if above is not None and any(Path(part).name == "deepspeed" for part in above.cmdline()[:2]):
+            return parent.pid, above.pid
+        return (parent.pid,)
+    except psutil.Error:
+        return (os.getppid(),)
 
 
 def rank() -> int:

@@ -26,6 +26,8 @@ EXIT_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command goes on from there."""
 
 NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+ORDER = (0, *NAMES)
+"""Of several, the last is what is said: a Ctrl-C brings others with it."""
 
 
 class StopSignals:
@@ -47,17 +49,19 @@ class StopSignals:
             signal.signal(name, handler)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        self._caught = number
+        if self._caught != signal.SIGINT:  # launchers send SIGTERM after the terminal's Ctrl-C
+            self._caught = number
         if number == signal.SIGINT:
             # The system's own handler: it works even while python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            if distributed.local_rank() == 0:
+                print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def agreed(self) -> str | None:
         """The name of the signal that any rank has caught, the same on every rank, or None. Every rank calls it after each step."""
         caught = self._caught or (signal.SIGHUP if distributed.orphaned() else 0)
         if distributed.world_size() > 1:
-            votes = torch.tensor([caught], device=distributed.device())
+            votes = torch.tensor([ORDER.index(caught)], device=distributed.device())
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-            caught = int(votes.item())
+            caught = ORDER[int(votes.item())]
         return signal.Signals(caught).name if caught else None

@@ -300,10 +300,23 @@ def describe(run: Run) -> None:
     if not distributed.is_main():
         return
     run.directory.mkdir(parents=True, exist_ok=True)
+    keep_other_recipe(run)
     for name, text in (("recipe.yaml", config.dump(run.recipe)), ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n")):
         aside = run.directory / f"{name}.tmp"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, run.directory / name)
+
+
+def keep_other_recipe(run: Run) -> None:
+    """A run may go on under another recipe: nobody should learn of it from the curve, and the one before stays beside the new one."""
+    before = run.directory / "recipe.yaml"
+    if not run.samples_seen or not before.is_file():
+        return
+    changed = config.changes(config.read_yaml(before), run.recipe.model_dump(mode="json"))
+    if changed:
+        kept = before.with_name(f"recipe-until-{run.samples_seen:09d}.yaml")
+        os.replace(before, kept)
+        distributed.say(f"from here on another recipe than before (now in {kept}): {'; '.join(changed)}")
 
 
 if __name__ == "__main__":

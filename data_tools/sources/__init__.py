@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from data_tools.errors import DataError
+from data_tools.reject import REASONS
 from data_tools.sources.base import Problem, Row, Source, SourceOptions, read_image
 
 __all__ = ["KINDS", "Problem", "Row", "Source", "SourceOptions", "open_source", "read_image"]
@@ -23,14 +24,46 @@ _SUFFIXES = {
 }
 
 
+_NO_ROWS = {
+    "csv": "a header line and no rows below it; for a table without a header say --columns A,B,...",
+    "jsonl": "no line with anything in it",
+    "parquet": "a table without rows",
+    "arrow": "a table without rows",
+    "tars": "no whole sample in it: a picture with KEY.txt or KEY.json",
+    "folder": "no pictures in it, nor in the folders below",
+    "coco": 'its list of "images" is empty',
+}
+
+
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
-    """The reader of an input, opened and counted. Raises DataError naming what is missing."""
+    """The reader of an input, opened and counted. Raises DataError naming what is missing, or the input that has no rows."""
+    if "://" in path:
+        raise DataError(f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)")
     paths = [Path(path)]
     if not paths[0].exists():
         paths = [Path(found) for found in sorted(glob.glob(path))]
         if not paths:
             raise DataError(f"{path}: no such file or folder")
     kind = kind or guess_kind(paths[0])
+    if kind in ("tars", "folder", "coco") and options.image is not None:
+        what = {"tars": "tars", "folder": "a folder of pictures", "coco": "COCO captions"}[kind]
+        raise DataError(f"{path}: --image names a column of a table, and this is {what}; leave it out, or name the table")
+    source = _open(path, paths, kind, options)
+    if not sum(source.blocks):
+        raise DataError(f"{path}: {_NO_ROWS['csv' if kind == 'tsv' else kind]}{_hint(paths[0], source)}")
+    return source
+
+
+def _hint(path: Path, source: Source) -> str:
+    """What an input without rows may be instead."""
+    if path.is_dir():
+        tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower().lstrip(".") in _SUFFIXES)
+        return f"; it holds tables, name one of them: {', '.join(tables[:3])}{' ...' if len(tables) > 3 else ''}" if tables else ""
+    first = next(iter(source.problems), None)
+    return f"; the first of what is wrong with it: {REASONS[first.reason]} ({first.source})" if first else ""
+
+
+def _open(path: str, paths: list[Path], kind: str, options: SourceOptions) -> Source:
     if kind in ("parquet", "tars"):
         # Arrow takes a while to import and most runs do not need it.
         if paths[0].is_dir():
@@ -38,6 +71,9 @@ def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
             folder, paths = paths[0], sorted(paths[0].glob(pattern))
             if not paths:
                 raise DataError(f"{folder}: no {pattern} in it")
+        for entry in paths:
+            if entry.is_dir():
+                raise DataError(f"{entry}: a folder among the {kind}; rename it or move it away")
         if kind == "parquet":
             from data_tools.sources.arrow import ParquetSource
 
@@ -47,6 +83,10 @@ def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
         return TarSource(paths, options)
     if len(paths) > 1:
         raise DataError(f"{path}: {len(paths)} files; of {kind} inputs only one can be read at a time: join them first")
+    if paths[0].is_dir() and kind not in ("folder", "arrow"):
+        raise DataError(f"{path}: a folder; name the {kind} file in it")
+    if paths[0].is_file() and kind == "folder":
+        raise DataError(f"{path}: a file, not a folder of pictures; leave --input folder out")
     return _open_one(paths[0], kind, options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from data_tools.errors import DataError
 from data_tools.reject import Reject
+from data_tools.remote import require_backend
 
 
 class Problem(NamedTuple):
@@ -86,13 +88,21 @@ def split_columns(record: dict[str, Any], options: SourceOptions) -> tuple[Any, 
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them."""
-    for flag, names in (("--image", (options.image,)), ("--caption", options.captions or (None,))):
+    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them, or a name is there twice."""
+    for flag, what, names in (("--image", "picture", (options.image,)), ("--caption", "caption", options.captions or (None,))):
         for name in names:
             if name is None:
-                raise DataError(f"{place}: say which column it is with {flag}; there are: {', '.join(columns)}")
+                raise DataError(f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}")
             if name not in columns:
                 raise DataError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
+    refuse_twice(place, columns)
+
+
+def refuse_twice(place: str, columns: list[str]) -> None:
+    """Raises DataError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's empty ones."""
+    for name, count in Counter(columns).items():
+        if name and count > 1:
+            raise DataError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
 
 
 def image_value(value: Any) -> str | bytes | None:
@@ -118,9 +128,12 @@ def read_image(row: Row, root: str, max_bytes: int) -> bytes:
             with open(path, "rb", buffering=0) as file:
                 data = _read_all(file, max_bytes)
     except FileNotFoundError:
-        raise Reject("file_missing") from None
+        raise Reject("file_missing", path) from None
+    except ImportError:  # not the row's fault, and the next one would have it too
+        require_backend(path)
+        raise
     except (OSError, ValueError):  # ValueError: a path with a NUL character
-        raise Reject("file_unreadable") from None
+        raise Reject("file_unreadable", path) from None
     if len(data) > max_bytes:
         raise Reject("file_too_large")
     return data

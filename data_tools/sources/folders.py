@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.errors import DataError
 from data_tools.index import IMAGE_FORMATS
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, hash_text, split_columns
 
 _SIDE = ("txt", "json")
@@ -35,6 +36,10 @@ class FolderSource:
                     sizes[os.path.relpath(full, path)] = os.stat(full).st_size
         self._sides = {name for name in sizes if name.rpartition(".")[2].lower() in _SIDE}
         self._images = sorted(sizes.keys() - self._sides)
+        if self._images and not self._sides:
+            raise DataError(f"{path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table")
+        if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
+            raise DataError(f"{path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out for NAME.txt")
         stems = {name.rpartition(".")[0] for name in self._images}
         orphans = sorted(name for name in self._sides if name.rpartition(".")[0] not in stems)
         # img2dataset leaves a NNNNN_stats.json beside each folder of pictures
@@ -57,8 +62,9 @@ class FolderSource:
                     record = json.loads((self.path / f"{stem}.json").read_bytes())
                 if f"{stem}.txt" in self._sides:
                     captions = [(self.path / f"{stem}.txt").read_bytes().decode("utf-8")]
-            except ValueError:
-                record = None
+            except ValueError as error:
+                yield Row(name, name, [], fault=fault_of(error))
+                continue
             if not isinstance(record, dict):
                 yield Row(name, name, [], fault="row_malformed")
                 continue
@@ -75,6 +81,8 @@ class CocoSource:
         self.path, self.options = path, options
         self.problems: list[Problem] = []
         self.columns = ["image_id"]
+        if options.captions:
+            raise DataError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
         try:
             tree = json.loads(path.read_bytes())
         except ValueError as error:

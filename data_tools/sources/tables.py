@@ -10,6 +10,7 @@ import csv
 import json
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
 
 csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
@@ -55,25 +57,25 @@ class TableSource:
             raw = data[int(self._starts[number]) : int(self._starts[number + 1])]
             source = f"{self.path.name}:{int(self._lines[number])}"
             record = self._parse(raw)
-            if record is None:
-                yield Row(source, None, [], fault="row_malformed")
+            if isinstance(record, str):
+                yield Row(source, None, [], fault=record)
                 continue
             image, captions, columns = split_columns(record, self.options)
             yield Row(source, image_value(image), captions, columns)
 
-    def _parse(self, raw: bytes) -> dict[str, Any] | None:
+    def _parse(self, raw: bytes) -> dict[str, Any] | str:
+        """The row, or the reason why it is none."""
         try:
             text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-        if self.kind == "jsonl":
-            try:
+            if self.kind == "jsonl":
                 record = json.loads(text)
-            except ValueError:
-                return None
-            return record if isinstance(record, dict) else None
-        fields: list[str] = next(self._reader([text]), [])
-        return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else None
+                return record if isinstance(record, dict) else "row_malformed"
+            fields: list[str] = next(self._reader([text]), [])
+        except ValueError as error:
+            return fault_of(error)
+        except csv.Error:  # a carriage return outside of quotes
+            return "row_malformed"
+        return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else "wrong_fields"
 
     def _reader(self, lines: Any) -> Any:
         delimiter = "\t" if self.kind == "tsv" else ","
@@ -118,7 +120,10 @@ class TableSource:
         starts, last = [], 0
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             reader = self._reader(file)
-            for _ in reader:
+            while True:
+                with suppress(csv.Error):  # this row is malformed, which `_parse` will say; the reader goes on behind it
+                    if next(reader, None) is None:
+                        break
                 if reader.line_num - last > _MAX_LINES:
                     remedy = "--no-quotes reads quotes as letters"
                     raise DataError(f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}")
@@ -134,6 +139,11 @@ class TableSource:
         raw = self._map()[int(starts[0]) : int(starts[1])]
         try:
             return next(self._reader([raw.decode("utf-8")]))
+        except csv.Error as error:
+            raise DataError(
+                f"{self.path}: line {int(self._lines[0])}, the header of column names, is not readable ({error}); "
+                "if the file's lines end in carriage returns alone, convert it: tr '\\r' '\\n'"
+            ) from None
         except (UnicodeDecodeError, StopIteration):
             raise DataError(f"{self.path}: the first line is not a UTF-8 header of column names") from None
 

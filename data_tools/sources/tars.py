@@ -13,7 +13,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools import walk
-from data_tools.index import read_key, scan_samples
+from data_tools.index import find_key, hash_key, scan_samples
+from data_tools.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, split_columns
 
 _PLACE = np.dtype([("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))])
@@ -26,7 +27,7 @@ class TarSource:
         self.paths, self.options = paths, options
         self.problems: list[Problem] = []
         self.columns: list[str] = []
-        found = []
+        found, hashes = [], []
         for number, path in enumerate(paths):
             problems: list[walk.Problem] = []
             samples = scan_samples(path, problems)
@@ -36,8 +37,10 @@ class TarSource:
                 for kind, member in sample.items():
                     place[f"{kind}_offset"], place[f"{kind}_size"] = member.offset, member.size
             found.append(places)
+            hashes.append(np.array([hash_key(key) for key, _ in samples], np.uint64))
             self.problems += [Problem(problem.name, problem.reason, f"{path.name}@{problem.offset}") for problem in problems]
         self._places = np.concatenate(found)
+        self._hashes = np.concatenate(hashes)
         self.blocks = [len(self._places)]
         self._descriptors: dict[int, int] = {}
 
@@ -46,16 +49,17 @@ class TarSource:
         return hash_text(sizes, xxhash.xxh3_128_hexdigest(self._places.tobytes()), [problem._asdict() for problem in self.problems])
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
-        for place in self._places[numbers]:
+        for place, key_hash in zip(self._places[numbers], self._hashes[numbers].tolist(), strict=True):
             descriptor = self._open(int(place["tar"]))
-            key = read_key(descriptor, place)
+            key = find_key(descriptor, int(place["image_offset"]), key_hash)
             source = f"{self.paths[int(place['tar'])].name}:{key}"
             image = os.pread(descriptor, int(place["image_size"]), int(place["image_offset"]))
             try:
                 record = json.loads(os.pread(descriptor, int(place["json_size"]), int(place["json_offset"])) or b"{}")
                 text = os.pread(descriptor, int(place["text_size"]), int(place["text_offset"])).decode("utf-8")
-            except ValueError:
-                record, text = None, ""
+            except ValueError as error:
+                yield Row(source, image, [], fault=fault_of(error))
+                continue
             if not isinstance(record, dict):
                 yield Row(source, image, [], fault="row_malformed")
                 continue

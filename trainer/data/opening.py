@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,8 @@ def open_source(source: SourceSettings, settings: DataSettings) -> Source:
 
 def _open_dataset(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
     if cache is not None:
-        fs, _ = fsspec.core.url_to_fs(path)
-        if fs.exists(f"{path.rstrip('/')}/manifest.json"):
-            return MirroredDataset(path, Dataset.open(path).manifest, cache)
+        if cache.persist(path, lambda: fsspec.core.url_to_fs(path)[0].exists(f"{path.rstrip('/')}/manifest.json")):
+            return MirroredDataset(path, cache.persist(path, lambda: Dataset.open(path).manifest), cache)
     elif Path(path, "manifest.json").exists():
         dataset = Dataset.open(path)
         _check_present(dataset)
@@ -93,14 +93,15 @@ class ScannedDataset(Dataset):
 
 
 def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
-    tars = _find_tars(path)
+    tars = cache.persist(path, lambda: _find_tars(path)) if cache else _find_tars(path)
     if not tars:
         raise UserError(f"{path}: no manifest.json and no .tar there; make shards with `python -m data_tools shard`, or check the path")
     keeper = cache or ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30))
     entries, indexes, problems = [], [], Counter[str]()
     said = False
     for tar in tars:
-        kept = keeper.root / "indexes" / f"{_fingerprint(tar)}.idx"
+        size, stamp = keeper.persist(tar, partial(_size_and_stamp, tar)) if cache else _size_and_stamp(tar)
+        kept = keeper.root / "indexes" / f"{stamp}.idx"
         with keeper.lock(kept.name):
             if not kept.exists():
                 if not said:
@@ -109,7 +110,8 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
                 rows, found = scan_tar(keeper.fetch(tar) if cache else tar)
                 problems.update(problem.reason for problem in found)
                 _save(kept, rows)
-        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(load_array(str(kept)))})
+        rows = load_array(str(kept))
+        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(rows), "bytes": size or _reach(rows)})
         indexes.append(kept)
     if problems:
         listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
@@ -129,16 +131,23 @@ def _save(path: Path, rows: NDArray[np.void]) -> None:
     part.replace(path)
 
 
-def _fingerprint(tar: str) -> str:
-    """Changes when the tar does, so that a kept index is never that of another file."""
+def _reach(rows: NDArray[np.void]) -> int:
+    """Where the last member that the index names ends: a tar's size, nearly, where the server does not tell."""
+    return max((int((rows[f"{kind}_offset"] + rows[f"{kind}_size"]).max()) for kind in ("image", "text", "json") if len(rows)), default=0)
+
+
+def _size_and_stamp(tar: str) -> tuple[int, str]:
+    """Its bytes (0 where the server does not tell), and what changes when the tar does, so that a kept index is never that of another."""
     if "://" in tar:
         fs, inner = fsspec.core.url_to_fs(tar)
         info = fs.info(inner)
-        stamp = [tar, info.get("size"), info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")]
+        size = info.get("size")
+        stamp = [tar, size, info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created")]
     else:
         stat = os.stat(tar)
-        stamp = [os.path.abspath(tar), stat.st_size, stat.st_mtime_ns]
-    return xxhash.xxh3_128_hexdigest("\n".join(map(str, stamp)).encode())
+        size = stat.st_size
+        stamp = [os.path.abspath(tar), size, stat.st_mtime_ns]
+    return int(size or 0), xxhash.xxh3_128_hexdigest("\n".join(map(str, stamp)).encode())
 
 
 def _find_tars(path: str) -> list[str]:

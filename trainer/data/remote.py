@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 import fsspec
 import xxhash
 
-from trainer.types import UserError
+from data_tools.errors import DataError
+from trainer.types import RunFailed, UserError
 
+T = TypeVar("T")
 ATTEMPTS = 3
 PIECE = 8 << 20
 
@@ -42,7 +45,7 @@ class ShardCache:
         if not _touch(path):
             with self.lock(path.name):
                 if not _touch(path):
-                    self._download(url, path, make_room=True)
+                    self.persist(url, lambda: self._download(url, path, make_room=True))
         return str(path)
 
     def fetch_index(self, url: str) -> str:
@@ -51,7 +54,7 @@ class ShardCache:
         if not path.exists():
             with self.lock(path.name):
                 if not path.exists():
-                    self._download(url, path, make_room=False)
+                    self.persist(url, lambda: self._download(url, path, make_room=False))
         return str(path)
 
     @contextmanager
@@ -61,29 +64,40 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _download(self, url: str, path: Path, make_room: bool) -> None:
-        part = path.with_name(path.name + ".part")
-        for attempt in range(ATTEMPTS):
+    def persist(self, url: str, attempt: Callable[[], T]) -> T:
+        """``attempt()``, tried again where the network fails. Raises RunFailed in the end, UserError of a missing file at once."""
+        for number in range(ATTEMPTS):
             try:
-                with fsspec.open(url, "rb") as remote:
-                    size = getattr(remote, "size", None)
-                    if make_room:
-                        self._reserve(part, int(size or 0), url)
-                    with open(part, "r+b" if make_room else "wb") as local:
-                        while piece := remote.read(PIECE):
-                            local.write(piece)
-                        arrived = local.tell()
-                if size is not None and arrived != size:
-                    raise OSError(f"{arrived} of {size} bytes arrived")
-                part.replace(path)
-                return
+                return attempt()
+            except (UserError, DataError):
+                raise
             except FileNotFoundError:
                 raise UserError(f"{url}: no such file; upload it, or make the manifest anew") from None
-            except (OSError, TimeoutError) as error:
-                part.unlink(missing_ok=True)
-                if attempt + 1 == ATTEMPTS:
-                    raise UserError(f"{url}: not fetched in {ATTEMPTS} attempts ({error}); check network and credentials") from error
-                time.sleep(self.retry_seconds * 2**attempt)
+            except ImportError as error:
+                raise UserError(f"{url}: {cause(error)}") from error
+            except Exception as error:  # each backend has its own: aiohttp.ClientError, botocore's, gcsfs' HttpError are no OSErrors
+                if number + 1 == ATTEMPTS:
+                    raise RunFailed(f"{url}: not fetched in {ATTEMPTS} attempts ({cause(error)}); check network and credentials") from error
+                time.sleep(self.retry_seconds * 2**number)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _download(self, url: str, path: Path, make_room: bool) -> None:
+        part = path.with_name(path.name + ".part")
+        try:
+            with fsspec.open(url, "rb") as remote:
+                size = getattr(remote, "size", None)
+                if make_room:
+                    self._reserve(part, int(size or 0), url)
+                with open(part, "r+b" if make_room else "wb") as local:
+                    while piece := remote.read(PIECE):
+                        local.write(piece)
+                    arrived = local.tell()
+            if size is not None and arrived != size:
+                raise OSError(f"{arrived} of {size} bytes arrived")
+        except Exception:
+            part.unlink(missing_ok=True)
+            raise
+        part.replace(path)
 
     def _reserve(self, part: Path, size: int, url: str) -> None:
         """Evicts until ``size`` bytes more are within the limit, and takes them: others who fetch at this moment count them."""
@@ -116,6 +130,11 @@ class ShardCache:
         return reserved
 
 
+def cause(error: Exception) -> str:
+    """What an error says, in one line; its kind too, as some say little or nothing."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+
+
 def _stats(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
     for path in folder.glob(pattern):
         try:
@@ -137,16 +156,22 @@ def _local_name(url: str) -> str:
 
 
 class FetchAhead:
-    """A thread that fetches what will be read next, so that workers find it on disk. Failures are left to the reader, who names them."""
+    """A thread that fetches what will be read next, so that workers find it on disk.
+
+    A file that does not arrive is left to the reader, who names it; any other error ends the thread and is raised by ``want``.
+    """
 
     def __init__(self, fetch: Callable[[str], str]):
         self.fetch = fetch
         self.wanted: SimpleQueue[list[str] | None] = SimpleQueue()
+        self.failure: Exception | None = None
         self.thread = Thread(target=self._run, name="fetch-ahead", daemon=True)
         self.thread.start()
 
     def want(self, urls: list[str]) -> None:
-        """Replaces what has not been fetched yet by ``urls``, in order of need."""
+        """Replaces what has not been fetched yet by ``urls``, in order of need. Raises what ended the thread."""
+        if self.failure is not None:
+            raise self.failure
         self.wanted.put(urls)
 
     def close(self) -> None:
@@ -162,6 +187,9 @@ class FetchAhead:
                     self.fetch(waiting.pop(0))
                 except UserError:
                     waiting = []
+                except Exception as error:
+                    self.failure = error
+                    return
 
     def _newest(self, waiting: list[str]) -> list[str] | None:
         newest: list[str] | None = waiting or self.wanted.get()

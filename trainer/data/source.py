@@ -9,7 +9,6 @@ import json
 import os
 from collections import OrderedDict
 from threading import Lock
-from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,9 +102,6 @@ class Source:
             return shard, self.dataset.shard(shard)[sample - int(self.dataset.counts[shard])]
         except DataError as error:
             raise UserError(str(error)) from None
-        except (SyntaxError, TokenError, TypeError, EOFError, OverflowError) as error:  # numpy on a damaged header
-            path = self.dataset.index_path(shard)
-            raise UserError(f"{path}: not an index ({error}); make it anew with `python -m data_tools index`") from None
 
     def _captions(self, sample: int, shard: int, entry: np.void) -> list[str]:
         if self.fields:

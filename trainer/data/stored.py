@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.errors import DataError
-from data_tools.index import MANIFEST, Dataset, Strings
+from data_tools.index import MANIFEST, Dataset, Strings, load_array
 from trainer.data.transforms import Damaged
 from trainer.types import Stored, UserError
 
@@ -172,7 +172,10 @@ class ColumnWriter:
         return self.folder / f"{part:08d}.npy"
 
     def _read(self, part: int) -> Half:
-        rows: Half = np.load(self._path(part), allow_pickle=False)
+        try:
+            rows: Half = load_array(str(self._path(part)))
+        except ValueError as error:
+            raise UserError(f"{self._path(part)}: not whole ({error}); remove it and run again to write it anew") from None
         assert rows.shape == (len(self.samples(part)), self.stored.width), self._path(part)
         return rows
 

@@ -171,8 +171,9 @@ def stalled(who: str, seconds: float, reading: str) -> str:
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
     """The life of a worker process: never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # queues signal whole trees; the parent decides when to end, and ends it with SIGKILL
+    # Queues and closing terminals signal whole trees; the parent decides when to end, and ends it with SIGKILL.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # fork copied no threads: a parallel region would wait for them
     parent = os.getppid()
@@ -186,7 +187,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
             except EOFError:
                 return
             except UserError as error:
-                answer = (False, UserError(str(error)))
+                answer = (False, type(error)(str(error)))  # its kind decides the exit code; what it came from may not be picklable
             except Exception:
                 answer = (False, traceback.format_exc())
             pipe.send(answer)

@@ -107,6 +107,7 @@ class BenchmarkFolder:
                 found[kind] = os.pread(file.fileno(), size, offset)
         try:
             metadata = json.loads(found["json"]) if "json" in found else {}
+            # CLIP_benchmark too takes str.splitlines: at other line ends the number of captions, and so the recall, would be another
             captions = found.get("txt", b"").decode("utf-8", "replace").splitlines()
             if "cls" in found:
                 metadata = {**metadata, "cls": int(found["cls"])}

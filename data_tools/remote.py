@@ -1,0 +1,24 @@
+"""URLs: what fsspec lacks to open one, in one line."""
+
+from __future__ import annotations
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from data_tools.errors import DataError
+
+
+def require_backend(url: str) -> None:
+    """Raises DataError where no installed package opens URLs of this protocol, or none is known."""
+    for part in url.split("::"):  # of a chain such as simplecache::s3://bucket/key
+        protocol = part.split("://")[0]
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ValueError:
+            raise DataError(
+                f"{url}: unknown protocol {protocol}://; known are s3://, gs://, hf://, https:// and others of fsspec"
+            ) from None
+        except ImportError as error:
+            package = known_implementations[protocol]["class"].partition(".")[0] if protocol in known_implementations else "fsspec"
+            remedy = f": pip install {package}" if package != "fsspec" else ""
+            raise DataError(f"{url}: a package for {protocol}:// is not installed ({error}){remedy}") from None
