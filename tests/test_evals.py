@@ -178,6 +178,7 @@ def test_damaged_pictures_are_counted_and_left_out(tmp_path: Path) -> None:
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [glyph(number) for number in range(6)])
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):  # a training evaluates many times
         found = assess(tar)

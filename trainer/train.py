@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,7 +35,7 @@ from trainer.losses import PairLoss, TaughtLoss
 from trainer.metrics import RunLog
 from trainer.models import DualEncoder
 from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
-from trainer.planning.auto import largest_micro_batch
+from trainer.planning.auto import micro_batch
 from trainer.settings import run_verb
 from trainer.signals import EXIT_AGAIN, StopSignals
 from trainer.step import StepResult, train_step
@@ -265,25 +263,6 @@ def build(recipe: Recipe) -> Run:
         ceiling=scale_ceiling(recipe.optim, start_scale),
         micro_batch=micro_batch(recipe),
     )
-
-
-def micro_batch(recipe: Recipe) -> int | None:
-    """Rows per rank that the towers see at once; ``auto`` asks the planner. All ranks take the smallest answer: their cards may differ."""
-    if recipe.batch.micro_batch != "auto":
-        return recipe.batch.micro_batch
-    device = distributed.device()
-    if device.type == "cuda":
-        memory = float(torch.cuda.get_device_properties(device).total_memory)
-    else:
-        memory = psutil.virtual_memory().available / (distributed.ranks_here() or distributed.world_size())
-    rows = largest_micro_batch(recipe, memory, distributed.world_size(), "cuda" if device.type == "cuda" else "cpu")
-    if distributed.world_size() > 1:
-        smallest = torch.tensor([rows], device=device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        rows = int(smallest.item())
-    rows = min(rows, recipe.batch.size // distributed.world_size())
-    distributed.say(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
-    return rows
 
 
 def describe(run: Run) -> None:

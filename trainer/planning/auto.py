@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import psutil
+import torch
+import torch.distributed as dist
+
+from trainer import distributed
 from trainer.config import Recipe
 from trainer.planning.memory import Job
 from trainer.planning.search import largest, usable_bytes, zero_section
@@ -35,3 +40,22 @@ def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device:
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
     rows, _ = largest(look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes))
     return max(1, rows)
+
+
+def micro_batch(recipe: Recipe) -> int | None:
+    """Rows per rank that the towers see at once; ``auto`` asks the planner. All ranks take the smallest answer: their cards may differ."""
+    if recipe.batch.micro_batch != "auto":
+        return recipe.batch.micro_batch
+    device = distributed.device()
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        memory = psutil.virtual_memory().available / (distributed.ranks_here() or distributed.world_size())
+    rows = largest_micro_batch(recipe, memory, distributed.world_size(), "cuda" if device.type == "cuda" else "cpu")
+    if distributed.world_size() > 1:
+        smallest = torch.tensor([rows], device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        rows = int(smallest.item())
+    rows = min(rows, recipe.batch.size // distributed.world_size())
+    distributed.say(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
+    return rows
