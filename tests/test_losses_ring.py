@@ -73,7 +73,7 @@ def test_gradients_and_traffic_of_many_nodes(world, node_size):
 
 
 def test_more_slices_of_a_larger_batch(monkeypatch):
-    monkeypatch.setattr("trainer.losses.ring.SLICE_ROWS", 20)  # eight of 150 rows, sixteen where they are shared
+    monkeypatch.setattr("trainer.losses.ring.SLICE_ROWS", 20)  # eight of 150 rows
     for exchange in EXCHANGES:
         sizes = [130, 7, 150, 128]
         make = partial(SigmoidLoss, rows=60, exchange=exchange, node_size=2)

@@ -34,8 +34,8 @@ from torch import Tensor
 from trainer.distributed import ranks_here
 from trainer.types import PeerLost, SharedOutOfMemory, UserError
 
-SLICE_ROWS = 1024
-"""Rows of a slice at most. Larger slices make larger, faster products, and buffers that hold more."""
+SLICE_ROWS = 512
+"""Rows of a slice at most. Larger ones make buffers that hold more and products that are no faster; smaller ones, slower products."""
 Exchange = Literal["ring", "bidirectional", "gather", "hierarchical"]
 
 
@@ -45,8 +45,7 @@ def num_slices(rows: int, lanes: int = 1) -> int:
     Two are the fewest where sums follow a tick behind. Where slices are shared a rank holds those of all lanes, and sums follow two ticks
     behind: more and smaller ones.
     """
-    least, most = (2, SLICE_ROWS) if lanes == 1 else (4, SLICE_ROWS // 2)
-    return max(least, 2 * -(-rows // (2 * most)))
+    return max(2 if lanes == 1 else 4, 2 * -(-rows // (2 * SLICE_ROWS)))
 
 
 class Slice(NamedTuple):
