@@ -6,7 +6,7 @@ import importlib
 import io
 import sys
 
-from data_tools.errors import run_verb
+from data_tools.io.errors import run_verb
 
 VERBS = {
     "glyphs": ("glyphs", "render the demo pairs from matplotlib's fonts"),
@@ -43,5 +43,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # keys of other makers' tars may be no UTF-8: they are shown, not refused
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # keys of other makers' tars may be no UTF-8: they are shown, not refused
     sys.exit(main(sys.argv[1:]))

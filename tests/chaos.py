@@ -1,10 +1,11 @@
-"""A training run to which things happen: real ranks, forked from a warm parent, under a launcher process that may be killed as well.
+"""A training run to which things happen: real ranks, forked from a warm parent, under a launcher process that may be
+killed as well.
 
     python -m tests.chaos --faults 50 --seed 0        # a line a fault, and the longest time to the exit of all ranks
 
-Every rank writes down which samples each of its steps takes. After each fault the ranks must end by themselves, within LIMIT seconds; then
-the run is started again on another number of ranks and at another ZeRO stage, and its curve and its samples are compared with those of an
-undisturbed run.
+Every rank writes down which samples each of its steps takes. After each fault the ranks must end by themselves, within
+LIMIT seconds; then the run is started again on another number of ranks and at another ZeRO stage, and its curve and its
+samples are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import numpy as np
 import psutil
 import yaml
 
-from tests.clusters import free_port
-from tests.runs import curve, make_shards
-from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
+from tests.support.clusters import free_port
+from tests.support.runs import curve, make_shards
+from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
-from trainer.checkpoint import tensors
-from trainer.settings import run_verb
-from trainer.types import Batch
+from trainer.checkpoint import tensor_file
+from trainer.core.settings import run_verb
+from trainer.core.types import Batch
 
 LIMIT = 30.0
 """Seconds from a fault to the exit of all ranks."""
@@ -44,7 +45,8 @@ SIZE = 16
 ROOM = 24 * 2**20
 """Bytes of the file system that gets full: some checkpoints of the tiny model."""
 MOST = 240.0
-"""Seconds without progress after which a start has failed: nothing here takes a tenth of it, but machines are shared."""
+"""Seconds without progress after which a start has failed: nothing here takes a tenth of it, but machines are
+shared."""
 
 
 def recipe_in(folder: Path, steps: int) -> Path:
@@ -69,8 +71,10 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, ou
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    step, write = train.Run.step, tensors.DigestFile.write
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    step, write = train.Run.step, tensor_file.DigestFile.write
 
     def noted(self: train.Run, batch: Batch) -> Any:
         with (seen / f"{os.getpid()}.jsonl").open("a") as file:
@@ -81,7 +85,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, ou
         time.sleep(0.002)  # else a fault would hardly ever meet a checkpoint that is being written
         write(self, data)
 
-    train.Run.step, tensors.DigestFile.write = noted, slow  # type: ignore[method-assign]
+    train.Run.step, tensor_file.DigestFile.write = noted, slow  # type: ignore[method-assign]
     sys.argv = ["trainer.train", *arguments]
     try:
         run_verb(train.main)
@@ -204,7 +208,9 @@ class Chaos:
         positions = [samples for samples, _, _ in found]
         # From the first step on, none missing, none twice.
         assert positions == sorted(self.expected)[: len(positions)]
-        np.testing.assert_allclose([loss for _, loss, _ in found], [self.expected[samples] for samples in positions], rtol=2e-4)
+        np.testing.assert_allclose(
+            [loss for _, loss, _ in found], [self.expected[samples] for samples in positions], rtol=2e-4
+        )
         taken: dict[int, set[int]] = {}
         for at, rank, world, ids in self._seen(self._folder("seen")):
             rows = SIZE // world
@@ -217,7 +223,9 @@ class Chaos:
 
     def go(self, say: Callable[[str], None]) -> None:
         """All faults, one a start; then to the end."""
-        kinds = [self.kill_rank, self.kill_launcher, self.kill_while_saving, self.truncate, self.signal] + [self.fill] * bool(self.disk)
+        kinds = [self.kill_rank, self.kill_launcher, self.kill_while_saving, self.truncate, self.signal] + [
+            self.fill
+        ] * bool(self.disk)
         plan: list[Callable[[Start], None]] = []
         while len(plan) < self.faults:  # each kind before any comes again
             plan += self.dice.sample(kinds, len(kinds))
@@ -253,7 +261,8 @@ class Chaos:
         paths = [self._folder("seen") / f"{pid}.jsonl" for pid in start.ranks]
         return max((at for path in paths if path.exists() for at, *_ in self._lines(path)), default=0)
 
-    # ------------------------------------------------------------------------------------------------------------ faults
+    # ------------------------------------------------------------------------------------------------------------
+    # faults
 
     def kill_rank(self, start: Start) -> None:
         os.kill(self.dice.choice(start.ranks), signal.SIGKILL)
@@ -302,7 +311,9 @@ class Chaos:
 def small_disk(folder: Path) -> Iterator[Path | None]:
     """A file system of ROOM bytes; None where this user may not mount one."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "ringlip-test", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "ringlip-test", str(folder)], capture_output=True
+    ).returncode:
         yield None
         return
     try:
@@ -322,7 +333,10 @@ def main() -> None:
             print("no tmpfs may be mounted here (root may): the disk is never full")
         chaos = Chaos(Path(folder), options.faults, options.seed, disk)
         chaos.go(lambda line: print(line, flush=True))
-    print(f"{options.faults} faults in {time.monotonic() - began:.0f} s, nothing lost; the longest end took {chaos.longest:.2f} s")
+    print(
+        f"{options.faults} faults in {time.monotonic() - began:.0f} s, nothing lost; the longest end took "
+        f"{chaos.longest:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""After every fault the run ends by itself and goes on with the same curve and the same samples, on another number of ranks."""
+"""After every fault the run ends by itself and goes on with the same curve and the same samples, on another number of
+ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import pytest
 from tests.chaos import Chaos, small_disk
 
 
-@pytest.mark.parametrize(("faults", "seed"), [(5, 0), pytest.param(50, 0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    ("faults", "seed"), [(5, 0), pytest.param(50, 0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_nothing_is_lost_whatever_happens(tmp_path: Path, faults: int, seed: int) -> None:
     with small_disk(tmp_path / "disk") as disk:
         Chaos(tmp_path, faults, seed, disk).go(print)

@@ -1,4 +1,5 @@
-"""Checkpoints are whole or not there; what is resumed goes on with the same numbers; damage, full disks and other models are noticed."""
+"""Checkpoints are whole or not there; what is resumed goes on with the same numbers; damage, full disks and other
+models are noticed."""
 
 import json
 import os
@@ -17,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import tiny_batch, tiny_model
 from tests.test_engine_state import Toy, make_engine, train
-from tests.tiny import tiny_batch, tiny_model
 from trainer.checkpoint import (
     Checkpointer,
     CheckpointSettings,
@@ -29,17 +30,17 @@ from trainer.checkpoint import (
     newest_good,
     save,
     seed_step,
+    state_io,
     store,
-    tensors,
-    whole,
+    tensor_file,
 )
-from trainer.checkpoint.tensors import DTYPES, Entry, TensorReader, TensorWriter
-from trainer.distributed import rank, world_size
+from trainer.checkpoint.tensor_file import DTYPES, Entry, TensorReader, TensorWriter
+from trainer.core.distributed import rank, world_size
+from trainer.core.types import RunFailed, UserError
 from trainer.engine import EngineSettings, build_engine
 from trainer.losses import QueueLoss
 from trainer.optim import Guard, OptimSettings, build_optimizer
 from trainer.step import train_step
-from trainer.types import RunFailed, UserError
 
 
 class Queue(nn.Module):
@@ -57,21 +58,24 @@ def wrap(ds_engine: Any, stage: int) -> Any:
     return SimpleNamespace(ds_engine=ds_engine, module=ds_engine.module, zero_stage=stage)
 
 
-def plain(samples_seen: int, tensors: dict[str, Tensor]) -> tuple[whole.Contents, list[whole.Piece]]:
+def plain(samples_seen: int, tensors: dict[str, Tensor]) -> tuple[state_io.Contents, list[state_io.Piece]]:
     """A checkpoint without an engine."""
-    entries = {whole.MODEL: [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]}
-    return whole.Contents(samples_seen, entries, {"samples_seen": samples_seen}), [(whole.MODEL, n, t) for n, t in tensors.items()]
+    entries = {state_io.MODEL: [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensor_file.items()]}
+    return state_io.Contents(samples_seen, entries, {"samples_seen": samples_seen}), [
+        (state_io.MODEL, n, t) for n, t in tensor_file.items()
+    ]
 
 
 def write(run_dir: Path, samples_seen: int, **options: int) -> Path:
-    return whole.write(run_dir, *plain(samples_seen, {"w": torch.full((100,), float(samples_seen))}), **options)
+    return state_io.write(run_dir, *plain(samples_seen, {"w": torch.full((100,), float(samples_seen))}), **options)
 
 
 def names(run_dir: Path) -> list[int]:
     return [store.samples_of(folder) for folder in store.listing(run_dir)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- resume
+# ----------------------------------------------------------------------------------------------------------------
+# resume
 
 
 def stop_at_two(run_dir: Path, stage: int) -> list[float]:
@@ -90,8 +94,12 @@ def go_on(run_dir: Path, stage: int) -> Any:
     return resumed, queue.queue.mean().item(), queue.filled.item(), train(engine, 2, 4)
 
 
-@pytest.mark.parametrize(("source", "target"), [((2, 0), (2, 0)), ((2, 2), (2, 2)), ((2, 3), (2, 3)), ((2, 1), (4, 3)), ((2, 3), (1, 0))])
-def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path: Path, source: tuple[int, int], target: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("source", "target"), [((2, 0), (2, 0)), ((2, 2), (2, 2)), ((2, 3), (2, 3)), ((2, 1), (4, 3)), ((2, 3), (1, 0))]
+)
+def test_a_resumed_run_goes_on_with_the_same_numbers(
+    tmp_path: Path, source: tuple[int, int], target: tuple[int, int]
+) -> None:
     straight = run_ranks(stop_at_two, source[0], tmp_path, source[1])[0]
     results = run_ranks(go_on, target[0], tmp_path, target[1])
     for resumed, queue, filled, _ in results:
@@ -134,7 +142,10 @@ def test_a_checkpoint_of_another_model_is_one_line_on_every_rank(tmp_path: Path)
 
     run_ranks(make, 1)
     for message, untouched in run_ranks(wrong, 2, 9, None):
-        assert "of another model: body.weight is [7, 5] there and [9, 5] here; body.bias is [7] there and [9] here" in message
+        assert (
+            "of another model: body.weight is [7, 5] there and [9, 5] here; body.bias is [7] there and [9] here"
+            in message
+        )
         assert "and 1 more" in message and "\n" not in message and untouched
     for message, _ in run_ranks(wrong, 2, 7, Queue()):
         assert "of another loss: queue is absent there and [4, 3] here" in message
@@ -142,28 +153,36 @@ def test_a_checkpoint_of_another_model_is_one_line_on_every_rank(tmp_path: Path)
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 8)
-    with pytest.raises(UserError, match=r"another model: conv\.weight is absent there and \[4, 3, 2, 2\] here.* and 8 more"):
+    with pytest.raises(
+        UserError, match=r"another model: conv\.weight is absent there and \[4, 3, 2, 2\] here.* and 8 more"
+    ):
         load_weights(Toy(), tmp_path)
     with pytest.raises(UserError, match="no checkpoint to load"):
         load_weights(Toy(), tmp_path / "elsewhere")
 
 
-# ------------------------------------------------------------------------------------------------------- with real parts
+# ------------------------------------------------------------------------------------------------------- with real
+# parts
 
 SIZE = 16
 """Global batch."""
 
 
 class Run:
-    """A training run in small: what train.py does, with the real engine, step, loss with a queue, guard and schedule."""
+    """A training run in small: what train.py does, with the real engine, step, loss with a queue, guard and
+    schedule."""
 
     def __init__(self, run_dir: Path, stage: int, micro_batch: int, dropout: float, seed: int = 0) -> None:
         # eps is large: AdamW at 1e-8 divides rounding by rounding where a gradient is mathematically zero (key biases).
         optim = OptimSettings(lr=3e-3, eps=1e-4, warmup=0)
         model = tiny_model("clip", seed=seed, layers=1, dropout=dropout)
-        config = run_dir / f"zero{stage}-of-rank-{rank()}.json"  # one for all would be read by a rank while another writes it
+        config = (
+            run_dir / f"zero{stage}-of-rank-{rank()}.json"
+        )  # one for all would be read by a rank while another writes it
         config.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-        self.engine = build_engine(model, build_optimizer(model, optim), EngineSettings(ds_config=str(config), precision="fp32"))
+        self.engine = build_engine(
+            model, build_optimizer(model, optim), EngineSettings(ds_config=str(config), precision="fp32")
+        )
         self.loss, self.guard = QueueLoss(width=32, size=40), Guard(optim)
         self.micro_batch, self.samples_seen = micro_batch, 0
         self.keeper = Checkpointer(run_dir, CheckpointSettings(every=SIZE))
@@ -217,20 +236,23 @@ def test_a_real_run_goes_on_elsewhere(tmp_path: Path, ranks: int, stage: int, mi
     """Other ranks, another stage, another micro-batch: the same curve but for rounding."""
     straight = run_ranks(run_and_stop, 2, tmp_path, 2, 3, 0.0)[0]
     resumed, _ = run_ranks(run_again, ranks, tmp_path, stage, micro_batch, 0.0)[0]
-    assert torch.tensor(resumed).flatten().tolist() == pytest.approx(torch.tensor(straight).flatten().tolist(), rel=1e-5)
+    assert torch.tensor(resumed).flatten().tolist() == pytest.approx(
+        torch.tensor(straight).flatten().tolist(), rel=1e-5
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------------------------
+# damage
 
 
 def cut(folder: Path) -> None:
-    os.truncate(folder / whole.MODEL, 100)
+    os.truncate(folder / state_io.MODEL, 100)
 
 
 def flip(folder: Path) -> None:
-    data = bytearray((folder / whole.MODEL).read_bytes())
+    data = bytearray((folder / state_io.MODEL).read_bytes())
     data[-7] ^= 1
-    (folder / whole.MODEL).write_bytes(data)
+    (folder / state_io.MODEL).write_bytes(data)
 
 
 def lose_manifest(folder: Path) -> None:
@@ -242,7 +264,7 @@ def garble_manifest(folder: Path) -> None:
 
 
 def lose_file(folder: Path) -> None:
-    (folder / whole.STATE).unlink()
+    (folder / state_io.STATE).unlink()
 
 
 @pytest.mark.parametrize("damage", [cut, flip, lose_manifest, garble_manifest, lose_file])
@@ -268,7 +290,7 @@ def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
 
 def save_for_ever(run_dir: Path, first: int) -> None:
     for samples in range(first, first + 1_000_000):
-        whole.write(run_dir, *plain(samples, {"w": torch.full((200_000,), float(samples))}), keep=2)
+        state_io.write(run_dir, *plain(samples, {"w": torch.full((200_000,), float(samples))}), keep=2)
 
 
 def test_killed_at_any_moment_the_last_one_is_whole(tmp_path: Path) -> None:
@@ -292,13 +314,16 @@ def test_killed_at_any_moment_the_last_one_is_whole(tmp_path: Path) -> None:
             continue
         assert store.samples_of(folder) >= newest and not said
         newest = store.samples_of(folder)
-        assert TensorReader(folder / whole.MODEL).read("w").unique().tolist() == [newest]
+        assert TensorReader(folder / state_io.MODEL).read("w").unique().tolist() == [newest]
     assert newest > 0  # it did save in between
     write(tmp_path, newest + 1, keep=2)
-    assert len(names(tmp_path)) == 2 and not [path for path in store.checkpoints_dir(tmp_path).iterdir() if path.name.startswith(".")]
+    assert len(names(tmp_path)) == 2 and not [
+        path for path in store.checkpoints_dir(tmp_path).iterdir() if path.name.startswith(".")
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------ full disks
+# ------------------------------------------------------------------------------------------------------------ full
+# disks
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -336,7 +361,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, on_failure: Any, a
 
 def test_too_little_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 100)
-    monkeypatch.setattr(whole.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(state_io.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="not enough space"):
         write(tmp_path, 200)
     assert names(tmp_path) == [100] and newest_good(tmp_path) is not None
@@ -364,7 +389,8 @@ def test_a_directory_is_one_jobs_until_it_dies(tmp_path: Path, capsys: pytest.Ca
             pass
 
 
-# ---------------------------------------------------------------------------------------------------------- asynchronous
+# ----------------------------------------------------------------------------------------------------------
+# asynchronous
 
 
 def test_writing_in_the_background_keeps_the_moment_of_saving(tmp_path: Path) -> None:
@@ -372,13 +398,13 @@ def test_writing_in_the_background_keeps_the_moment_of_saving(tmp_path: Path) ->
         engine = make_engine(2)
         train(engine, 0, 2)
         keeper = Checkpointer(tmp_path, CheckpointSettings(asynchronous=True))
-        trained, write_now = threading.Event(), tensors.DigestFile.write
+        trained, write_now = threading.Event(), tensor_file.DigestFile.write
 
         def held_up(self: Any, data: Any) -> None:
             assert trained.wait(60)  # a disk so slow that training is done first
             write_now(self, data)
 
-        tensors.DigestFile.write = held_up  # type: ignore[method-assign]
+        tensor_file.DigestFile.write = held_up  # type: ignore[method-assign]
         keeper.save(wrap(engine, 2), 16, {"step": 2})
         straight = train(engine, 2, 4)
         there = names(tmp_path)
@@ -392,7 +418,8 @@ def test_writing_in_the_background_keeps_the_moment_of_saving(tmp_path: Path) ->
     assert run_ranks(work, 2) == [([], 16, True)] * 2
 
 
-# --------------------------------------------------------------------------------------------------- what stays, what next
+# --------------------------------------------------------------------------------------------------- what stays, what
+# next
 
 
 def test_the_last_ones_and_every_nth_stay(tmp_path: Path) -> None:
@@ -413,8 +440,8 @@ def test_going_back_by_hand(tmp_path: Path) -> None:
 
 def test_the_same_position_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 100)
-    folder = whole.write(tmp_path, *plain(100, {"w": torch.zeros(3)}))
-    assert TensorReader(folder / whole.MODEL).read("w").tolist() == [0, 0, 0]
+    folder = state_io.write(tmp_path, *plain(100, {"w": torch.zeros(3)}))
+    assert TensorReader(folder / state_io.MODEL).read("w").tolist() == [0, 0, 0]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "samples-000000100"]
 
 
@@ -443,13 +470,19 @@ def test_when_one_is_due() -> None:
     assert [after for after in range(300, 3100, 300) if keeper.due(after - 300, after)] == [1200, 2100, 3000]
 
 
-# ------------------------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------------------------------
+# parts
 
 
 def test_streamed_files_are_safetensors(tmp_path: Path) -> None:
     made = {str(dtype): (torch.randn(3, 5) * 3).to(dtype) for dtype in DTYPES}
-    made |= {"scalar": torch.tensor(4.5), "empty": torch.zeros(0, 3), "transposed": torch.arange(6).view(2, 3).t(), "é": torch.ones(1)}
-    file = tensors.DigestFile(tmp_path / "x.safetensors")
+    made |= {
+        "scalar": torch.tensor(4.5),
+        "empty": torch.zeros(0, 3),
+        "transposed": torch.arange(6).view(2, 3).t(),
+        "é": torch.ones(1),
+    }
+    file = tensor_file.DigestFile(tmp_path / "x.safetensors")
     writer = TensorWriter(file, [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()])
     for name, tensor in made.items():
         writer.add(name, tensor)
@@ -458,7 +491,10 @@ def test_streamed_files_are_safetensors(tmp_path: Path) -> None:
     back = load_file(tmp_path / "x.safetensors")
     assert back.keys() == made.keys()
     assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in made.items())
-    assert line == {"bytes": (tmp_path / "x.safetensors").stat().st_size, "xxh3_128": tensors.digest_of(tmp_path / "x.safetensors")}
+    assert line == {
+        "bytes": (tmp_path / "x.safetensors").stat().st_size,
+        "xxh3_128": tensor_file.digest_of(tmp_path / "x.safetensors"),
+    }
 
 
 def test_randomness_is_a_function_of_seed_position_and_rank() -> None:

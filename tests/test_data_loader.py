@@ -1,4 +1,5 @@
-"""One global order whoever reads it: ranks, workers, caches and resumption never change a batch; damage and hangs have names."""
+"""One global order whoever reads it: ranks, workers, caches and resumption never change a batch; damage and hangs have
+names."""
 
 from __future__ import annotations
 
@@ -16,12 +17,23 @@ import psutil
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.shards import global_batches, loader, overwrite, picture, preprocess, same, sample, take, tokenize, write_shards
+from tests.support.forked_ranks import run_ranks
+from tests.support.shards import (
+    global_batches,
+    loader,
+    overwrite,
+    picture,
+    preprocess,
+    same,
+    sample,
+    take,
+    tokenize,
+    write_shards,
+)
+from trainer.core.types import Preprocess, UserError
 from trainer.data import DataSettings, SourceSettings, build_loader
-from trainer.data.opening import open_source
+from trainer.data.open import open_source
 from trainer.data.reader import Reader, hash_caption
-from trainer.types import Preprocess, UserError
 
 BATCH, STEPS = 12, 4
 
@@ -57,13 +69,18 @@ def test_world_and_workers_do_not_change_the_global_batches(shards: Path, name: 
     assert len({tuple(batch.ids.tolist()) for batch in reference}) == STEPS
     for world in (1, 2, 4):
         for workers in (0, 1, 3):
-            assert same(global_batches(train, STEPS, world, workers=workers, cache_decoded=0, **settings), reference), (world, workers)
+            assert same(global_batches(train, STEPS, world, workers=workers, cache_decoded=0, **settings), reference), (
+                world,
+                workers,
+            )
 
 
 @pytest.mark.parametrize("name", ["plain", "mixture", "damaged"])
 def test_the_decoded_cache_changes_nothing(shards: Path, name: str) -> None:
     train, settings = datasets(shards)[name]
-    assert same(global_batches(train, 9, world=2, **settings), global_batches(train, 9, world=1, cache_decoded=0, **settings))
+    assert same(
+        global_batches(train, 9, world=2, **settings), global_batches(train, 9, world=1, cache_decoded=0, **settings)
+    )
 
 
 def test_the_decoded_cache_draws_the_same_captions(shards: Path) -> None:
@@ -270,7 +287,9 @@ def test_a_stalled_thread_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_killed_worker_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with slow_loader(shards, monkeypatch, "die", workers=2) as source:
         for _ in range(2):  # the second asker gets the same answer
-            with pytest.raises(UserError, match=r"data worker \d was killed by SIGKILL while reading .*\.tar.*lower data.workers"):
+            with pytest.raises(
+                UserError, match=r"data worker \d was killed by SIGKILL while reading .*\.tar.*lower data.workers"
+            ):
                 for _ in range(4):
                     next(source)
 
@@ -315,7 +334,11 @@ def test_waiting_is_measured(shards: Path) -> None:
 def test_loaders_run_in_forked_ranks_with_workers(shards: Path) -> None:
     def read() -> list[int]:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return [int(number) for batch in take(loader(shards / "one", rank=rank, world=world, workers=2), 2) for number in batch.ids]
+        return [
+            int(number)
+            for batch in take(loader(shards / "one", rank=rank, world=world, workers=2), 2)
+            for number in batch.ids
+        ]
 
     first, second = run_ranks(read, 2)
     whole = [batch.ids.tolist() for batch in global_batches(shards / "one", 2, world=1)]

@@ -18,13 +18,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.shards import Members, encode, global_batches, loader, picture, preprocess, same, sample, take, write_shards, write_tar
+from tests.support.shards import (
+    Members,
+    encode,
+    global_batches,
+    loader,
+    picture,
+    preprocess,
+    same,
+    sample,
+    take,
+    write_shards,
+    write_tar,
+)
+from trainer.core.types import RunFailed, UserError
 from trainer.data import DataSettings, SourceSettings
-from trainer.data.opening import open_source
+from trainer.data.open import open_source
 from trainer.data.reader import Reader, Rows
 from trainer.data.remote import FetchAhead, ShardCache
 from trainer.evals.examples import open_examples
-from trainer.types import RunFailed, UserError
 
 numbers = itertools.count()
 
@@ -34,7 +46,9 @@ def cache(tmp_path: Path) -> dict[str, Any]:
     return {"cache_dir": str(tmp_path / "cache")}
 
 
-def test_tars_without_an_index_give_the_same_batches(tmp_path: Path, cache: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_tars_without_an_index_give_the_same_batches(
+    tmp_path: Path, cache: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     write_shards(tmp_path / "bare", [9, 8], index=False)
     indexed = global_batches(write_shards(tmp_path / "indexed", [9, 8]), 4, world=2)
     for _ in range(2):
@@ -58,7 +72,9 @@ def test_a_missing_tar_of_a_pattern_is_named(tmp_path: Path, cache: dict[str, An
         loader(f"{tmp_path}/bare/{{00000..00001}}.tar", **cache)
 
 
-def test_problems_in_tars_of_others_are_said(tmp_path: Path, cache: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_problems_in_tars_of_others_are_said(
+    tmp_path: Path, cache: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     partial: Members = {"png": encode(picture(1))}
     write_tar(tmp_path / "some.tar", {"a": sample(0), "b": partial, "c": sample(2)})
     assert sorted(take(loader(tmp_path / "some.tar", batch=2, **cache), 1)[0].ids.tolist()) == [0, 1]
@@ -106,7 +122,9 @@ def cached_bytes(cache: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_remote_shards_give_the_batches_of_local_ones_through_a_small_cache(tmp_path: Path, cache: dict[str, Any], workers: int) -> None:
+def test_remote_shards_give_the_batches_of_local_ones_through_a_small_cache(
+    tmp_path: Path, cache: dict[str, Any], workers: int
+) -> None:
     folder = write_shards(tmp_path / "local", [6] * 8)
     one = (folder / "00000.tar").stat().st_size
     limit = {"cache_limit": 4.5 * one / 2**30, "window": 2, "cache_decoded": 0}
@@ -208,7 +226,9 @@ def dropping(monkeypatch: pytest.MonkeyPatch) -> type[Dropping]:
     monkeypatch.setattr(Dropping, "drops", 0)
     monkeypatch.setattr(Dropping, "refused", 0)
     init = ShardCache.__init__
-    monkeypatch.setattr(ShardCache, "__init__", lambda self, folder, limit: init(self, folder, limit, retry_seconds=0.01))
+    monkeypatch.setattr(
+        ShardCache, "__init__", lambda self, folder, limit: init(self, folder, limit, retry_seconds=0.01)
+    )
     return Dropping
 
 
@@ -222,11 +242,12 @@ def test_dropped_connections_of_any_kind_are_tried_again_and_then_named(
     dropping.refused = 2
     with loader(url, **how, **cache) as source:
         dropping.drops = 2
-        assert same([next(source), next(source)], global_batches(folder, 2, world=1, shuffle="window", window=2, cache_decoded=0))
+        assert same(
+            [next(source), next(source)],
+            global_batches(folder, 2, world=1, shuffle="window", window=2, cache_decoded=0),
+        )
     dropping.drops = 10**6  # before the workers are forked
-    expected = (
-        r"^dropping:/.*\.(tar|idx): not fetched in 3 attempts \(Dropped: connection lost in the middle\); check network and credentials$"
-    )
+    expected = r"^dropping:/.*\.(tar|idx): not fetched in 3 attempts \(Dropped: connection lost in the middle\); check network and credentials$"
     with pytest.raises(RunFailed, match=expected):
         take(loader(url, **how, cache_dir=str(tmp_path / "third")), 1)
     dropping.drops, dropping.refused = 0, 10**6
@@ -254,7 +275,9 @@ def test_a_fetch_that_fails_is_tried_again_and_then_named(tmp_path: Path, monkey
         raise ConnectionResetError("connection reset")
 
     monkeypatch.setattr("trainer.data.remote.fsspec.open", broken)
-    with pytest.raises(UserError, match=r"s3://b/0.tar: not fetched in 3 attempts \(ConnectionResetError: connection reset\)"):
+    with pytest.raises(
+        UserError, match=r"s3://b/0.tar: not fetched in 3 attempts \(ConnectionResetError: connection reset\)"
+    ):
         ShardCache(str(tmp_path), 1000, retry_seconds=0.01).fetch("s3://b/0.tar")
     assert len(calls) == 3
 
@@ -330,7 +353,9 @@ def read_some(folder: Path, cache_dir: Path) -> None:
     """Three batches of the size asked for, or one line for the user: nothing else may happen."""
     given_settings = DataSettings(train=str(folder), cache_dir=str(cache_dir))
     try:
-        reader = Reader([open_source(SourceSettings(path=str(folder)), given_settings)], given_settings, preprocess(), 0)
+        reader = Reader(
+            [open_source(SourceSettings(path=str(folder)), given_settings)], given_settings, preprocess(), 0
+        )
         for start in (0, 4, 8):
             rows = Rows(*(np.zeros(shape, dtype) for shape, dtype in Rows.shapes(4, preprocess())))
             reader.fill(np.arange(start, start + 4), rows)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.core.types import UserError
 from trainer.data.order import FullOrder, Permutation, WindowOrder, derive_key, draws_per_epoch, uniforms
-from trainer.types import UserError
 
 BILLION = 1_000_000_000
 
@@ -88,7 +88,9 @@ def test_a_batch_across_epochs_is_its_parts(kind: str) -> None:
     whole = order(np.arange(300))
     for start in (0, 40, 46, 47, 90):
         part = order(np.arange(start, start + 60))
-        assert np.array_equal(part[0], whole[0][start : start + 60]) and np.array_equal(part[1], whole[1][start : start + 60])
+        assert np.array_equal(part[0], whole[0][start : start + 60]) and np.array_equal(
+            part[1], whole[1][start : start + 60]
+        )
 
 
 def test_a_window_stays_within_its_shards() -> None:

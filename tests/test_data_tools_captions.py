@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.captions import clean, clean_all
-from data_tools.reject import Reject
+from data_tools.samples.captions import clean, clean_all
+from data_tools.samples.reject import Reject
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_several_captions() -> None:
     assert clean_all([7], 100) == (["7"], False)
 
 
-@pytest.mark.parametrize(("values", "reason"), [([], "caption_missing"), ([None], "caption_missing"), (["", " \0 "], "caption_empty")])
+@pytest.mark.parametrize(
+    ("values", "reason"), [([], "caption_missing"), ([None], "caption_missing"), (["", " \0 "], "caption_empty")]
+)
 def test_nothing_left(values: list[str | None], reason: str) -> None:
     with pytest.raises(Reject) as caught:
         clean_all(values, 100)

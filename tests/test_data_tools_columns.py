@@ -1,4 +1,5 @@
-"""Side-car columns when a manifest is written anew: kept while they are true, named with the remedy when they are not."""
+"""Side-car columns when a manifest is written anew: kept while they are true, named with the remedy when they are
+not."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main as data_tools
-from data_tools.index import Dataset
-from data_tools.output import Output
-from data_tools.values import values_of
-from tests.pairs import contents, encoded, picture, shard, write_pairs
+from data_tools.format.fields import values_of
+from data_tools.format.index import Dataset
+from data_tools.io.output import Output
+from tests.support.picture_files import contents, encoded, picture, shard, write_pairs
 
 ROWS = 50
 VALUES = np.arange(2 * ROWS, dtype=np.float16).reshape(ROWS, 2)
@@ -36,7 +37,9 @@ def dataset(pairs: Path, tmp_path: Path) -> Path:
     assert again(pairs, out) == 0
     np.save(tmp_path / "teacher.npy", VALUES)
     assert data_tools(["join", str(out), str(tmp_path / "teacher.npy")]) == 0
-    (tmp_path / "words.jsonl").write_text("".join(f'{{"uid": "{number}", "words": "number {number}"}}\n' for number in range(ROWS)))
+    (tmp_path / "words.jsonl").write_text(
+        "".join(f'{{"uid": "{number}", "words": "number {number}"}}\n' for number in range(ROWS))
+    )
     assert data_tools(["join", str(out), str(tmp_path / "words.jsonl"), "--on", "uid", "--with", "number"]) == 0
     return out
 
@@ -87,7 +90,7 @@ def test_a_column_joined_while_another_is_being_read_stays(
             assert data_tools(meanwhile.pop()) == 0
         return found
 
-    monkeypatch.setattr("data_tools.join.values_of", values)
+    monkeypatch.setattr("data_tools.commands.join.values_of", values)
     late = ["join", str(dataset), str(tmp_path / "late.csv"), "--on", "uid", "--with", "number"]
     assert data_tools(late) == 0
     assert Dataset.open(dataset).columns == ["late", "meanwhile", "teacher", "words"]
@@ -101,7 +104,9 @@ def test_a_column_joined_while_another_is_being_read_stays(
 def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> None:
     names = [f"column{number}" for number in range(8)]
     with ThreadPoolExecutor(len(names)) as pool:
-        ended = pool.map(lambda name: data_tools(["join", str(dataset), str(tmp_path / "teacher.npy"), "--name", name]), names)
+        ended = pool.map(
+            lambda name: data_tools(["join", str(dataset), str(tmp_path / "teacher.npy"), "--name", name]), names
+        )
         assert list(ended) == [0] * len(names)
     opened = Dataset.open(dataset)
     assert opened.columns == [*names, "teacher", "words"]
@@ -109,7 +114,9 @@ def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> N
     assert not (dataset / ".parts").exists()
 
 
-def test_a_shard_that_came_out_different_loses_them_with_a_line(pairs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_came_out_different_loses_them_with_a_line(
+    pairs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (dataset / "00001.tar").unlink()
     for number in range(ROWS):  # the table is the same, the pictures are not
         (pairs.parent / f"{number}.jpeg").write_bytes(encoded(picture(number + 1000), "JPEG"))
@@ -121,7 +128,10 @@ def test_a_shard_that_came_out_different_loses_them_with_a_line(pairs: Path, dat
 
 def test_index_keeps_them_where_only_other_members_changed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    rewrite(dataset / "00000.tar", lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()})
+    rewrite(
+        dataset / "00000.tar",
+        lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()},
+    )
     before = json.loads((dataset / "manifest.json").read_text())
     assert data_tools(["index", str(dataset)]) == 0
     assert capsys.readouterr().err.count("\n") == 1
@@ -130,20 +140,27 @@ def test_index_keeps_them_where_only_other_members_changed(dataset: Path, capsys
     assert np.array_equal(np.asarray(opened.column("teacher")), VALUES)
 
 
-def test_index_leaves_out_embeddings_of_captions_that_may_have_changed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_leaves_out_embeddings_of_captions_that_may_have_changed(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = json.loads((dataset / "manifest.json").read_text())
     columns = manifest["columns"]
     columns |= {"of_text": columns["teacher"] | {"side": "text"}, "of_text.scale": columns["teacher"]}
     columns["of_image"] = columns["teacher"] | {"side": "image"}
     (dataset / "manifest.json").write_text(json.dumps(manifest))
-    rewrite(dataset / "00002.tar", lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()})
+    rewrite(
+        dataset / "00002.tar",
+        lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()},
+    )
     assert data_tools(["index", str(dataset)]) == 0
     assert f"perhaps their captions, so these columns are left out: of_text; {REMEDY}" in capsys.readouterr().err
     assert Dataset.open(dataset).columns == ["of_image", "teacher", "words"]
 
 
 @pytest.mark.parametrize("what", ["fewer", "another order", "another picture", "another key", "index lost"])
-def test_index_names_those_that_samples_no_longer_fit(dataset: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_names_those_that_samples_no_longer_fit(
+    dataset: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(members: dict[str, bytes]) -> dict[str, bytes]:
         names = list(members)
         if what == "fewer":
@@ -162,11 +179,16 @@ def test_index_names_those_that_samples_no_longer_fit(dataset: Path, what: str, 
     capsys.readouterr()
     assert data_tools(["index", str(dataset)]) == 0
     said = capsys.readouterr().err
-    assert f"{dataset}: the samples are not what they were, so these columns are left out: teacher, words; {REMEDY}\n" in said
+    assert (
+        f"{dataset}: the samples are not what they were, so these columns are left out: teacher, words; {REMEDY}\n"
+        in said
+    )
     assert Dataset.open(dataset).columns == [] and (dataset / "columns" / "teacher.npy").exists()
 
 
-def test_a_killed_index_does_not_take_its_own_rows_for_the_old_ones(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_index_does_not_take_its_own_rows_for_the_old_ones(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two samples have changed places, so that every count is what it was."""
 
     def swapped(members: dict[str, bytes]) -> dict[str, bytes]:
@@ -182,10 +204,15 @@ def test_a_killed_index_does_not_take_its_own_rows_for_the_old_ones(dataset: Pat
     assert Dataset.open(dataset).columns == []
 
 
-def test_columns_that_no_manifest_names_are_not_passed_over_in_silence(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_that_no_manifest_names_are_not_passed_over_in_silence(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (dataset / "manifest.json").unlink()
     capsys.readouterr()
     assert data_tools(["index", str(dataset)]) == 0
     said = capsys.readouterr().err
-    assert "no manifest names what lies in columns/, so these columns are left out: teacher.npy, words.npy, words.text.npy; make" in said
+    assert (
+        "no manifest names what lies in columns/, so these columns are left out: teacher.npy, words.npy, "
+        "words.text.npy; make" in said
+    )
     assert Dataset.open(dataset).columns == []

@@ -21,12 +21,12 @@ from PIL import Image
 
 from data_tools.__main__ import VERBS
 from data_tools.__main__ import main as data_tools
-from data_tools.dedup import near_pairs, perceptual_hash
-from data_tools.index import Dataset, Strings
-from data_tools.languages import guess_language
-from data_tools.order import permute
-from data_tools.workers import TarReader
-from tests.pairs import contents, encoded, picture, rejects, shard
+from data_tools.commands.dedup import near_pairs, perceptual_hash
+from data_tools.format.index import Dataset, Strings
+from data_tools.format.map_shards import TarReader
+from data_tools.io.permutation import permute
+from data_tools.samples.languages import guess_language
+from tests.support.picture_files import contents, encoded, picture, rejects, shard
 
 
 @pytest.fixture
@@ -90,7 +90,9 @@ def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         (("merge",), "the following arguments are required: OUT"),
     ],
 )
-def test_values_that_make_no_sense_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str) -> None:
+def test_values_that_make_no_sense_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str
+) -> None:
     assert data_tools(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error and error.count("\n") == 1
@@ -141,7 +143,9 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     (dataset / "00002.tar").unlink()
     assert data_tools(["verify", str(dataset), "--quick", "--processes", "2"]) == 1
     lines = [tuple(line.split("\t")) for line in capsys.readouterr().out.splitlines()]
-    keys = [f"{number:08d}" for number in permute(np.arange(24), 24, 0)]  # the order that seed 0 gives; keys are rows of the input
+    keys = [
+        f"{number:08d}" for number in permute(np.arange(24), 24, 0)
+    ]  # the order that seed 0 gives; keys are rows of the input
     assert ("00000.tar", keys[2], "the picture's bytes have changed") in lines
     assert ("00000.tar", keys[5], "its .json member is not JSON") in lines
     assert ("00001.tar", keys[11], "its caption is not UTF-8") in lines
@@ -175,11 +179,18 @@ def test_empty_and_lost_arrays_are_named(
     assert named in capsys.readouterr().err
 
 
-def test_verify_decodes_pictures_of_other_makers(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_decodes_pictures_of_other_makers(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "foreign").mkdir()
     damaged = bytearray(encoded(picture(0, 200, 200), "JPEG"))
     del damaged[len(damaged) // 2 : len(damaged) // 2 + 50]
-    for name, data in (("x.jpg", bytes(damaged)), ("x.txt", b"caption"), ("y.jpg", encoded(picture(1), "JPEG")), ("y.txt", b"y")):
+    for name, data in (
+        ("x.jpg", bytes(damaged)),
+        ("x.txt", b"caption"),
+        ("y.jpg", encoded(picture(1), "JPEG")),
+        ("y.txt", b"y"),
+    ):
         (tmp_path / name).write_bytes(data)
     with tarfile.open(tmp_path / "foreign" / "a.tar", "w") as tar:
         for name in ("x.jpg", "x.txt", "y.jpg", "y.txt"):
@@ -205,7 +216,9 @@ def test_long_member_names_of_other_makers(tmp_path: Path, capsys: pytest.Captur
     assert data_tools(["index", str(folder)]) == 0
     assert data_tools(["verify", str(folder)]) == 0
     assert not capsys.readouterr().out
-    (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{key},{number}\n" for number, key in enumerate(keys)))
+    (tmp_path / "scores.csv").write_text(
+        "key,score\n" + "".join(f"{key},{number}\n" for number, key in enumerate(keys))
+    )
     assert data_tools(["join", str(folder), str(tmp_path / "scores.csv"), "--on", "key"]) == 0
     assert np.asarray(Dataset.open(folder).column("score")).tolist() == [0, 1, 2, 3]
     assert data_tools(["dedup", str(folder), str(tmp_path / "unique")]) == 0
@@ -228,7 +241,9 @@ def test_member_names_that_are_no_utf8(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "unique" / "duplicates.jsonl").read_text(encoding="utf-8"))
     assert line == {"key": "th\udce9", "same_as": "caf\udce9"}
     command = [sys.executable, "-m", "data_tools", "cat", str(folder), "0"]
-    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True)
+    shown = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True
+    )
     assert r"caf\udce9.png" in shown.stdout, shown.stderr
 
 
@@ -238,7 +253,9 @@ def test_index_of_our_own_tars_is_the_same_index(dataset: Path, tmp_path: Path) 
     for path in dataset.glob("*.tar"):
         shutil.copy(path, bare)
     assert data_tools(["index", str(bare), "--processes", "2"]) == 0
-    assert [(bare / f"0000{n}.idx").read_bytes() for n in range(3)] == [(dataset / f"0000{n}.idx").read_bytes() for n in range(3)]
+    assert [(bare / f"0000{n}.idx").read_bytes() for n in range(3)] == [
+        (dataset / f"0000{n}.idx").read_bytes() for n in range(3)
+    ]
     assert data_tools(["verify", str(bare)]) == 0
 
 
@@ -254,7 +271,13 @@ def test_lost_index_is_made_anew_and_the_manifest_stays(dataset: Path, capsys: p
 def test_index_says_what_it_left_out(tmp_path: Path) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
-    for name, data in (("x.jpg", b"<html>"), ("x.txt", b"t"), ("y.png", encoded(picture(1))), ("y.txt", b"t"), ("z.txt", b"t")):
+    for name, data in (
+        ("x.jpg", b"<html>"),
+        ("x.txt", b"t"),
+        ("y.png", encoded(picture(1))),
+        ("y.txt", b"t"),
+        ("z.txt", b"t"),
+    ):
         (tmp_path / name).write_bytes(data)
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name in ("x.jpg", "x.txt", "y.png", "y.txt", "z.txt"):
@@ -266,7 +289,9 @@ def test_index_says_what_it_left_out(tmp_path: Path) -> None:
     assert (int(opened.shard(0)[0]["width"]), int(opened.shard(0)[0]["height"])) == (48, 40)
 
 
-def test_index_of_tars_without_a_sample_and_of_new_ones(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_of_tars_without_a_sample_and_of_new_ones(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
     (folder / "a.tar").write_bytes(b"")
@@ -280,7 +305,10 @@ def test_index_of_tars_without_a_sample_and_of_new_ones(dataset: Path, tmp_path:
     assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
     shutil.copy(dataset / "00001.tar", folder / "new.tar")
     assert data_tools(["index", str(folder)]) == 0
-    assert "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json" in capsys.readouterr().err
+    assert (
+        "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json"
+        in capsys.readouterr().err
+    )
     (folder / "d.tar").mkdir()
     assert data_tools(["index", str(folder)]) == 2
     assert "d.tar: a folder with the name of a tar" in capsys.readouterr().err
@@ -336,7 +364,13 @@ def test_dedup_by_bytes_and_by_looks(dataset: Path, tmp_path: Path) -> None:
     assert len(set(column(tmp_path / "exact")) & {"uid0", "uid20"}) == 1 and len(column(tmp_path / "exact")) == 23
     assert data_tools(["dedup", str(dataset), str(tmp_path / "near"), "--near", "6", "--processes", "2"]) == 0
     kept = set(column(tmp_path / "near"))
-    assert len(kept) == 21 and "uid1" in kept and "uid21" not in kept and "uid23" in kept and len(kept & {"uid2", "uid22"}) == 1
+    assert (
+        len(kept) == 21
+        and "uid1" in kept
+        and "uid21" not in kept
+        and "uid23" in kept
+        and len(kept & {"uid2", "uid22"}) == 1
+    )
     lines = [json.loads(line) for line in (tmp_path / "near" / "duplicates.jsonl").read_text().splitlines()]
     assert {"key": "00000021", "same_as": "00000001"} in lines and len(lines) == 3
     assert data_tools(["dedup", str(dataset), str(tmp_path / "caption"), "--same-caption"]) == 0
@@ -350,7 +384,12 @@ def test_near_pairs_against_all_pairs() -> None:
         for bit in rng.choice(64, rng.integers(0, 7), replace=False).tolist():
             hashes[number + 1] = hashes[number] ^ np.uint64(1 << bit)
     for distance in (0, 3, 5):
-        expected = [(i, j) for i in range(400) for j in range(i + 1, 400) if int(np.bitwise_count(hashes[i] ^ hashes[j])) <= distance]
+        expected = [
+            (i, j)
+            for i in range(400)
+            for j in range(i + 1, 400)
+            if int(np.bitwise_count(hashes[i] ^ hashes[j])) <= distance
+        ]
         assert sorted({(min(pair), max(pair)) for pair in near_pairs(hashes, distance)}) == expected
 
 
@@ -386,15 +425,21 @@ def test_join_columns_and_arrays(dataset: Path, tmp_path: Path, capsys: pytest.C
     order = [int(uid[3:]) for uid in column(dataset)]
     texts, scores, vectors = opened.column("recaption"), opened.column("score"), opened.column("vector")
     assert isinstance(texts, Strings) and isinstance(scores, np.ndarray) and isinstance(vectors, np.ndarray)
-    assert [texts[sample] for sample in range(24)] == ["" if n == 5 else f"neue Bildunterschrift für {n}" for n in order]
+    assert [texts[sample] for sample in range(24)] == [
+        "" if n == 5 else f"neue Bildunterschrift für {n}" for n in order
+    ]
     assert np.array_equal(scores, [np.nan if n == 5 else n * 0.5 for n in order], equal_nan=True)
-    assert vectors.shape == (24, 2) and np.array_equal(vectors[:, 0], [np.nan if n == 5 else n for n in order], equal_nan=True)
+    assert vectors.shape == (24, 2) and np.array_equal(
+        vectors[:, 0], [np.nan if n == 5 else n for n in order], equal_nan=True
+    )
     assert np.array_equal(np.asarray(opened.column("teacher")), embeddings)
     # a view keeps the columns of its samples
     assert data_tools(["filter", str(dataset), str(tmp_path / "view"), "--where", "score >= 10"]) == 0
     view = Dataset.open(tmp_path / "view")
     view_texts = view.column("recaption")
-    assert [view_texts[sample] for sample in range(4)] == [f"neue Bildunterschrift für {uid[3:]}" for uid in column(tmp_path / "view")]
+    assert [view_texts[sample] for sample in range(4)] == [
+        f"neue Bildunterschrift für {uid[3:]}" for uid in column(tmp_path / "view")
+    ]
     kept = [place for place, number in enumerate(order) if number >= 20]
     assert np.array_equal(np.asarray(view.column("teacher")), embeddings[kept])
     assert data_tools(["verify", str(dataset)]) == 0
@@ -435,7 +480,11 @@ def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert data_tools(["cat", str(dataset), "00000022", "--show", "--save", str(tmp_path / "saved")]) == 0
     out = capsys.readouterr().out
     assert "00000022.jpg  100 x 80" in out and "uid22" in out and "\x1b[48;2;" in out
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["00000022.jpg", "00000022.json", "00000022.txt"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "00000022.jpg",
+        "00000022.json",
+        "00000022.txt",
+    ]
     assert data_tools(["cat", str(dataset), "24"]) == 2 and data_tools(["cat", str(dataset), "99999999"]) == 2
     assert data_tools(["cat", str(tmp_path)]) == 2
     assert "finish `python -m data_tools shard`" in capsys.readouterr().err

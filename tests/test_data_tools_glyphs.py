@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools import glyphs
-from data_tools.errors import DataError
-from data_tools.glyphs import FACES, Glyph
+from data_tools.commands import glyphs
+from data_tools.commands.glyphs import FACES, Glyph
+from data_tools.io.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,11 @@ def test_faces_lists_exactly_the_faces_with_the_same_picture(pairs: Path) -> Non
     every = [row for part in ("train", "validation", "test") for row in rows(pairs, part)]
     pixels = {row["image"]: Image.open(pairs / row["image"]).tobytes() for row in every}
     for row in every:
-        same = {o["face"] for o in every if o["character"] == row["character"] and pixels[o["image"]] == pixels[row["image"]]}
+        same = {
+            o["face"]
+            for o in every
+            if o["character"] == row["character"] and pixels[o["image"]] == pixels[row["image"]]
+        }
         assert set(row["faces"].split("|")) == same
     assert any("|" in row["faces"] for row in every)
 

@@ -14,10 +14,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.headers import read_header
-from data_tools.images import ImageOptions, check_pixels, decode, prepare
-from data_tools.reject import Reject
-from tests.pairs import encoded, picture
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import ImageOptions, check_pixels, decode, prepare
+from data_tools.samples.reject import Reject
+from tests.support.picture_files import encoded, picture
 
 KEEP = ImageOptions()
 
@@ -52,7 +52,13 @@ def close(left: NDArray[np.uint8], right: NDArray[np.uint8], mean: float) -> boo
 )
 def test_sound_pictures_keep_their_bytes(data: bytes, extension: str) -> None:
     prepared = prepare(data, KEEP)
-    assert (prepared.data, prepared.extension, prepared.width, prepared.height, prepared.changed) == (data, extension, 48, 40, [])
+    assert (prepared.data, prepared.extension, prepared.width, prepared.height, prepared.changed) == (
+        data,
+        extension,
+        48,
+        40,
+        [],
+    )
 
 
 def test_not_pictures() -> None:
@@ -83,7 +89,9 @@ def test_quick_check_rejects_what_a_full_decode_rejects() -> None:
     rng = random.Random(0)
     agree, damaged = 0, 0
     for trial in range(300):
-        data = bytearray(encoded(picture(trial, 160, 120), "JPEG", quality=90, progressive=trial % 3 == 0, subsampling=trial % 3))
+        data = bytearray(
+            encoded(picture(trial, 160, 120), "JPEG", quality=90, progressive=trial % 3 == 0, subsampling=trial % 3)
+        )
         start = data.index(b"\xff\xda") + 20
         for _ in range(rng.choice([0, 3, 12])):
             data[rng.randrange(start, len(data) - 2)] ^= 1 << rng.randrange(8)
@@ -193,7 +201,11 @@ def test_animations_give_their_first_frame() -> None:
 def test_other_formats_are_encoded_and_named() -> None:
     assert prepare(encoded(picture(7), "BMP"), KEEP).changed == ["from_bmp"]
     avif = prepare(encoded(picture(7, 300, 200), "AVIF", quality=95), KEEP)
-    assert avif.changed == ["from_avif"] and avif.extension == "jpg" and close(pixels_of(avif.data), picture(7, 300, 200), 3)
+    assert (
+        avif.changed == ["from_avif"]
+        and avif.extension == "jpg"
+        and close(pixels_of(avif.data), picture(7, 300, 200), 3)
+    )
 
 
 def test_pixel_cap_is_read_from_the_header() -> None:
@@ -242,7 +254,9 @@ def test_large_jpegs_decode_at_a_fraction_with_nearly_the_same_pixels() -> None:
     data = encoded(source, "JPEG", quality=95)
     assert decode(data, read_header(data), 100).shape[0] == 300  # the smallest eighth that is at least twice 100
     prepared = prepare(data, ImageOptions(resize=100, encode="png"))
-    assert close(pixels_of(prepared.data), np.asarray(Image.fromarray(source).resize((133, 100), Image.Resampling.HAMMING)), 1.0)
+    assert close(
+        pixels_of(prepared.data), np.asarray(Image.fromarray(source).resize((133, 100), Image.Resampling.HAMMING)), 1.0
+    )
 
 
 def test_encodings() -> None:
@@ -264,4 +278,7 @@ def test_fuzzed_pictures_end_in_a_named_outcome(format: str) -> None:
             prepared = prepare(bytes(damaged[: rng.randrange(len(damaged))] if rng.random() < 0.3 else damaged), KEEP)
         except Reject:
             continue
-        assert Image.open(io.BytesIO(prepared.data)).convert("RGB").size == (prepared.width, prepared.height) or prepared.changed
+        assert (
+            Image.open(io.BytesIO(prepared.data)).convert("RGB").size == (prepared.width, prepared.height)
+            or prepared.changed
+        )

@@ -1,4 +1,5 @@
-"""The verb `shard`: bytes that depend on the plan alone, runs that survive anything, and rows that are never lost without a word."""
+"""The verb `shard`: bytes that depend on the plan alone, runs that survive anything, and rows that are never lost
+without a word."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from fsspec.registry import known_implementations
 from PIL import Image
 
 from data_tools.__main__ import main as data_tools
-from data_tools.index import Dataset, hash_key, read_key, scan_tar
-from data_tools.order import permute
-from data_tools.output import Output
-from data_tools.progress import Progress
-from data_tools.tally import Tally
-from data_tools.walk import Problem, walk
-from tests.pairs import COLUMNS, contents, encoded, picture, rejects, shard, write_pairs
+from data_tools.format.index import Dataset, hash_key, read_key, scan_tar
+from data_tools.format.tar_reader import Problem, walk
+from data_tools.io.output import Output
+from data_tools.io.permutation import permute
+from data_tools.io.progress import Progress
+from data_tools.sharding.counts import Tally
+from tests.support.picture_files import COLUMNS, contents, encoded, picture, rejects, shard, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,9 @@ def test_every_row_is_there_once_with_its_own_picture(pairs: Path, reference: Pa
         meta = json.loads(sample["json"])
         assert sample["jpg"] == (pairs.parent / f"{meta['number']}.jpeg").read_bytes()
         assert sample["txt"].decode() == f"picture number {meta['number']}, drawn"
-        assert meta["sample"]["source"] == f"pairs.csv:{int(meta['number']) + 2}" and int(sample["key"]) == int(meta["number"])
+        assert meta["sample"]["source"] == f"pairs.csv:{int(meta['number']) + 2}" and int(sample["key"]) == int(
+            meta["number"]
+        )
 
 
 def test_locate(reference: Path) -> None:
@@ -94,7 +97,9 @@ def test_any_number_of_processes_writes_the_same(pairs: Path, reference: Path, t
     assert contents(tmp_path) == contents(reference)
 
 
-def test_tasks_and_merge_write_the_same(pairs: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_and_merge_write_the_same(
+    pairs: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for task in (2, 0):
         assert shard(pairs, tmp_path, "--shard-size", "20", "--processes", "1", "--task", f"{task}/3") == 0
     assert not (tmp_path / "manifest.json").exists()
@@ -206,8 +211,12 @@ def test_strict_ends_at_the_first(pairs: Path, tmp_path: Path, capsys: pytest.Ca
     broken = write_pairs(tmp_path / "pairs", 30)
     (broken.parent / "7.jpeg").write_bytes(b"")
     for processes in ("1", "2"):
-        assert shard(broken, tmp_path / f"out{processes}", "--strict", "--shard-size", "10", "--processes", processes) == 2
-        assert "pairs.csv:9: the picture has 0 bytes (empty_file; --strict ends at the first)" in capsys.readouterr().err
+        assert (
+            shard(broken, tmp_path / f"out{processes}", "--strict", "--shard-size", "10", "--processes", processes) == 2
+        )
+        assert (
+            "pairs.csv:9: the picture has 0 bytes (empty_file; --strict ends at the first)" in capsys.readouterr().err
+        )
         assert not (tmp_path / f"out{processes}" / "manifest.json").exists()
 
 
@@ -228,7 +237,12 @@ def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
     pairs: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: str
 ) -> None:
     options, out = ("--shard-size", "20", "--processes", processes), tmp_path / "out"
-    small = ("--shard-size", "10", "--processes", processes)  # shards without a sample are written before the share is known
+    small = (
+        "--shard-size",
+        "10",
+        "--processes",
+        processes,
+    )  # shards without a sample are written before the share is known
     mistakes = [
         (("--images", "/nonexist", *COLUMNS), "/nonexist/"),
         (("--image", "caption", "--caption", "image"), f"{pairs.parent}/picture number "),
@@ -244,7 +258,9 @@ def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
     assert contents(out) == contents(reference)
 
 
-def test_a_plan_stays_while_its_run_is_at_work_or_has_written(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_stays_while_its_run_is_at_work_or_has_written(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert shard(pairs, tmp_path, "--images", "/nonexist") == 2
     first = Output(str(tmp_path))
     with first.locked("3-of-4"):
@@ -270,9 +286,26 @@ def test_remote_output(pairs: Path, reference: Path) -> None:
 
 
 def test_resize_and_order_options(pairs: Path, tmp_path: Path) -> None:
-    assert shard(pairs, tmp_path, "--resize", "20", "--resize-mode", "crop", "--encode", "webp", "--keep-order", "--processes", "1") == 0
+    assert (
+        shard(
+            pairs,
+            tmp_path,
+            "--resize",
+            "20",
+            "--resize-mode",
+            "crop",
+            "--encode",
+            "webp",
+            "--keep-order",
+            "--processes",
+            "1",
+        )
+        == 0
+    )
     samples = read_all(tmp_path)
-    assert [int(sample["key"]) for sample in samples] == list(range(130)) and all("webp" in sample for sample in samples)
+    assert [int(sample["key"]) for sample in samples] == list(range(130)) and all(
+        "webp" in sample for sample in samples
+    )
     meta = json.loads(samples[0]["json"])["sample"]
     assert (meta["width"], meta["height"], meta["changed"]) == (20, 20, ["resized"])
 
@@ -288,7 +321,9 @@ def test_dots_and_duplicate_names_stay_apart(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("\n".join(lines))
     assert shard(tmp_path / "pairs.csv", tmp_path / "out") == 0
     read = list(webdataset.WebDataset(str(tmp_path / "out" / "00000.tar"), shardshuffle=False))
-    assert len(read) == 10 and {sample["txt"].decode() for sample in read} == {f"caption {number}" for number in range(10)}
+    assert len(read) == 10 and {sample["txt"].decode() for sample in read} == {
+        f"caption {number}" for number in range(10)
+    }
 
 
 def test_webdataset_reads_equal_samples(reference: Path) -> None:
@@ -314,10 +349,24 @@ def test_open_clip_reads_equal_samples(reference: Path) -> None:
     """Its training package has a loader of its own; installed beside webdataset 0.2.86, which its own tests need."""
     data = pytest.importorskip("open_clip_train.data")
     shards = "{00000..00006}.tar"
-    options = {"val_data": f"{reference}/{shards}", "batch_size": 10, "workers": 1, "seed": 0, "world_size": 1, "val_num_samples": None}
-    options |= {"train_data": None, "train_num_samples": None, "train_data_upsampling_factors": None, "dataset_resampled": False}
+    options = {
+        "val_data": f"{reference}/{shards}",
+        "batch_size": 10,
+        "workers": 1,
+        "seed": 0,
+        "world_size": 1,
+        "val_num_samples": None,
+    }
+    options |= {
+        "train_data": None,
+        "train_num_samples": None,
+        "train_data_upsampling_factors": None,
+        "dataset_resampled": False,
+    }
     info = data.get_wds_dataset(SimpleNamespace(**options), np.asarray, is_train=False, tokenizer=lambda text: [text])
-    read = [(picture, text) for pictures, texts in info.dataloader for picture, text in zip(pictures, texts, strict=True)]
+    read = [
+        (picture, text) for pictures, texts in info.dataloader for picture, text in zip(pictures, texts, strict=True)
+    ]
     ours = read_all(reference)
     assert [text for _, text in read] == [sample["txt"].decode() for sample in ours]
     expected = np.stack([np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")) for sample in ours])
@@ -331,7 +380,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data_tools.tar.os.fsync", fail)
+    monkeypatch.setattr("data_tools.format.tar_writer.os.fsync", fail)
     assert shard(pairs, tmp_path, "--processes", processes, "--shard-size", "20") == 2
     error = capsys.readouterr().err
     assert "No space left on device; mend that and run again to continue" in error and error.count("\n") == 1
@@ -342,7 +391,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(
 def test_a_worker_that_is_killed_ends_the_run(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_tools.write.prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("data_tools.sharding.write_shard.prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert shard(pairs, tmp_path, "--processes", "2", "--shard-size", "20") == 2
     assert "a worker died without a word" in capsys.readouterr().err
     monkeypatch.undo()
@@ -351,7 +400,17 @@ def test_a_worker_that_is_killed_ends_the_run(
 
 def test_ctrl_c_ends_at_once_and_the_run_continues_later(reference: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs", 130)
-    arguments = ["shard", str(pairs), str(tmp_path / "out"), *COLUMNS, "--shard-size", "20", "--processes", "2", "--quiet"]
+    arguments = [
+        "shard",
+        str(pairs),
+        str(tmp_path / "out"),
+        *COLUMNS,
+        "--shard-size",
+        "20",
+        "--processes",
+        "2",
+        "--quiet",
+    ]
     os.mkfifo(tmp_path / "pairs" / "wait.jpeg")
     pairs.write_text(pairs.read_text() + "wait.jpeg,never comes,0\n")
     child = _start(arguments)
@@ -363,7 +422,9 @@ def test_ctrl_c_ends_at_once_and_the_run_continues_later(reference: Path, tmp_pa
     assert not (tmp_path / "out" / "manifest.json").exists()
     os.unlink(tmp_path / "pairs" / "wait.jpeg")
     assert data_tools(arguments) == 0
-    assert Dataset.open(tmp_path / "out").num_samples == 130 and list(rejects(tmp_path / "out").values()) == ["file_missing"]
+    assert Dataset.open(tmp_path / "out").num_samples == 130 and list(rejects(tmp_path / "out").values()) == [
+        "file_missing"
+    ]
 
 
 def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,7 +456,10 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
             (str(pairs), str(out), "--image", "picture", "--caption", "caption"),
             "no column 'picture' (--image); there are: image, caption",
         ),
-        ((str(pairs), str(out), "--image", "image"), "say which column holds the caption: --caption COLUMN; there are: image, caption"),
+        (
+            (str(pairs), str(out), "--image", "image"),
+            "say which column holds the caption: --caption COLUMN; there are: image, caption",
+        ),
     ]:
         assert data_tools(["shard", *arguments]) == 2
         error = capsys.readouterr().err
@@ -410,8 +474,16 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
     ("source", "out", "expected"),
     [
         ("PAIRS", "nope://bucket/x", "nope://bucket/x: unknown protocol nope://; known are s3://"),
-        ("PAIRS", "uninstalled://bucket/x", "a package for uninstalled:// is not installed (Install nothere): pip install nothere"),
-        ("PAIRS", "unreachable://bucket/x", "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); look at the address"),
+        (
+            "PAIRS",
+            "uninstalled://bucket/x",
+            "a package for uninstalled:// is not installed (Install nothere): pip install nothere",
+        ),
+        (
+            "PAIRS",
+            "unreachable://bucket/x",
+            "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); look at the address",
+        ),
         ("s3://bucket/x.csv", "OUT", "s3://bucket/x.csv: the input is read from local files; copy it here first"),
         ("https://127.0.0.1:9/x.csv", "OUT", "x.csv: the input is read from local files"),
         ("PAIRS", "PAIRS", "pairs.csv: a file; name a folder"),
@@ -458,7 +530,9 @@ def test_values_that_make_no_sense_are_one_line(
 ) -> None:
     assert shard(pairs, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        error.startswith("error: ") and expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 4096, 70_001])

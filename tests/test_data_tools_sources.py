@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.__main__ import main as data_tools
-from data_tools.index import Dataset
-from tests.pairs import COLUMNS, encoded, picture, rejects, shard
+from data_tools.format.index import Dataset
+from tests.support.picture_files import COLUMNS, encoded, picture, rejects, shard
 from tests.test_data_tools_shard import read_all
 
 
@@ -75,7 +75,9 @@ def test_tsv_without_header_and_with_quotes_as_letters(tmp_path: Path) -> None:
 
 
 def test_an_open_quote_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "pairs.csv").write_text("image,caption\n" + "0.png,fine\n" * 5 + '1.png,"open\n' + "0.png,swallowed\n" * 12_000)
+    (tmp_path / "pairs.csv").write_text(
+        "image,caption\n" + "0.png,fine\n" * 5 + '1.png,"open\n' + "0.png,swallowed\n" * 12_000
+    )
     assert shard(tmp_path / "pairs.csv", tmp_path / "out") == 2
     assert "a quote opened on line 7 is not closed" in capsys.readouterr().err
 
@@ -97,7 +99,13 @@ def test_carriage_returns_and_other_odd_bytes_cost_their_own_row(tmp_path: Path,
     (tmp_path / "pairs.csv").write_bytes(b"\n".join(lines))
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--max-rejected", "1") == 0
     assert rejects(tmp_path / "out") == {"pairs.csv:3": "row_malformed", "pairs.csv:7": "row_malformed"}
-    assert [caption[:11] for caption in captions(tmp_path / "out")] == ["ends in two", "first", "last", "long long l", "nul inside"]
+    assert [caption[:11] for caption in captions(tmp_path / "out")] == [
+        "ends in two",
+        "first",
+        "last",
+        "long long l",
+        "nul inside",
+    ]
 
 
 def test_a_header_that_is_not_csv_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +133,14 @@ def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.Capture
 def test_jsonl_with_several_captions(tmp_path: Path) -> None:
     pictures(tmp_path / "p", 3)
     rows = [
-        {"image": "0.png", "caption": ["one", "two", "one"], "alt": "three", "score": 0.5, "sample": "mine", "tags": ["a", {"b": None}]},
+        {
+            "image": "0.png",
+            "caption": ["one", "two", "one"],
+            "alt": "three",
+            "score": 0.5,
+            "sample": "mine",
+            "tags": ["a", {"b": None}],
+        },
         {"image": "1.png", "caption": None, "alt": "only alt"},
         {"image": "2.png", "caption": None, "alt": None},
     ]
@@ -133,7 +148,11 @@ def test_jsonl_with_several_captions(tmp_path: Path) -> None:
     columns = (*COLUMNS, "--caption", "alt", "--images", str(tmp_path / "p"))
     assert shard(tmp_path / "pairs.jsonl", tmp_path / "out", "--max-rejected", "1", columns=columns) == 0
     meta = metas(tmp_path / "out")
-    assert meta[0]["captions"] == ["one", "two", "three"] and meta[0]["column_sample"] == "mine" and meta[0]["tags"] == ["a", {"b": None}]
+    assert (
+        meta[0]["captions"] == ["one", "two", "three"]
+        and meta[0]["column_sample"] == "mine"
+        and meta[0]["tags"] == ["a", {"b": None}]
+    )
     assert "captions" not in meta[1] and captions(tmp_path / "out") == ["one", "only alt"]
     assert Dataset.open(tmp_path / "out").max_captions == 3
     assert sorted(rejects(tmp_path / "out").values()) == ["caption_missing", "not_json", "row_malformed"]
@@ -179,9 +198,14 @@ def save_to_disk(folder: Path, rows: int) -> None:
         image = [{"bytes": encoded(picture(row)), "path": None} for row in part]
         table = pa.table({"image": image, "caption": [f"caption {row}" for row in part], "label": list(part)})
         names.append({"filename": f"data-{number:05d}-of-00002.arrow"})
-        with pa.OSFile(str(folder / names[-1]["filename"]), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(folder / names[-1]["filename"]), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=4)
-    (folder / "state.json").write_text(json.dumps({"_data_files": names, "_fingerprint": "abc", "_indices_data_files": None}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": names, "_fingerprint": "abc", "_indices_data_files": None})
+    )
     (folder / "dataset_info.json").write_text("{}")
 
 
@@ -222,7 +246,12 @@ def test_folder_with_txt_and_json(tmp_path: Path) -> None:
     assert shard(tmp_path / "in", tmp_path / "out", "--max-rejected", "1", columns=()) == 0
     assert captions(tmp_path / "out") == ["both", "from json", "from txt"]
     assert [entry.get("tag") for entry in metas(tmp_path / "out")] == [None, 7, 8]
-    expected = {"deep/9.txt": "missing_image", "deep/3.png": "not_json", "deep/4.png": "caption_missing", "deep/5.png": "not_utf8"}
+    expected = {
+        "deep/9.txt": "missing_image",
+        "deep/3.png": "not_json",
+        "deep/4.png": "caption_missing",
+        "deep/5.png": "not_utf8",
+    }
     assert rejects(tmp_path / "out") == expected
 
 
@@ -237,7 +266,10 @@ def test_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(tmp_path / "captions.json", tmp_path / "out", "--images", str(tmp_path / "images"), columns=()) == 0
     meta = metas(tmp_path / "out")
     assert [entry["captions"] for entry in meta] == [["caption 0", "caption 2"], ["caption 1", "caption 3"]]
-    assert rejects(tmp_path / "out") == {"captions.json: image_id 2": "caption_missing", "captions.json: image_id 99": "missing_image"}
+    assert rejects(tmp_path / "out") == {
+        "captions.json: image_id 2": "caption_missing",
+        "captions.json: image_id 99": "missing_image",
+    }
     (tmp_path / "list.json").write_text("[]")
     assert shard(tmp_path / "list.json", tmp_path / "out2", columns=()) == 2
     assert "not COCO captions" in capsys.readouterr().err
@@ -247,7 +279,11 @@ def write_tar(path: Path, numbers: range) -> None:
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             meta = json.dumps({"key": f"{number}", "status": "success", "caption": f"caption {number}"}).encode()
-            for extension, data in (("png", encoded(picture(number))), ("txt", f"caption {number}".encode()), ("json", meta)):
+            for extension, data in (
+                ("png", encoded(picture(number))),
+                ("txt", f"caption {number}".encode()),
+                ("json", meta),
+            ):
                 info = tarfile.TarInfo(f"{number:09d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -307,9 +343,13 @@ def test_pictures_by_url(tmp_path: Path) -> None:
 
     with fsspec.open("memory://pictures/0.png", "wb") as file:
         file.write(encoded(picture(0)))
-    (tmp_path / "pairs.csv").write_text("image,caption\nmemory://pictures/0.png,by url\n0.png,by root\nmemory://pictures/9.png,gone\n")
+    (tmp_path / "pairs.csv").write_text(
+        "image,caption\nmemory://pictures/0.png,by url\n0.png,by root\nmemory://pictures/9.png,gone\n"
+    )
     assert shard(tmp_path / "pairs.csv", tmp_path / "out", "--images", "memory://pictures", "--processes", "1") == 0
-    assert captions(tmp_path / "out") == ["by root", "by url"] and rejects(tmp_path / "out") == {"pairs.csv:4": "file_missing"}
+    assert captions(tmp_path / "out") == ["by root", "by url"] and rejects(tmp_path / "out") == {
+        "pairs.csv:4": "file_missing"
+    }
 
 
 def test_pictures_of_a_backend_that_is_not_installed_end_the_run(
@@ -337,7 +377,11 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
     ("source", "options", "expected"),
     [
         ("dir.csv", (), "dir.csv: no pictures in it, nor in the folders below"),
-        ("tables", (), "tables: no pictures in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv"),
+        (
+            "tables",
+            (),
+            "tables: no pictures in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv",
+        ),
         ("tables", ("--input", "csv", *COLUMNS), "tables: a folder; name the csv file in it"),
         (
             "tables/a.csv",
@@ -346,7 +390,11 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
         ),
         ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of pictures"),
         ("empty.jsonl", COLUMNS, "empty.jsonl: no line with anything in it"),
-        ("imgs", (), "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table"),
+        (
+            "imgs",
+            (),
+            "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table",
+        ),
         ("imgs", COLUMNS, "imgs: --image names a column of a table, and this is a folder of pictures; leave it out"),
         ("texts", ("--caption", "caption"), "texts: --caption names a key of NAME.json, and there is none"),
         ("tars", (), "d.tar: a folder among the tars; rename it"),

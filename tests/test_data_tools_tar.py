@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.index import ROW, hash_key, read_key, scan_samples, scan_tar, split_name
-from data_tools.reject import REASONS
-from data_tools.tar import TarWriter, header
-from data_tools.walk import Problem, walk
+from data_tools.format.index import ROW, hash_key, read_key, scan_samples, scan_tar, split_name
+from data_tools.format.tar_reader import Problem, walk
+from data_tools.format.tar_writer import TarWriter, header
+from data_tools.samples.reject import REASONS
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
@@ -28,7 +28,11 @@ def make_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile
 
 
 def samples(count: int) -> list[tuple[str, bytes]]:
-    return [member for number in range(count) for member in ((f"{number:03d}.jpg", b"j" * (600 + number)), (f"{number:03d}.txt", b"text"))]
+    return [
+        member
+        for number in range(count)
+        for member in ((f"{number:03d}.jpg", b"j" * (600 + number)), (f"{number:03d}.txt", b"text"))
+    ]
 
 
 def found(path: Path) -> tuple[list[str], list[str]]:
@@ -52,7 +56,9 @@ def test_writer_equals_tarfile(tmp_path_factory: pytest.TempPathFactory, members
     with tarfile.open(path) as tar:
         read = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
     assert read == members
-    assert [raw[offset : offset + len(data)] for offset, (_, data) in zip(offsets, members, strict=True)] == [data for _, data in members]
+    assert [raw[offset : offset + len(data)] for offset, (_, data) in zip(offsets, members, strict=True)] == [
+        data for _, data in members
+    ]
 
 
 def test_header_is_that_of_tarfile() -> None:
@@ -98,7 +104,8 @@ def test_keys_of_long_names(tmp_path: Path, format: int) -> None:
 
 
 def test_keys_behind_several_records_and_false_ones(tmp_path: Path) -> None:
-    """A pax record of several blocks, one with a link's long name between, and a picture that itself looks like a long-name record."""
+    """A pax record of several blocks, one with a link's long name between, and a picture that itself looks like a
+    long-name record."""
     long = "n" * 150
     bait = tarfile.TarInfo("././@LongLink")
     bait.type, bait.size = tarfile.GNUTYPE_LONGNAME, 4
@@ -128,7 +135,10 @@ def test_the_key_of_a_damaged_header_is_what_it_says(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_foreign_tar(tmp_path: Path) -> None:
-    path = make_tar(tmp_path / "a.tar", [("b.json", b"{}"), ("b.txt", b"two"), ("a.png", b"PNG"), ("b.jpg", b"JPEG"), ("a.txt", b"one")])
+    path = make_tar(
+        tmp_path / "a.tar",
+        [("b.json", b"{}"), ("b.txt", b"two"), ("a.png", b"PNG"), ("b.jpg", b"JPEG"), ("a.txt", b"one")],
+    )
     rows, problems = scan_tar(path)
     raw = path.read_bytes()
     assert not problems and rows.dtype == ROW and len(rows) == 2
@@ -187,7 +197,12 @@ def test_concatenated_tars_are_both_read(tmp_path: Path) -> None:
 def test_links_devices_and_unsafe_names_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.FIFOTYPE), ("d.jpg", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("a.jpg", tarfile.SYMTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+            ("c.jpg", tarfile.FIFOTYPE),
+            ("d.jpg", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
@@ -195,11 +210,17 @@ def test_links_devices_and_unsafe_names_are_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
-    assert found(path) == (["ok"], ["link", "link", "special_file", "special_file", "unsafe_name", "unsafe_name", "unsafe_name"])
+    assert found(path) == (
+        ["ok"],
+        ["link", "link", "special_file", "special_file", "unsafe_name", "unsafe_name", "unsafe_name"],
+    )
 
 
 def test_empty_pictures_are_not_samples(tmp_path: Path) -> None:
-    assert found(make_tar(tmp_path / "a.tar", [("a.jpg", b""), ("a.txt", b"t")])) == ([], ["empty_file", "missing_image"])
+    assert found(make_tar(tmp_path / "a.tar", [("a.jpg", b""), ("a.txt", b"t")])) == (
+        [],
+        ["empty_file", "missing_image"],
+    )
 
 
 @given(st.integers(0, 2**32), st.integers(1, 60))

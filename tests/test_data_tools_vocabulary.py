@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from data_tools import shard, vocabulary
-from data_tools.errors import DataError
+from data_tools.commands import shard, vocabulary
+from data_tools.io.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, caption in enumerate(["Greek small letter alpha, bold", "greek letter beta, bold", "greek arrow"]):
             Image.new("L", (32, 32), number).save(root / f"{number}.png")
             table.writerow([f"{number}.png", caption])
-    shard.main([str(root / "pairs.csv"), str(root / "shards"), "--image", "image", "--caption", "caption", "--shard-size", "2", "--quiet"])
+    shard.main(
+        [
+            str(root / "pairs.csv"),
+            str(root / "shards"),
+            "--image",
+            "image",
+            "--caption",
+            "caption",
+            "--shard-size",
+            "2",
+            "--quiet",
+        ]
+    )
     return root / "shards"
 
 

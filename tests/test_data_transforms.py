@@ -1,4 +1,5 @@
-"""Pixels are those of Pillow and of the checkpoints' own image processors; hostile pictures are Damaged, never a crash."""
+"""Pixels are those of Pillow and of the checkpoints' own image processors; hostile pictures are Damaged, never a
+crash."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tests.shards import encode, picture, preprocess
+from tests.support.shards import encode, picture, preprocess
 from trainer.data.augment import NUM_DRAWS, augment
 from trainer.data.order import uniforms
 from trainer.data.patches import native_size
@@ -51,7 +52,9 @@ def test_evaluation_equals_the_image_processor_of_hugging_face(kind: str, size: 
 
     side = 64
     if kind == "clip":
-        processor: Any = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False)
+        processor: Any = CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False
+        )
     else:
         processor = SiglipImageProcessorPil(size={"height": side, "width": side}, do_normalize=False)
     data = encode(smooth(*size), "jpg", quality=95)
@@ -97,7 +100,9 @@ def test_naflex_pictures_are_augmented_before_they_are_cut() -> None:
     plain = unpack(fit(np.ascontiguousarray(image[:, ::-1]), NAFLEX)[None])
     assert flipped[1].tolist() == plain[1].tolist()
     assert (flipped[0].int() - plain[0].int()).abs().max() <= 1
-    cropped = unpack(augment(image, AugmentSettings(crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)), NAFLEX, draws)[None])[1]
+    cropped = unpack(
+        augment(image, AugmentSettings(crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)), NAFLEX, draws)[None]
+    )[1]
     assert cropped.tolist() == plain[1].tolist()  # a crop keeps the picture's aspect
 
 
@@ -219,7 +224,9 @@ def test_scaled_decoding_is_never_below_what_is_needed() -> None:
     assert least_size(0.0, prep) == (0, 0)
 
 
-def changed(settings: AugmentSettings, position: int = 11, image: Image.Image | None = None, resize: str = "squash") -> torch.Tensor:
+def changed(
+    settings: AugmentSettings, position: int = 11, image: Image.Image | None = None, resize: str = "squash"
+) -> torch.Tensor:
     pixels = np.asarray(image or smooth(60, 40))
     return augment(pixels, settings, preprocess(32, resize), uniforms(9, np.array([position]), NUM_DRAWS)[0])
 

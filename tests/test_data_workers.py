@@ -11,9 +11,9 @@ import numpy as np
 import psutil
 import pytest
 
+from trainer.core.types import UserError
 from trainer.data.workers import QUEUED, Pool, shared_array
-from trainer.signals import NAMES
-from trainer.types import UserError
+from trainer.runtime.signals import NAMES
 
 
 def uneven(task: int) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Distillation: the divergence and the whole step against dense float64, real runs with a teacher, and what its mistakes say."""
+"""Distillation: the divergence and the whole step against dense float64, real runs with a teacher, and what its
+mistakes say."""
 
 from __future__ import annotations
 
@@ -17,23 +18,33 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import GemmaTokenizer
 
-from tests import dense, test_train
-from tests.exact import Case, captured, dense_sigmoid, global_batch, local_slice, relative_errors, seed_rank
-from tests.ranks import run_ranks
-from tests.runs import call, curve, mistake, steps, stopped_at_step
-from tests.tiny import letter_tokenizer, tiny_batch, tiny_model, tiny_settings
-from trainer import config, distributed
+from tests import test_train
+from tests.support import dense_losses
+from tests.support.dense_step import (
+    Case,
+    captured,
+    dense_sigmoid,
+    global_batch,
+    local_slice,
+    relative_errors,
+    seed_rank,
+)
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import call, curve, mistake, steps, stopped_at_step
+from tests.support.tiny_models import letter_tokenizer, tiny_batch, tiny_model, tiny_settings
+from trainer import config
+from trainer.core import distributed
+from trainer.core.types import Embeddings, UserError
 from trainer.distill import DistillSettings, Teacher, build_teacher, check_inputs
 from trainer.losses import PairLoss, SigmoidLoss, SigmoidSettings, SoftmaxLoss, TaughtLoss
-from trainer.losses.affinity import AffinityLoss
+from trainer.losses.distill import AffinityLoss
 from trainer.models import build
-from trainer.planning.auto import teacher_of
-from trainer.planning.memory import Job, forecast, loss_bytes
-from trainer.planning.search import zero_section
-from trainer.planning.survey import look
-from trainer.signals import EXIT_AGAIN
+from trainer.plan.auto import teacher_of
+from trainer.plan.memory import Job, forecast, loss_bytes
+from trainer.plan.profile import look
+from trainer.plan.search import zero_section
+from trainer.runtime.signals import EXIT_AGAIN
 from trainer.step import train_step
-from trainer.types import Embeddings, UserError
 
 shards, recipe = test_train.shards, test_train.recipe
 SIZES = ([17], [10, 7], [9, 12, 4])
@@ -41,13 +52,14 @@ SIZES = ([17], [10, 7], [9, 12, 4])
 
 def divergence(z: Embeddings, teacher: Embeddings) -> Tensor:
     """The mean of both directions' KL(teacher || student), all logits at once."""
-    mine, theirs = dense.logits(z), dense.logits(teacher)
+    mine, theirs = dense_losses.logits(z), dense_losses.logits(teacher)
     rows, columns = ((theirs.softmax(d) * (theirs.log_softmax(d) - mine.log_softmax(d))).sum() for d in (1, 0))
     return (rows + columns) / (2 * len(mine))
 
 
 class Lesson:
-    """A loss whose teacher is known here, of another width and with a bias that must not matter; each rank takes its rows."""
+    """A loss whose teacher is known here, of another width and with a bias that must not matter; each rank takes its
+    rows."""
 
     def __init__(self, loss: Any, teacher: Embeddings, sizes: list[int]) -> None:
         self.loss, self.teacher, self.sizes, self.traffic = loss, teacher, sizes, {}
@@ -58,20 +70,30 @@ class Lesson:
     def __call__(self, z: Embeddings) -> Tensor:
         start = sum(self.sizes[: distributed.rank()])
         mine = slice(start, start + self.sizes[distributed.rank()])
-        return self.loss(z._replace(teacher=self.teacher._replace(image=self.teacher.image[mine], text=self.teacher.text[mine])))
+        return self.loss(
+            z._replace(teacher=self.teacher._replace(image=self.teacher.image[mine], text=self.teacher.text[mine]))
+        )
 
 
-def lesson_errors(loss: Any, reference: Any, sizes: list[int], dtype: torch.dtype, t: float = 10.0, seed: int = 0) -> dict[str, float]:
-    z = dense.batch(sum(sizes), t=t, b=-3.0, dtype=dtype, near=0.5, seed=seed)
+def lesson_errors(
+    loss: Any, reference: Any, sizes: list[int], dtype: torch.dtype, t: float = 10.0, seed: int = 0
+) -> dict[str, float]:
+    z = dense_losses.batch(sum(sizes), t=t, b=-3.0, dtype=dtype, near=0.5, seed=seed)
     z = z._replace(scale=z.scale.to(dtype), bias=z.bias.to(dtype))
-    teacher = dense.batch(sum(sizes), width=20, t=30.0, b=5.0, dtype=dtype, near=0.7, seed=seed + 50)
+    teacher = dense_losses.batch(sum(sizes), width=20, t=30.0, b=5.0, dtype=dtype, near=0.7, seed=seed + 50)
     exact = Embeddings(*(value.double() for value in teacher[:4]))
-    return dense.errors(lambda: Lesson(loss(), teacher, sizes), lambda truth: reference(truth, exact), [z], sizes)[0]  # type: ignore[arg-type,return-value]
+    return dense_losses.errors(
+        lambda: Lesson(loss(), teacher, sizes), lambda truth: reference(truth, exact), [z], sizes
+    )[0]  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
-@pytest.mark.parametrize(("dtype", "t", "limit"), [(torch.float64, 120.0, 1e-12), (torch.float32, 10.0, 1e-6), (torch.float32, 60.0, 1e-6)])
-def test_the_divergence_and_its_gradients_are_the_dense_ones(sizes: list[int], dtype: torch.dtype, t: float, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "t", "limit"), [(torch.float64, 120.0, 1e-12), (torch.float32, 10.0, 1e-6), (torch.float32, 60.0, 1e-6)]
+)
+def test_the_divergence_and_its_gradients_are_the_dense_ones(
+    sizes: list[int], dtype: torch.dtype, t: float, limit: float
+) -> None:
     found = lesson_errors(lambda: AffinityLoss(rows=5), divergence, sizes, dtype, t)
     assert max(found.values()) <= limit, found
 
@@ -85,28 +107,40 @@ def test_other_exchanges_say_the_same(exchange: Any) -> None:
 @pytest.mark.parametrize("main", ["sigmoid", "softmax"])
 def test_it_adds_to_the_main_loss_by_its_weight(main: str) -> None:
     def loss() -> TaughtLoss:
-        return TaughtLoss(SigmoidLoss(rows=5) if main == "sigmoid" else SoftmaxLoss(rows=5), 2.5, SigmoidSettings(rows=5))
+        return TaughtLoss(
+            SigmoidLoss(rows=5) if main == "sigmoid" else SoftmaxLoss(rows=5), 2.5, SigmoidSettings(rows=5)
+        )
 
-    found = lesson_errors(loss, lambda z, teacher: getattr(dense, main)(z) + 2.5 * divergence(z, teacher), [9, 12, 4], torch.float64)
+    found = lesson_errors(
+        loss,
+        lambda z, teacher: getattr(dense_losses, main)(z) + 2.5 * divergence(z, teacher),
+        [9, 12, 4],
+        torch.float64,
+    )
     assert max(found.values()) <= 1e-12, found
 
 
 def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn() -> None:
-    z = dense.take(dense.batch(23, b=0.0), [23], 0)
+    z = dense_losses.take(dense_losses.batch(23, b=0.0), [23], 0)
     loss = AffinityLoss(rows=5)(z._replace(teacher=Embeddings(*(value.detach() for value in z[:4]))))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert z.image.grad is not None and z.image.grad.norm() < 1e-6
     with torch.no_grad():
-        assert AffinityLoss()(z._replace(teacher=Embeddings(*(value.detach() for value in dense.batch(23, seed=3)[:4])))) > 0.01
+        assert (
+            AffinityLoss()(
+                z._replace(teacher=Embeddings(*(value.detach() for value in dense_losses.batch(23, seed=3)[:4])))
+            )
+            > 0.01
+        )
 
 
 def test_a_loss_without_its_teacher_says_so() -> None:
-    z = dense.batch(6)
+    z = dense_losses.batch(6)
     with pytest.raises(UserError, match=r"needs Embeddings\.teacher"):
         AffinityLoss()(z)
     with pytest.raises(UserError, match="are not those of 6 pairs"):
-        AffinityLoss()(z._replace(teacher=dense.batch(5)))
+        AffinityLoss()(z._replace(teacher=dense_losses.batch(5)))
 
 
 WEIGHT = 1.5
@@ -177,7 +211,10 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(recipe: Path, tmp_pat
     assert run_ranks(call, 2, recipe, f"distill.teacher={moved}", taught[1]) == [0, 0]
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     onward = [f"checkpoint.resume={tmp_path / 'run'}", f"run.directory={tmp_path / 'onward'}"]
-    assert run_ranks(call, 2, recipe, f"distill.teacher={teachers / 'other'}", *onward) == [0, 0]  # another run may have another
+    assert run_ranks(call, 2, recipe, f"distill.teacher={teachers / 'other'}", *onward) == [
+        0,
+        0,
+    ]  # another run may have another
     losses = [line["loss"] for line in steps(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["distill"]["teacher"] == str(moved)
@@ -186,7 +223,9 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(recipe: Path, tmp_pat
 
 
 @pytest.mark.parametrize("joins", [True, False])
-def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(recipe: Path, tmp_path: Path, teachers: Path, joins: bool) -> None:
+def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(
+    recipe: Path, tmp_path: Path, teachers: Path, joins: bool
+) -> None:
     """A teacher of hardly any weight: with the queue as it was left, the curve is that of a run without one."""
     queue = ["loss={name: queue, size: 40, width: 32}", "optim.eps=1e-4", "engine.ds_config=zero1"]
     taught = [*queue, f"distill.teacher={teachers / 'one'}", "distill.weight=1e-9"]

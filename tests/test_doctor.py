@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import free_port, ssh_nodes
+from tests.support.clusters import free_port, ssh_nodes
+from trainer.core.types import UserError
 from trainer.doctor.__main__ import Node, problems, read_hostfile, table
-from trainer.types import UserError
 
 FACTS: dict[str, Any] = {
     "versions": {"python": "3.11.9", "torch": "2.13.0", "deepspeed": "0.19.8", "ringlip": "abcdef"},
@@ -85,9 +85,21 @@ def test_two_real_nodes(tmp_path: Path) -> None:
     with ssh_nodes(tmp_path / "ssh") as (names, environment):
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
-        command = [sys.executable, "-m", "trainer.doctor", "--hostfile", str(hostfile), "--port", str(free_port()), "--megabytes", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "trainer.doctor",
+            "--hostfile",
+            str(hostfile),
+            "--port",
+            str(free_port()),
+            "--megabytes",
+            "1",
+        ]
         command += ["--paths", str(tmp_path), "/nowhere"]
-        done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line.split()[0] for line in lines[1:3]] == names

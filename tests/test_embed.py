@@ -14,17 +14,17 @@ import yaml
 from transformers import AutoModel, ViTConfig, ViTModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from data_tools import filter as filter_verb
 from data_tools.__main__ import main as data_tools
-from tests.ranks import run_ranks
-from tests.runs import call, make_shards, mistake, steps, stopped_at_step
-from tests.shards import overwrite
-from tests.tiny import tiny_captions, tiny_model, tiny_tokenizer
+from data_tools.commands import filter as filter_verb
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import call, make_shards, mistake, steps, stopped_at_step
+from tests.support.shards import overwrite
+from tests.support.tiny_models import tiny_captions, tiny_model, tiny_tokenizer
 from trainer import embed, evaluate, export
 from trainer.checkpoint import Checkpointer
-from trainer.data import stored as storing
-from trainer.signals import EXIT_AGAIN
-from trainer.types import UserError
+from trainer.core.types import UserError
+from trainer.data import embedding_column as storing
+from trainer.runtime.signals import EXIT_AGAIN
 
 ROWS = 80
 DAMAGED = 7
@@ -40,7 +40,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in ((1, "base"), (2, "other")):
         tiny_model("siglip", seed=seed).save_pretrained(folder / name)
     torch.manual_seed(1)
-    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder / "vit")
     SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
     tree: dict[str, Any] = {
@@ -95,7 +100,9 @@ def worst(left: Path, right: Path) -> float:
 
 def replaced(run: Path) -> int:
     """Damaged samples that were met, on all ranks."""
-    return json.loads((run / "checkpoints" / "samples-000000160" / "state.json").read_text())["extra"]["skipped"]["count"]
+    return json.loads((run / "checkpoints" / "samples-000000160" / "state.json").read_text())["extra"]["skipped"][
+        "count"
+    ]
 
 
 def train(ranks: int, recipe: Path, out: Path, *overrides: str) -> Path:
@@ -105,7 +112,8 @@ def train(ranks: int, recipe: Path, out: Path, *overrides: str) -> Path:
 
 @pytest.mark.parametrize(("ds_config", "ranks"), [("zero0", 1), ("zero3", 2)])
 def test_the_curve_is_that_of_the_tower_that_is_run(embedded: Path, tmp_path: Path, ds_config: str, ranks: int) -> None:
-    """Relative to the loss, fp16 within 1e-4 and int8 within 2e-3. One picture is damaged: both replace it by the same other."""
+    """Relative to the loss, fp16 within 1e-4 and int8 within 2e-3. One picture is damaged: both replace it by the same
+    other."""
     recipe, config = embedded / "recipe.yaml", f"engine.ds_config={ds_config}"
     run = train(1, recipe, tmp_path / "run", LOCKED, "engine.ds_config=zero0", "batch.micro_batch=16")
     assert losses(run)[-1] < 0.8 * losses(run)[0]
@@ -126,7 +134,9 @@ def test_the_curve_is_that_of_the_tower_that_is_run(embedded: Path, tmp_path: Pa
     ],
     ids=["text", "a pair whose projection trains", "read row by row"],
 )
-def test_so_is_that_of_other_towers(embedded: Path, tmp_path: Path, recipe: str, run: list[str], stored: list[str]) -> None:
+def test_so_is_that_of_other_towers(
+    embedded: Path, tmp_path: Path, recipe: str, run: list[str], stored: list[str]
+) -> None:
     left = train(1, embedded / recipe, tmp_path / "run", *run)
     right = train(1, embedded / recipe, tmp_path / "stored", *run, *stored)
     assert worst(left, right) < 1e-4
@@ -164,14 +174,22 @@ def scores(model: str, shards: Path, out: Path) -> dict[str, float]:
 def test_evaluation_and_export_have_the_real_tower(embedded: Path, tmp_path: Path) -> None:
     shards = embedded / "pairs" / "shards"
     run = train(
-        2, embedded / "recipe.yaml", tmp_path / "run", STORED, f"data.validation={shards}", "eval.limit=0", "engine.ds_config=zero3"
+        2,
+        embedded / "recipe.yaml",
+        tmp_path / "run",
+        STORED,
+        f"data.validation={shards}",
+        "eval.limit=0",
+        "engine.ds_config=zero3",
     )
     assert export.main([str(run), str(tmp_path / "export")]) == 0
     logged = [json.loads(line)["eval"] for line in (run / "log.jsonl").read_text().splitlines() if '"eval"' in line][-1]
     found = [scores(str(model), shards, tmp_path / "e.json") for model in (run, tmp_path / "export")]
     assert found[0] == pytest.approx(found[1])
     assert found[0] == pytest.approx({name: logged[name] for name in found[0]}, abs=0.02)
-    base, exported = (AutoModel.from_pretrained(folder).state_dict() for folder in (embedded / "base", tmp_path / "export"))
+    base, exported = (
+        AutoModel.from_pretrained(folder).state_dict() for folder in (embedded / "base", tmp_path / "export")
+    )
     same = {name: torch.equal(base[name], exported[name]) for name in base}
     assert all(equal for name, equal in same.items() if name.startswith("vision"))
     assert not all(same.values())
@@ -185,7 +203,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_and_the_manifest_comes_last(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_and_the_manifest_comes_last(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(world / "pairs" / "shards", copy)
     (copy / "columns").exists() and shutil.rmtree(copy / "columns")
@@ -205,7 +225,10 @@ def test_a_killed_run_goes_on_and_the_manifest_comes_last(world: Path, tmp_path:
     assert "again" not in json.loads((copy / "manifest.json").read_text()).get("columns", {})
     written.append(-1)
     np.save(tmp_path / "numbers.npy", np.arange(ROWS))
-    for options in (["merge", str(copy)], ["join", str(copy), str(tmp_path / "numbers.npy")]):  # others at work do not clear its parts
+    for options in (
+        ["merge", str(copy)],
+        ["join", str(copy), str(tmp_path / "numbers.npy")],
+    ):  # others at work do not clear its parts
         assert data_tools(options) == 0
     assert embed.main(command) == 0
     assert written == [0, 1, -1, 2, 3, 4]
@@ -242,12 +265,17 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
     run = [STORED, f"run.directory={tmp_path / 'run'}"]
     assert run_ranks(saved_with_another_tower, 1, embedded / "recipe.yaml", *run, "run.samples=32") == [0]
     [text] = run_ranks(mistake, 1, embedded / "recipe.yaml", *run)
-    assert "was trained on stored embeddings of another tower (fingerprint 000000000000, that of model.stored is " in text
+    assert (
+        "was trained on stored embeddings of another tower (fingerprint 000000000000, that of model.stored is " in text
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--batch-size", "0"], "at least one sample at once"), (["--data", "{world}/recipe.yaml"], "is a file that is no tar")],
+    [
+        (["--batch-size", "0"], "at least one sample at once"),
+        (["--data", "{world}/recipe.yaml"], "is a file that is no tar"),
+    ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
@@ -261,7 +289,10 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
         (["model.path={world}/other", STORED], "were made by another tower (fingerprint"),
         (["model.stored.image=vit"], "have shape [80, 48], the tower gives 32 numbers a sample"),
         (["model.stored.image=words"], "are of the text tower"),
-        (["model.lock={text: true}", "model.stored.text=words", "data.caption=other"], "data.caption asks for ['other']"),
+        (
+            ["model.lock={text: true}", "model.stored.text=words", "data.caption=other"],
+            "data.caption asks for ['other']",
+        ),
         (["model.lock.image=false", STORED], "only a tower that never changes can be stored: model.lock.image=true"),
         (["model.lock.image_layers=1", STORED], "only a tower that never changes can be stored: model.lock.image=true"),
         (["model.image_size=32", STORED], "were made by another tower"),

@@ -1,4 +1,5 @@
-"""Every file in ds_configs/ trains the same weights: AdamW, decay, clipping and schedule against plain torch in one process."""
+"""Every file in ds_configs/ trains the same weights: AdamW, decay, clipping and schedule against plain torch in one
+process."""
 
 from __future__ import annotations
 
@@ -6,17 +7,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.exact import Case, GatheredSigmoid, captured, dense_sigmoid, global_batch, local_slice, reference, weights
-from tests.ranks import run_ranks
-from tests.tiny import tiny_model
+from tests.support.dense_step import (
+    Case,
+    GatheredSigmoid,
+    captured,
+    dense_sigmoid,
+    global_batch,
+    local_slice,
+    reference,
+    weights,
+)
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import tiny_model
 from trainer.engine import EngineSettings, build_engine
 from trainer.engine.ds_config import FOLDER
-from trainer.models.recompute import recompute
+from trainer.models.adapt.recompute import recompute
 from trainer.optim import OptimSettings, build_optimizer, learning_rate
 from trainer.step import train_step
 
 ROWS, STEPS, CLIP = 8, 3, 0.5
-OPTIM = OptimSettings(lr=1e-2, weight_decay=0.1, eps=1e-3, warmup=0, clip=CLIP)  # eps: AdamW else makes steps of mere rounding
+OPTIM = OptimSettings(
+    lr=1e-2, weight_decay=0.1, eps=1e-3, warmup=0, clip=CLIP
+)  # eps: AdamW else makes steps of mere rounding
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -76,7 +88,9 @@ def test_a_ds_config_never_changes_the_weights(name: str, wanted: tuple[dict[str
     before, after = wanted
     found = run_ranks(through_engine, 2, name, "fp32", "all" if "3" in name else "none", timeout=180)[0]
     moved = {n: float((after[n] - before[n]).norm()) for n in after}
-    errors = {n: float((found[n].double() - after[n]).norm()) / max(moved[n], 1e-2 * max(moved.values())) for n in after}
+    errors = {
+        n: float((found[n].double() - after[n]).norm()) / max(moved[n], 1e-2 * max(moved.values())) for n in after
+    }
     worst = max(errors, key=lambda n: errors[n])
     print(f"{name}: {worst} {errors[worst]:.1e}")
     assert errors[worst] < 1e-4, (worst, errors[worst])
@@ -85,13 +99,16 @@ def test_a_ds_config_never_changes_the_weights(name: str, wanted: tuple[dict[str
 def bf16_gradients(stage: int) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     engine = Case(stage=stage).engine(precision="bf16")
     met: set[torch.dtype] = set()
-    engine.module.towers.text_model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: met.add(output.dtype))
+    engine.module.towers.text_model.encoder.layers[0].mlp.fc1.register_forward_hook(
+        lambda module, inputs, output: met.add(output.dtype)
+    )
     train_step(engine, local_slice(global_batch(16)), GatheredSigmoid(), 2)
     return captured(engine), met
 
 
 def test_bf16_rounds_in_the_towers_alone() -> None:
-    """What is summed over micro-batches and ranks is float32 at every stage: nothing but the towers' own rounding is lost."""
+    """What is summed over micro-batches and ranks is float32 at every stage: nothing but the towers' own rounding is
+    lost."""
     _, exact = reference(Case(), 2, 2)
     found = {stage: run_ranks(bf16_gradients, 2, stage, timeout=180)[0] for stage in (0, 1, 2, 3)}
     size = sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5

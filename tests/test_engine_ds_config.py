@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from trainer.core.types import UserError
 from trainer.engine.ds_config import FOLDER, OWNERS, REFUSED, complete, load
-from trainer.types import UserError
 
 
 def written(folder: Path, config: Any) -> str:
@@ -81,9 +81,15 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, value: Any) -> None:
 def test_stages_and_offload_must_fit(tmp_path: Path) -> None:
     assert "must be 0, 1, 2 or 3" in refusal(tmp_path, {"zero_optimization": {"stage": 4}})
     assert "must be 0, 1, 2 or 3" in refusal(tmp_path, {"zero_optimization": True})
-    assert "stage >= 3, this file has 2" in refusal(tmp_path, {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}})
-    assert "stage >= 1, this file has 0" in refusal(tmp_path, {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}})
-    assert "must be 'cpu' or 'none'" in refusal(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}})
+    assert "stage >= 3, this file has 2" in refusal(
+        tmp_path, {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}
+    )
+    assert "stage >= 1, this file has 0" in refusal(
+        tmp_path, {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}
+    )
+    assert "must be 'cpu' or 'none'" in refusal(
+        tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -106,7 +112,11 @@ def test_clipping_is_always_written_because_deepspeed_clips_unless_told() -> Non
 def test_buckets_are_small_unless_a_ds_config_says_otherwise() -> None:
     """DeepSpeed allocates 2 GB for each of its buckets by default, whatever the model."""
     mine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}
-    assert complete(mine, 0.0)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": 20_000_000}
+    assert complete(mine, 0.0)["zero_optimization"] == {
+        "stage": 2,
+        "reduce_bucket_size": 7,
+        "allgather_bucket_size": 20_000_000,
+    }
     assert mine == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}
 
 

@@ -1,4 +1,5 @@
-"""The running average of the weights: at every ZeRO stage, through checkpoints and with other ranks, in evaluation and export."""
+"""The running average of the weights: at every ZeRO stage, through checkpoints and with other ranks, in evaluation and
+export."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tests import test_train
-from tests.ranks import run_ranks
-from tests.runs import PLAIN, call, curve, mistake, stopped_at_step
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import PLAIN, call, curve, mistake, stopped_at_step
 from trainer import evaluate, export
-from trainer.signals import EXIT_AGAIN
-from trainer.types import UserError
+from trainer.core.types import UserError
+from trainer.runtime.signals import EXIT_AGAIN
 
 shards, recipe = test_train.shards, test_train.recipe
 DECAY = 0.7
@@ -41,7 +42,13 @@ def reference(run: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "ds_config",
-    ["zero0", "zero1", "zero2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload"))],
+    [
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")),
+    ],
 )
 def test_it_is_the_recursion_on_the_weights_of_every_step(recipe: Path, tmp_path: Path, ds_config: str) -> None:
     assert run_ranks(call, 2, recipe, *EMA, f"engine.ds_config={ds_config}") == [0] * 2
@@ -53,8 +60,12 @@ def test_it_is_the_recursion_on_the_weights_of_every_step(recipe: Path, tmp_path
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("before", "after", "ranks", "exact"), [("zero1", "zero1", 2, True), ("zero3", "zero2", 1, False)])
-def test_a_stopped_run_goes_on_with_it(recipe: Path, tmp_path: Path, before: str, after: str, ranks: int, exact: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "ranks", "exact"), [("zero1", "zero1", 2, True), ("zero3", "zero2", 1, False)]
+)
+def test_a_stopped_run_goes_on_with_it(
+    recipe: Path, tmp_path: Path, before: str, after: str, ranks: int, exact: bool
+) -> None:
     assert run_ranks(call, 2, recipe, *EMA, "engine.ds_config=zero1", f"run.directory={tmp_path / 'whole'}") == [0] * 2
     assert run_ranks(stopped_at_step, 2, 3, recipe, *EMA, f"engine.ds_config={before}") == [EXIT_AGAIN] * 2
     assert run_ranks(call, ranks, recipe, *EMA, f"engine.ds_config={after}") == [0] * ranks
@@ -64,7 +75,9 @@ def test_a_stopped_run_goes_on_with_it(recipe: Path, tmp_path: Path, before: str
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0.0 if exact else 1e-5)
 
 
-def test_evaluation_and_export_take_it(recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_and_export_take_it(
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert run_ranks(call, 2, recipe, *EMA, "engine.ds_config=zero3") == [0] * 2
     averaged, last = (evaluate.load_model(str(run), average)[0].state_dict() for average in (True, False))
@@ -89,10 +102,15 @@ def test_evaluation_and_export_take_it(recipe: Path, shards: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "ds_config",
-    ["zero0", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2_offload", "zero3_offload_params"))],
+    [
+        "zero0",
+        "zero3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2_offload", "zero3_offload_params")),
+    ],
 )
 def test_evaluation_in_training_is_of_it_and_leaves_no_trace(recipe: Path, tmp_path: Path, ds_config: str) -> None:
-    """Metrics are those of ``evaluate --ema`` on that step's checkpoint; curve and checkpoints are, to the bit, those of a run without."""
+    """Metrics are those of ``evaluate --ema`` on that step's checkpoint; curve and checkpoints are, to the bit, those
+    of a run without."""
     run, config = tmp_path / "run", small(ds_config, tmp_path)
     without = ["data.validation=''", f"run.directory={tmp_path / 'without'}"]
     assert run_ranks(call, 2, recipe, *EMA, config, "eval.every=32", "eval.limit=0") == [0] * 2
@@ -102,7 +120,10 @@ def test_evaluation_in_training_is_of_it_and_leaves_no_trace(recipe: Path, tmp_p
     assert not evaluations(tmp_path / "without")
     assert curve(run) == curve(tmp_path / "without")
     for name in ("model", "optimizer"):
-        one, other = (load_file(where / f"checkpoints/samples-000000096/{name}.safetensors") for where in (run, tmp_path / "without"))
+        one, other = (
+            load_file(where / f"checkpoints/samples-000000096/{name}.safetensors")
+            for where in (run, tmp_path / "without")
+        )
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     told = False
@@ -126,7 +147,14 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def scores(run: Path, samples: int, options: list[str]) -> dict[str, float]:
-    command = [str(run / f"checkpoints/samples-{samples:09d}"), "--limit", "0", *options, "--out", str(run / "evaluation.json")]
+    command = [
+        str(run / f"checkpoints/samples-{samples:09d}"),
+        "--limit",
+        "0",
+        *options,
+        "--out",
+        str(run / "evaluation.json"),
+    ]
     assert run_ranks(evaluate.main, 2, command) == [0] * 2
     return json.loads((run / "evaluation.json").read_text())["metrics"]
 

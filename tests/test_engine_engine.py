@@ -8,8 +8,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
-from trainer.engine import build
+from tests.support.forked_ranks import run_ranks
+from trainer.engine import engine
 
 
 def heard(quiet: bool) -> list[str]:
@@ -17,7 +17,7 @@ def heard(quiet: bool) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         if quiet:
-            importlib.reload(build)  # pytest has put the filters away that were set when it was imported
+            importlib.reload(engine)  # pytest has put the filters away that were set when it was imported
         dist.all_gather_into_tensor(torch.zeros(4), torch.ones(2))
         dist.reduce_scatter_tensor(torch.zeros(2), torch.ones(4))
         warnings.warn("another", FutureWarning, stacklevel=1)

@@ -1,4 +1,5 @@
-"""Whole-tensor state out of and into real DeepSpeed engines: every ZeRO stage, number of ranks and offload to every other."""
+"""Whole-tensor state out of and into real DeepSpeed engines: every ZeRO stage, number of ranks and offload to every
+other."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ranks import run_ranks
-from trainer.distributed import rank, world_size
-from trainer.engine.average import average_weights
-from trainer.engine.kinds import AVERAGE, WEIGHT
+from tests.support.forked_ranks import run_ranks
+from trainer.core.distributed import rank, world_size
+from trainer.engine.ema import average_weights
 from trainer.engine.state import layout, read_state, restore_state, steps
+from trainer.engine.state_names import AVERAGE, WEIGHT
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -47,13 +48,17 @@ class Toy(nn.Module):
         return self.norm(self.body(hidden).tanh()) * self.scale()
 
 
-def make_engine(stage: int, offload: str = "", width: int = 7, seed: int = 0, extra: dict[str, Any] | None = None) -> Any:
+def make_engine(
+    stage: int, offload: str = "", width: int = 7, seed: int = 0, extra: dict[str, Any] | None = None
+) -> Any:
     torch.manual_seed(seed)
     model = Toy(width)
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     # eps is large: AdamW divides rounding by rounding where a gradient is mathematically zero.
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-4, weight_decay=0.1
+    )
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if "optimizer" in offload:
         zero["offload_optimizer"] = CPU
@@ -84,13 +89,17 @@ def train(engine: Any, first: int, last: int) -> list[float]:
     return losses
 
 
-def snapshot(engine: Any, bucket_bytes: int = 100) -> tuple[dict[str, list[str]], dict[str, int], dict[tuple[str, str], Tensor]]:
+def snapshot(
+    engine: Any, bucket_bytes: int = 100
+) -> tuple[dict[str, list[str]], dict[str, int], dict[tuple[str, str], Tensor]]:
     """What rank 0 would write: also checks that the layout announced is the layout given."""
     announced = layout(engine)
     tensors = {(name, kind): tensor.clone() for name, kind, tensor in read_state(engine, bucket_bytes)}
     if rank() == 0:
         assert list(tensors) == [(name, kind) for name, (_, kinds) in announced.items() for kind in kinds]
-        assert all(tuple(tensors[name, kind].shape) == shape for name, (shape, kinds) in announced.items() for kind in kinds)
+        assert all(
+            tuple(tensors[name, kind].shape) == shape for name, (shape, kinds) in announced.items() for kind in kinds
+        )
     return {name: kinds for name, (_, kinds) in announced.items()}, steps(engine), tensors
 
 
@@ -128,12 +137,15 @@ def begin(layout: Layout) -> tuple[Any, Any]:
 
 
 def resume(layout: Layout, states: list[Any]) -> list[tuple[Any, Any]]:
-    """Another engine, other initial weights, that has already trained elsewhere, takes each state, gives it back and goes on."""
+    """Another engine, other initial weights, that has already trained elsewhere, takes each state, gives it back and
+    goes on."""
     engine = layout.make(seed=1)
     train(engine, 50, 51)
     results = []
     for saved, saved_steps, tensors in states:
-        restore_state(engine, saved, saved_steps, lambda name, kind, source=tensors: source[name, kind], bucket_bytes=150)
+        restore_state(
+            engine, saved, saved_steps, lambda name, kind, source=tensors: source[name, kind], bucket_bytes=150
+        )
         results.append((snapshot(engine), train(engine, 2, 4)))
     return results
 
@@ -210,13 +222,16 @@ def test_bits_survive_the_way() -> None:
             tensor.view(-1)[:4] = odd[: tensor.numel()]
         restore_state(engine, kinds, counts, lambda name, kind: tensors[name, kind])
         again = snapshot(engine)[2]
-        return {key: torch.equal(tensor.view(torch.int32), again[key].view(torch.int32)) for key, tensor in tensors.items()}
+        return {
+            key: torch.equal(tensor.view(torch.int32), again[key].view(torch.int32)) for key, tensor in tensors.items()
+        }
 
     assert all(run_ranks(work, 2)[0].values())
 
 
 def test_a_parameter_unfrozen_later_starts_alike_at_every_stage() -> None:
-    """Without moments, with the others' step and its weight as the average: at ZeRO 1 to 3 it may share a flat partition with them."""
+    """Without moments, with the others' step and its weight as the average: at ZeRO 1 to 3 it may share a flat
+    partition with them."""
 
     def thawed(stage: int) -> Any:
         engine = make_engine(stage)

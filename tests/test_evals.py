@@ -1,4 +1,5 @@
-"""`evals.run` from shards to numbers: an oracle that can be reckoned with, real ranks, damaged pictures, CLIP_benchmark's folders."""
+"""`evals.run` from shards to numbers: an oracle that can be reckoned with, real ranks, damaged pictures,
+CLIP_benchmark's folders."""
 
 from __future__ import annotations
 
@@ -16,24 +17,27 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
+from trainer.core.settings import parse
+from trainer.core.types import Embeddings, Preprocess, UserError
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, ZeroShotSettings, evaluate, run
 from trainer.evals.examples import open_examples
-from trainer.settings import parse
-from trainer.types import Embeddings, Preprocess, UserError
 
 FACES = ("sans", "serif", "mono")
 
 
 def spell(captions: list[str]) -> tuple[Tensor, Tensor]:
     """Letters as tokens."""
-    tokens = torch.tensor([[ord(letter) for letter in caption[:40].ljust(40)] for caption in captions], dtype=torch.int64).reshape(-1, 40)
+    tokens = torch.tensor(
+        [[ord(letter) for letter in caption[:40].ljust(40)] for caption in captions], dtype=torch.int64
+    ).reshape(-1, 40)
     return tokens, tokens != ord(" ")
 
 
 class Oracle(nn.Module):
-    """Knows that picture i is all of grey value i, which is character i // 3 in face i % 3, and reads "CHARACTER FACE" likewise."""
+    """Knows that picture i is all of grey value i, which is character i // 3 in face i % 3, and reads "CHARACTER FACE"
+    likewise."""
 
     preprocess = Preprocess((8, 8), "squash", "bilinear", (0.5,) * 3, (0.5,) * 3, 40, spell)
 
@@ -87,7 +91,9 @@ def write_tar(path: Path, samples: list[dict[str, bytes]]) -> Path:
 
 
 def settings(path: Path, **more: Any) -> tuple[EvalSettings, DataSettings]:
-    return parse(EvalSettings, {"data": str(path), **more}, "recipe"), DataSettings(cache_dir=str(path.parent / "cache"))
+    return parse(EvalSettings, {"data": str(path), **more}, "recipe"), DataSettings(
+        cache_dir=str(path.parent / "cache")
+    )
 
 
 def assess(path: Path, model: nn.Module | None = None, caption: str = "txt", **more: Any) -> Evaluation:
@@ -101,7 +107,11 @@ def test_an_oracle_is_right(tmp_path: Path) -> None:
     found = assess(tar, model, batch_size=7, zeroshot=[{"label": "face", "templates": ["{character} {face}", "{}"]}])
     assert set(found.metrics.values()) == {1.0}
     assert {"image_to_text_r1", "text_to_image_r10", "face_top1", "face_top5", "face_mean_per_class"} == {
-        *(name for name in found.metrics if name in ("image_to_text_r1", "text_to_image_r10") or name.startswith("face"))
+        *(
+            name
+            for name in found.metrics
+            if name in ("image_to_text_r1", "text_to_image_r10") or name.startswith("face")
+        )
     }
     assert found.named["face"].names == sorted(FACES)
     assert found.named["face"].by_class == dict.fromkeys(sorted(FACES), 1.0)
@@ -118,7 +128,9 @@ def test_retrieval_within_each_language_is_that_of_its_samples_alone(tmp_path: P
         words = sample["txt"] if language == "en" or number % 2 else b"unbekannt"
         samples[language].append({**sample, "txt": words, "json": json.dumps({"language": language}).encode()})
     found = assess(write_tar(tmp_path / "all.tar", samples["de"] + samples["en"]), by="language", limit=0)
-    alone = {language: assess(write_tar(tmp_path / f"{language}.tar", some), limit=0) for language, some in samples.items()}
+    alone = {
+        language: assess(write_tar(tmp_path / f"{language}.tar", some), limit=0) for language, some in samples.items()
+    }
     for name in ("image_to_text_r1", "text_to_image_r5"):
         each = [alone[language].metrics[name] for language in ("de", "en")]
         assert [found.metrics[f"{language}/{name}"] for language in ("de", "en")] == pytest.approx(each)
@@ -133,7 +145,9 @@ def test_retrieval_within_each_language_is_that_of_its_samples_alone(tmp_path: P
 
 def test_limit_takes_a_seeded_draw(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [glyph(number) for number in range(60)])
-    chosen = [[seen.sample for seen in assess(tar, limit=20, seed=seed).retrieved[""].pictures.seen] for seed in (0, 0, 1)]
+    chosen = [
+        [seen.sample for seen in assess(tar, limit=20, seed=seed).retrieved[""].pictures.seen] for seed in (0, 0, 1)
+    ]
     assert len(set(chosen[0])) == 20 and chosen[0] == chosen[1] != chosen[2]
     assert chosen[0] == [seen.sample for seen in assess(tar, limit=0).retrieved[""].pictures.seen][:20]
 
@@ -146,7 +160,9 @@ def test_twins_share_and_the_ceiling_says_so(tmp_path: Path) -> None:
         samples[number]["json"] = json.dumps(metadata).encode()
     spec = [{"label": "face", "templates": ["{character} {face}"], "accept": "faces"}]
     found = assess(write_tar(tmp_path / "a.tar", samples), zeroshot=spec)
-    assert found.metrics["text_to_image_r1"] == pytest.approx((18 + 1 / 2 + 1 / 9) / 20)  # "1 serif", never drawn so, ties with 8 others
+    assert found.metrics["text_to_image_r1"] == pytest.approx(
+        (18 + 1 / 2 + 1 / 9) / 20
+    )  # "1 serif", never drawn so, ties with 8 others
     assert found.ceilings["text_to_image_r1"] == pytest.approx(19 / 20)
     assert found.ceilings["image_to_text_r1"] == pytest.approx(19 / 20)
     assert found.metrics["face_top1"] == 1.0
@@ -213,7 +229,9 @@ def test_several_datasets_keep_their_names(tmp_path: Path) -> None:
         write_tar(tmp_path / name / "0.tar", [glyph(number) for number in range(6)])
     found = assess(tmp_path / "en", data=[str(tmp_path / "en"), str(tmp_path / "de")])
     assert {"en/image_to_text_r1", "de/text_to_image_r5"} <= set(found.metrics)
-    assert set(found.ceilings) == {f"{name}/{way}_r1" for name in ("en", "de") for way in ("image_to_text", "text_to_image")}
+    assert set(found.ceilings) == {
+        f"{name}/{way}_r1" for name in ("en", "de") for way in ("image_to_text", "text_to_image")
+    }
 
 
 def benchmark(root: Path, split: str = "test") -> Path:
@@ -288,5 +306,7 @@ def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
 def test_settings_refuse_two_of_one_name() -> None:
     with pytest.raises(UserError, match="two zero-shot classifications are called 'face'"):
         parse(EvalSettings, {"zeroshot": [{"label": "face"}, {"label": "face"}]}, "recipe")
-    assert EvalSettings(zeroshot=[ZeroShotSettings(label="face"), ZeroShotSettings(label="face", name="other")]).every == 0
+    assert (
+        EvalSettings(zeroshot=[ZeroShotSettings(label="face"), ZeroShotSettings(label="face", name="other")]).every == 0
+    )
     assert parse(EvalSettings, {"data": "shards"}, "recipe").data == ["shards"]

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import IMAGE_SIZE, tiny_batch, tiny_captions, tiny_model
 from tests.test_evals import write_tar
-from tests.tiny import IMAGE_SIZE, tiny_batch, tiny_captions, tiny_model
 from trainer.data.settings import DataSettings
 from trainer.engine import EngineSettings, build_engine
 from trainer.evals import EvalSettings, ZeroShotSettings, run
@@ -27,19 +27,25 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven random pictures with captions."""
-    pixels = torch.randint(256, (11, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    pixels = torch.randint(
+        256, (11, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
     samples = []
     for picture, caption in zip(pixels, tiny_captions(11, seed=3), strict=True):
         data = io.BytesIO()
         Image.fromarray(picture.numpy()).save(data, "PNG")
-        samples.append({"png": data.getvalue(), "txt": caption.encode(), "json": b'{"kind": "%s"}' % caption.split()[0].encode()})
+        samples.append(
+            {"png": data.getvalue(), "txt": caption.encode(), "json": b'{"kind": "%s"}' % caption.split()[0].encode()}
+        )
     return write_tar(tmp_path_factory.mktemp("pairs") / "a.tar", samples)
 
 
 def train(shard: Path, config: Path, interrupted: bool) -> tuple[list[float], dict[str, float]]:
     """Losses of three steps with dropout, and the metrics after the second."""
     model = tiny_model("siglip", dropout=0.2)
-    engine = build_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), EngineSettings(ds_config=str(config), precision="fp32"))
+    engine = build_engine(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), EngineSettings(ds_config=str(config), precision="fp32")
+    )
     settings = EvalSettings(data=[str(shard)], batch_size=3, zeroshot=[ZeroShotSettings(label="kind")])
     data = DataSettings(cache_dir=str(shard.parent / "cache"))
     losses, metrics = [], {}
@@ -65,7 +71,9 @@ def test_evaluation_leaves_training_alone_and_agrees_between_stages(shard: Path,
         persist = ', "stage3_param_persistence_threshold": 0' if stage == 3 else ""
         config.write_text(f'{{"zero_optimization": {{"stage": {stage}{persist}}}}}')
         losses, found[stage] = on_ranks(shard, config, interrupted=True)
-    assert losses == on_ranks(shard, config, interrupted=False)[0]  # at ZeRO-3, where evaluation fetches the parameters too
+    assert (
+        losses == on_ranks(shard, config, interrupted=False)[0]
+    )  # at ZeRO-3, where evaluation fetches the parameters too
     assert found[0] == pytest.approx(found[3], abs=1e-12)
     assert 0 < found[0]["image_to_text_r10"] < 1
     assert "kind_top1" in found[0]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.ranks import run_ranks
-from trainer.evals.ceiling import naming_ceiling, retrieval_ceiling
+from tests.support.forked_ranks import run_ranks
+from trainer.evals.ranking import Standing
 from trainer.evals.retrieval import best, recalls, standings
-from trainer.evals.standing import Standing
+from trainer.evals.upper_bound import naming_ceiling, retrieval_ceiling
 
 
 def pairs(n: int, m: int, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,9 @@ def test_equals_the_dense_reference(n: int, m: int, tile: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-@pytest.mark.parametrize(("better", "level", "right"), [(0, 0, 1), (0, 1, 1), (1, 2, 1), (0, 3, 2), (2, 2, 2), (4, 1, 1), (0, 5, 1)])
+@pytest.mark.parametrize(
+    ("better", "level", "right"), [(0, 0, 1), (0, 1, 1), (1, 2, 1), (0, 3, 2), (2, 2, 2), (4, 1, 1), (0, 5, 1)]
+)
 def test_a_tie_counts_as_the_share_of_orders_it_wins(better: int, level: int, right: int, k: int) -> None:
     orders = list(itertools.permutations([False] * level + [True] * right))
     wins = sum(any(([False] * better + list(order))[:k]) for order in orders) / len(orders)
@@ -127,11 +129,20 @@ def test_best_answers_come_in_order() -> None:
 
 
 def test_ceiling_of_identical_pictures_and_captions() -> None:
-    assert retrieval_ceiling("abc", "xyz", [0, 1, 2]) == {"image_to_text_r1_ceiling": 1.0, "text_to_image_r1_ceiling": 1.0}
+    assert retrieval_ceiling("abc", "xyz", [0, 1, 2]) == {
+        "image_to_text_r1_ceiling": 1.0,
+        "text_to_image_r1_ceiling": 1.0,
+    }
     # Pictures 0 and 1 are the same, with captions of their own: one of two is won either way.
-    assert retrieval_ceiling("aab", "xyz", [0, 1, 2]) == {"image_to_text_r1_ceiling": 2 / 3, "text_to_image_r1_ceiling": 2 / 3}
+    assert retrieval_ceiling("aab", "xyz", [0, 1, 2]) == {
+        "image_to_text_r1_ceiling": 2 / 3,
+        "text_to_image_r1_ceiling": 2 / 3,
+    }
     # The same caption for two pictures: either copy of it may come first.
-    assert retrieval_ceiling("abc", "xxz", [0, 1, 2]) == {"image_to_text_r1_ceiling": 2 / 3, "text_to_image_r1_ceiling": 2 / 3}
+    assert retrieval_ceiling("abc", "xxz", [0, 1, 2]) == {
+        "image_to_text_r1_ceiling": 2 / 3,
+        "text_to_image_r1_ceiling": 2 / 3,
+    }
     # A second caption that is its own lifts picture 0, not its shared caption.
     found = retrieval_ceiling("abc", "xxzw", [0, 1, 2, 0])
     assert found == {"image_to_text_r1_ceiling": pytest.approx(2.5 / 3), "text_to_image_r1_ceiling": 3 / 4}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from trainer.core.types import UserError
 from trainer.evals.prompts import TEMPLATES, context_fields, prompts, read_templates
 from trainer.evals.zeroshot import accuracies, classify, ensemble, per_class
-from trainer.types import UserError
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,20 +13,21 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import IMAGE_SIZE, WORDS, tiny_config, tiny_model, tiny_tokenizer
 from tests.test_evals import benchmark, write_tar
-from tests.tiny import IMAGE_SIZE, WORDS, tiny_config, tiny_model, tiny_tokenizer
 from trainer import checkpoint
+from trainer.core.types import UserError
 from trainer.engine import EngineSettings, build_engine
 from trainer.evaluate import find_recipe, label, load_model, main
-from trainer.types import UserError
 
 PAIRS = 24
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random pictures, a caption of two words each, the first of which is its class; every caption is new, two pictures are the same."""
+    """Random pictures, a caption of two words each, the first of which is its class; every caption is new, two pictures
+    are the same."""
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (PAIRS, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=draw)
     pixels[7] = pixels[6]
@@ -53,7 +54,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_scores_an_exported_model(exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_an_exported_model(
+    exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "made" / "evaluation.json"
     arguments = [
         str(exported),
@@ -77,7 +80,9 @@ def test_scores_an_exported_model(exported: Path, shards: Path, tmp_path: Path, 
     assert found["metrics"]["kind_top5"] == 1.0
     assert found["metrics"]["kind_top1"] >= found["metrics"]["kind_strict_top1"]
     assert found["zeroshot"]["kind"]["classes"] == 3
-    assert found["command"].startswith("python -m trainer.evaluate ") and torch.__version__.startswith(found["versions"]["torch"])
+    assert found["command"].startswith("python -m trainer.evaluate ") and torch.__version__.startswith(
+        found["versions"]["torch"]
+    )
     assert "picture → caption  R@1" in printed and "kind  top-1" in printed and "a perfect model:  95.8%" in printed
     share = 100 * found["metrics"]["text_to_image_r5"]
     assert any(f"{share:.1f}%" in line for line in printed.splitlines() if "caption → picture  R@5" in line)
@@ -141,7 +146,9 @@ def _save(run: Path) -> str:
     model = tiny_model("siglip", seed=9)
     config = run.parent / "zero1.json"
     config.write_text('{"zero_optimization": {"stage": 1}}')
-    engine = build_engine(model, torch.optim.AdamW(model.parameters()), EngineSettings(ds_config=str(config), precision="fp32"))
+    engine = build_engine(
+        model, torch.optim.AdamW(model.parameters()), EngineSettings(ds_config=str(config), precision="fp32")
+    )
     return str(checkpoint.save(run, engine, 64, {}))
 
 
@@ -177,19 +184,27 @@ def test_a_run_and_its_checkpoint_are_scored_as_the_recipe_says(shards: Path, tm
         (["{model}", "--data", "{shards}", "batch.size=3"], "only eval.key=value"),
         (["{model}", "--data", "{shards}", "eval.limt=3"], "unknown key 'limt'; did you mean 'limit'"),
         (["{adapter}", "--data", "{shards}"], "an adapter, no model by itself: name its run"),
-        (["{folder}/absent", "--data", "{shards}"], "^'.*/absent' is neither a directory here nor a name on the Hugging Face hub"),
+        (
+            ["{folder}/absent", "--data", "{shards}"],
+            "^'.*/absent' is neither a directory here nor a name on the Hugging Face hub",
+        ),
         (["{cut}", "--data", "{shards}"], "^'.*/cut': its weights cannot be read there"),
         (["{model}", "--against", "{cut}", "--data", "{shards}"], "^'.*/cut': its weights cannot be read there"),
         (["{model}", "--data", "{shards}", "--out", "{folder}"], "is a directory: name a file in it"),
         (["{model}", "--recipe", "{folder}/absent.yaml"], "absent.yaml: no such recipe"),
     ],
 )
-def test_mistakes_are_one_clear_line(arguments: list[str], message: str, exported: Path, shards: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_clear_line(
+    arguments: list[str], message: str, exported: Path, shards: Path, tmp_path: Path
+) -> None:
     adapter, cut = tmp_path / "adapter", Path(shutil.copytree(exported, tmp_path / "cut"))
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:99])
-    filled = [argument.format(model=exported, folder=tmp_path, shards=shards, adapter=adapter, cut=cut) for argument in arguments]
+    filled = [
+        argument.format(model=exported, folder=tmp_path, shards=shards, adapter=adapter, cut=cut)
+        for argument in arguments
+    ]
     with pytest.raises(UserError, match=message) as caught:
         main(filled)
     assert "\n" not in str(caught.value)

@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import AutoModel
 from transformers import logging as hf_logging
 
-from tests.tiny import KINDS, tiny_batch, tiny_model
+from tests.support.tiny_models import KINDS, tiny_batch, tiny_model
 from trainer import config, export
-from trainer.checkpoint.tensors import Entry
-from trainer.checkpoint.whole import Contents, write
+from trainer.checkpoint.state_io import Contents, write
+from trainer.checkpoint.tensor_file import Entry
+from trainer.core.types import Embeddings, UserError
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.models.lora import LoraSettings
-from trainer.types import Embeddings, UserError
+from trainer.models.adapt.lora import LoraSettings
 
 hf_logging.disable_progress_bar()
 KEPT = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -43,7 +43,11 @@ def make_run(run: Path, model: DualEncoder) -> Path:
     (run / "recipe.yaml").write_text(config.dump(recipe_of(model.settings, run)), encoding="utf-8")
     state = dict(model.named_parameters())
     entries = {"model.safetensors": [Entry(name, value.dtype, tuple(value.shape)) for name, value in state.items()]}
-    return write(run, Contents(64, entries, {"samples_seen": 64}), [("model.safetensors", name, value) for name, value in state.items()])
+    return write(
+        run,
+        Contents(64, entries, {"samples_seen": 64}),
+        [("model.safetensors", name, value) for name, value in state.items()],
+    )
 
 
 @torch.no_grad()
@@ -117,7 +121,9 @@ def test_an_adapter_alone_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(code, {})
-    again = build(ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2, path=str(run / "adapter")))).eval()
+    again = build(
+        ModelSettings(path=str(tmp_path / "base"), lora=LoraSettings(rank=2, path=str(run / "adapter")))
+    ).eval()
     torch.testing.assert_close(again(*tiny_batch(5, seed=11)[:3])[:4], z[:4], atol=1e-6, rtol=0)
 
 

@@ -1,4 +1,5 @@
-"""Finetuning a pretrained model by the real verbs: train on two ranks, export, load in plain PEFT and plain transformers, resume."""
+"""Finetuning a pretrained model by the real verbs: train on two ranks, export, load in plain PEFT and plain
+transformers, resume."""
 
 from __future__ import annotations
 
@@ -17,16 +18,18 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 from transformers import logging as hf_logging
 
-from tests.ranks import run_ranks
-from tests.runs import call, curve, make_shards, mistake, stopped_at_step
-from tests.shards import picture
-from tests.tiny import IMAGE_SIZE, NUM_TOKENS, PRETRAINED, tiny_captions, tiny_pretrained
-from trainer import config, distributed, evaluate, export, train
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import call, curve, make_shards, mistake, stopped_at_step
+from tests.support.shards import picture
+from tests.support.tiny_models import IMAGE_SIZE, NUM_TOKENS, PRETRAINED, tiny_captions, tiny_pretrained
+from trainer import config, evaluate, export, train
+from trainer.core import distributed
+from trainer.core.types import UserError
 from trainer.data.transforms import fit
 from trainer.engine.ds_config import FOLDER
-from trainer.models import DualEncoder, ModelSettings, build, quantize
-from trainer.models.lora import LoraSettings
-from trainer.types import UserError
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.adapt import quantize
+from trainer.models.adapt.lora import LoraSettings
 
 hf_logging.disable_progress_bar()
 SQUARES = [picture(number, (IMAGE_SIZE, IMAGE_SIZE)) for number in range(5)]
@@ -66,7 +69,8 @@ def write_recipe(folder: Path, base: Path, shards: Path, stage: str, **model: An
 
 
 def trained(recipe: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a rank does: the training verb, then the embeddings of some pictures and CAPTIONS as the engine gives them."""
+    """What a rank does: the training verb, then the embeddings of some pictures and CAPTIONS as the engine gives
+    them."""
     runs, build = [], train.build
     train.build = lambda recipe: runs.append(build(recipe)) or runs[-1]
     distributed.shutdown = lambda: None  # the group is still needed
@@ -89,10 +93,14 @@ def plain(model: Any, processor_of: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Through transformers alone."""
     model.eval()
     config = (model.base_model.model if isinstance(model, PeftModel) else model).config
-    sizes = {"patch_size": 8, "max_num_patches": 4} if config.model_type == "siglip2" else {}  # it does not remember them
+    sizes = (
+        {"patch_size": 8, "max_num_patches": 4} if config.model_type == "siglip2" else {}
+    )  # it does not remember them
     processor = AutoProcessor.from_pretrained(processor_of)
     images = processor.image_processor(images=pictures(config), return_tensors="pt", **sizes)
-    texts = processor.tokenizer(CAPTIONS, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt")
+    texts = processor.tokenizer(
+        CAPTIONS, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt"
+    )
     image = model.get_image_features(**images).pooler_output
     text = model.get_text_features(**{key: texts[key] for key in processor.tokenizer.model_input_names}).pooler_output
     return normalize(image), normalize(text)
@@ -131,7 +139,10 @@ def test_a_base_held_in_bf16_changes_no_bit_of_bf16_training(stage: str, shards:
     short = [BF16, "run.samples=32"]
     run_ranks(call, 2, recipe, *short, f"run.directory={tmp_path / 'whole'}")
     run_ranks(call, 2, recipe, *short, "model.lora.base=bfloat16")
-    found, expected = (load_file(tmp_path / run / "checkpoints" / "samples-000000032" / "model.safetensors") for run in ("run", "whole"))
+    found, expected = (
+        load_file(tmp_path / run / "checkpoints" / "samples-000000032" / "model.safetensors")
+        for run in ("run", "whole")
+    )
     assert any(value.abs().max() > 0 for name, value in found.items() if ".lora_B." in name)
     held = build(config.load(recipe, ["model.lora.base=bfloat16"]).model)
     rounded = {name for name, parameter in held.named_parameters() if parameter.dtype == torch.bfloat16}
@@ -152,14 +163,19 @@ def test_an_adapter_trained_on_a_rounded_base_is_exported_for_the_base_itself(sh
     same(plain(AutoModel.from_pretrained(run / "export"), run / "export"), in_peft)
     evaluated, _ = evaluate.load_model(str(run))
     same(ours(evaluated, evaluated), in_peft)
-    again = build(ModelSettings(path=str(base), lora=LoraSettings(rank=4, path=str(run / "adapter")))).eval()  # the digest is the base's
+    again = build(
+        ModelSettings(path=str(base), lora=LoraSettings(rank=4, path=str(run / "adapter")))
+    ).eval()  # the digest is the base's
     same(ours(again, again), in_peft)
 
 
 def test_a_rounded_base_is_refused_where_it_would_not_be_exact(shards: Path, tmp_path: Path) -> None:
     tiny_pretrained("siglip", tmp_path / "base")
     recipe = write_recipe(tmp_path, tmp_path / "base", shards, "zero1", lora={"rank": 4, "base": "bfloat16"})
-    for overrides, message in (([], "is for engine.precision bf16"), (["model.lora.dora=true"], "leave base out, or dora")):
+    for overrides, message in (
+        ([], "is for engine.precision bf16"),
+        (["model.lora.dora=true"], "leave base out, or dora"),
+    ):
         [text] = run_ranks(mistake, 1, recipe, *overrides)
         assert message in text
         assert "\n" not in text
@@ -176,7 +192,16 @@ def test_a_base_in_few_bits_is_trained_on_and_exported_for_the_base_itself(
     recipe = write_recipe(tmp_path, path, shards, stage, lora={"rank": 4, "base": base})
     run_ranks(call, 2, recipe, BF16, "run.samples=32", "log.every=1")
     run_ranks(call, 2, recipe, BF16)
-    run_ranks(call, 2, recipe, BF16, "log.every=1", "batch.micro_batch=8", f"run.directory={tmp_path / 'single'}", "run.samples=32")
+    run_ranks(
+        call,
+        2,
+        recipe,
+        BF16,
+        "log.every=1",
+        "batch.micro_batch=8",
+        f"run.directory={tmp_path / 'single'}",
+        "run.samples=32",
+    )
     two, one = (curve(tmp_path / name)[0] for name in ("run", "single"))
     assert two == pytest.approx(one, rel=1e-2)  # to bf16's rounding, of a gradient that is summed over other pieces
     assert export.main([str(run), str(run / "adapter")]) == 0
@@ -204,6 +229,9 @@ def test_a_resumed_run_goes_on_with_its_adapter(stage: str, shards: Path, tmp_pa
     run_ranks(stopped_at_step, 2, 2, recipe)
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "samples-000000032"
     run_ranks(call, 2, recipe)
-    found, expected = (load_file(tmp_path / run / "checkpoints" / "samples-000000048" / "model.safetensors") for run in ("run", "whole"))
+    found, expected = (
+        load_file(tmp_path / run / "checkpoints" / "samples-000000048" / "model.safetensors")
+        for run in ("run", "whole")
+    )
     assert any(".lora_B." in name and value.abs().max() > 0 for name, value in found.items())
     torch.testing.assert_close(found, expected, atol=0, rtol=0)

@@ -1,4 +1,5 @@
-"""The launch scripts, with real launchers, ssh daemons and a real Slurm: two "nodes" of two ranks train as one node of four does."""
+"""The launch scripts, with real launchers, ssh daemons and a real Slurm: two "nodes" of two ranks train as one node of
+four does."""
 
 from __future__ import annotations
 
@@ -16,15 +17,20 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.clusters import free_port, slurm_nodes, ssh_nodes
-from tests.ranks import run_ranks
-from tests.runs import curve, make_shards
-from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
+from tests.support.clusters import free_port, slurm_nodes, ssh_nodes
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import curve, make_shards
+from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 from trainer.checkpoint import RunLock
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
 LONG = 240
 
 
@@ -61,7 +67,9 @@ def same(found: list[tuple[int, float, float]], expected: list[tuple[int, float,
 def multinode(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--master-port", str(free_port()), *arguments]
     environment = (environment or dict(os.environ)) | ENVIRONMENT | {"RINGLIP_RESTART_SECONDS": "0"}
-    return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG)
+    return subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG
+    )
 
 
 @pytest.fixture
@@ -78,33 +86,56 @@ def test_two_nodes_over_ssh_train_as_one(
     recipe: Path, whole: list[tuple[int, float, float]], hosts: tuple[Path, dict[str, str]], tmp_path: Path, ssh: str
 ) -> None:
     options = ["--ssh"] if ssh == "ssh" else []
-    done = multinode("--hostfile", str(hosts[0]), *options, str(recipe), f"run.directory={tmp_path / 'run'}", environment=hosts[1])
+    done = multinode(
+        "--hostfile", str(hosts[0]), *options, str(recipe), f"run.directory={tmp_path / 'run'}", environment=hosts[1]
+    )
     assert done.returncode == 0, done.stdout
     same(curve(tmp_path / "run"), whole)
 
 
 def sbatch(environment: dict[str, str], recipe: Path, folder: Path, *overrides: str) -> str:
     """Submits; the job's number."""
-    command = ["sbatch", "--parsable", "--nodes=2", f"--output={folder}/job.out", f"--chdir={ROOT}", str(ROOT / "launch" / "slurm.sbatch")]
+    command = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        f"--output={folder}/job.out",
+        f"--chdir={ROOT}",
+        str(ROOT / "launch" / "slurm.sbatch"),
+    ]
     command += [str(recipe), f"run.directory={folder / 'run'}", *overrides]
-    environment = environment | ENVIRONMENT | {"RANKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "RINGLIP_RESTART_SECONDS": "0"}
+    environment = (
+        environment
+        | ENVIRONMENT
+        | {"RANKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "RINGLIP_RESTART_SECONDS": "0"}
+    )
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def state_of(environment: dict[str, str], job: str) -> dict[str, str]:
-    text = subprocess.run(["scontrol", "show", "job", job], env=environment, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        ["scontrol", "show", "job", job], env=environment, check=True, capture_output=True, text=True
+    ).stdout
     return dict(word.partition("=")[::2] for word in text.split())
 
 
 def wait_for_job(environment: dict[str, str], job: str, log: Path) -> dict[str, str]:
     deadline = time.monotonic() + LONG
-    while (state := state_of(environment, job))["JobState"] not in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"):
+    while (state := state_of(environment, job))["JobState"] not in (
+        "COMPLETED",
+        "FAILED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "CANCELLED",
+    ):
         assert time.monotonic() < deadline, log.read_text() if log.is_file() else state
         time.sleep(0.3)
     return state
 
 
-def test_two_nodes_under_slurm_train_as_one(recipe: Path, whole: list[tuple[int, float, float]], tmp_path: Path) -> None:
+def test_two_nodes_under_slurm_train_as_one(
+    recipe: Path, whole: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
     with slurm_nodes(tmp_path / "slurm") as environment:
         state = wait_for_job(environment, sbatch(environment, recipe, tmp_path), tmp_path / "job.out")
     assert state["JobState"] == "COMPLETED", (tmp_path / "job.out").read_text()
@@ -160,9 +191,19 @@ def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
     (tree / "trainer" / "bomb.py").write_text(code)
     script = tree / "launch" / "multinode.sh"
     script.write_text(script.read_text().replace("--module trainer.train", "--module trainer.bomb"))
-    command = ["bash", str(script), "--hostfile", str(hosts[0]), str(recipe), f"run.directory={run}", str(tmp_path / "fuse")]
+    command = [
+        "bash",
+        str(script),
+        "--hostfile",
+        str(hosts[0]),
+        str(recipe),
+        f"run.directory={run}",
+        str(tmp_path / "fuse"),
+    ]
     environment = hosts[1] | ENVIRONMENT | {"MASTER_PORT": str(free_port()), "RINGLIP_RESTART_SECONDS": "0"}
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG, cwd=tree)
+    done = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG, cwd=tree
+    )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("error: rank 3 on ") == 1, done.stdout
     assert "starting again from the last checkpoint (1 of 3)" in done.stdout
@@ -190,7 +231,8 @@ def test_what_is_started_again(tmp_path: Path, ends: list[str], code: int, start
         (tmp_path / f"end-{number}").write_text(end)
     stand_in = tmp_path / "deepspeed"
     stand_in.write_text(
-        f"#!/bin/bash\nn=$(cat {tmp_path}/count 2>/dev/null || echo 0)\necho $((n + 1)) >{tmp_path}/count\n. {tmp_path}/end-$n\n"
+        f"#!/bin/bash\nn=$(cat {tmp_path}/count 2>/dev/null || echo 0)\necho $((n + 1)) >{tmp_path}/count\n. "
+        f"{tmp_path}/end-$n\n"
     )
     stand_in.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -200,9 +242,18 @@ def test_what_is_started_again(tmp_path: Path, ends: list[str], code: int, start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_deepspeed_command_that_dies_alone_takes_its_ranks_along(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_deepspeed_command_that_dies_alone_takes_its_ranks_along(
+    recipe: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """It passes no signal on: without a word the launcher below it and its ranks would train to the end."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "--module",
+    ]
     command += ["trainer.train", str(recipe), f"run.directory={tmp_path / 'run'}", "run.samples=96000"]
     with (tmp_path / "out").open("w") as out:
         shell = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=out, stderr=out, cwd=ROOT)
@@ -222,10 +273,15 @@ def test_a_launcher_that_was_killed_is_no_success_and_its_ranks_make_room(
     command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--ranks", "4", "--master-port", str(free_port())]
     command += [str(recipe), f"run.directory={tmp_path / 'run'}", "run.samples=9600"]
     with (tmp_path / "out").open("w") as out:
-        script = subprocess.Popen(command, env=os.environ | ENVIRONMENT | {"RINGLIP_RESTART_SECONDS": "0"}, stdout=out, stderr=out)
+        script = subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT | {"RINGLIP_RESTART_SECONDS": "0"}, stdout=out, stderr=out
+        )
         checkpoint_of(tmp_path / "run", 96)
         [launch] = subprocess.run(
-            ["pgrep", "-f", f"deepspeed.launcher.launch.*{tmp_path / 'run'}"], check=True, capture_output=True, text=True
+            ["pgrep", "-f", f"deepspeed.launcher.launch.*{tmp_path / 'run'}"],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.split()
         os.kill(int(launch), signal.SIGKILL)
         deadline = time.monotonic() + LONG

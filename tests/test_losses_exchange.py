@@ -1,4 +1,5 @@
-"""The traversal: exact on every exchange and number of ranks, with the traffic its formula says, and with plain words when a peer fails."""
+"""The traversal: exact on every exchange and number of ranks, with the traffic its formula says, and with plain words
+when a peer fails."""
 
 import os
 import time
@@ -10,14 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import dense
-from tests.ranks import run_ranks
-from trainer.distributed import RANKS_HERE
-from trainer.losses import PeerLost, SigmoidLoss, SigmoidSettings, SoftmaxLoss, build, traversal
-from trainer.losses.pairs import Pairs
-from trainer.losses.ring import Ring
-from trainer.losses.traversal import Sums, traverse
-from trainer.types import Embeddings, SharedOutOfMemory, UserError
+from tests.support import dense_losses
+from tests.support.forked_ranks import run_ranks
+from trainer.core.distributed import RANKS_HERE
+from trainer.core.types import Embeddings, SharedOutOfMemory, UserError
+from trainer.losses import PeerLost, SigmoidLoss, SigmoidSettings, SoftmaxLoss, build
+from trainer.losses import exchange as exchange_module
+from trainer.losses.exchange import Sums, traverse
+from trainer.losses.tiles import Pairs
+from trainer.losses.topology import Ring
 
 EXCHANGES = ("ring", "bidirectional", "gather", "hierarchical")
 TEMPERATURES = [(10.0, -10.0), (120.0, -20.0), (120.0, 0.0)]
@@ -31,16 +33,18 @@ def payload_and_sums(world, exchange, node_size, rows, payload_bytes, sum_bytes)
     """Bytes sent by all ranks: the formula in ring.py's docstring, ``rows`` of the global batch."""
     lanes = {"gather": world, "hierarchical": node_size}.get(exchange, 1)
     nodes = world // lanes
-    return (nodes - 1 + nodes * (lanes - 1)) * rows * payload_bytes, ((nodes if nodes > 1 else 0) + nodes * (lanes - 1)) * rows * sum_bytes
+    return (nodes - 1 + nodes * (lanes - 1)) * rows * payload_bytes, (
+        (nodes if nodes > 1 else 0) + nodes * (lanes - 1)
+    ) * rows * sum_bytes
 
 
 def check_exchange(world, exchange, node_size=None):
     sizes = uneven(world)
-    batches = [dense.batch(sum(sizes), t=t, b=b) for t, b in TEMPERATURES]
+    batches = [dense_losses.batch(sum(sizes), t=t, b=b) for t, b in TEMPERATURES]
     make = lambda: SigmoidLoss(rows=5, exchange=exchange, node_size=node_size)  # noqa: E731
-    for found, z in zip(dense.errors(make, dense.sigmoid, batches, sizes), batches, strict=True):
+    for found, z in zip(dense_losses.errors(make, dense_losses.sigmoid, batches, sizes), batches, strict=True):
         assert max(found.values()) <= 1e-6, (z.scale, z.bias, found)
-    ranks = run_ranks(dense.on_ranks, world, make, batches[:1], sizes)
+    ranks = run_ranks(dense_losses.on_ranks, world, make, batches[:1], sizes)
     sent = Counter()
     for rank in ranks:
         sent.update(rank[0][2])
@@ -73,20 +77,26 @@ def test_gradients_and_traffic_of_many_nodes(world, node_size):
 
 
 def test_more_slices_of_a_larger_batch(monkeypatch):
-    monkeypatch.setattr("trainer.losses.ring.SLICE_ROWS", 20)  # eight of 150 rows
+    monkeypatch.setattr("trainer.losses.topology.SLICE_ROWS", 20)  # eight of 150 rows
     for exchange in EXCHANGES:
         sizes = [130, 7, 150, 128]
         make = partial(SigmoidLoss, rows=60, exchange=exchange, node_size=2)
-        (found,) = dense.errors(make, dense.sigmoid, [dense.batch(sum(sizes))], sizes)
+        (found,) = dense_losses.errors(make, dense_losses.sigmoid, [dense_losses.batch(sum(sizes))], sizes)
         assert max(found.values()) <= 1e-6
 
 
 def test_traffic_of_equal_batches_is_the_docstrings_formula():
     """Each rank sends (W - 1) b d e + W b d 4 on the ring."""
     world, rows, width = 3, 8, 32
-    for wire, gradient, e, g in ((None, "float32", 4, 4), ("bfloat16", "float32", 2, 4), ("bfloat16", "bfloat16", 2, 2)):
+    for wire, gradient, e, g in (
+        (None, "float32", 4, 4),
+        ("bfloat16", "float32", 2, 4),
+        ("bfloat16", "bfloat16", 2, 2),
+    ):
         make = partial(SigmoidLoss, wire=wire, wire_gradient=gradient)
-        for (_, _, sent), *_ in run_ranks(dense.on_ranks, world, make, [dense.batch(24, width)], [rows] * world):
+        for (_, _, sent), *_ in run_ranks(
+            dense_losses.on_ranks, world, make, [dense_losses.batch(24, width)], [rows] * world
+        ):
             assert sent == {"text": (world - 1) * rows * width * e, "sums": world * rows * width * g}
 
 
@@ -120,8 +130,10 @@ def test_every_pair_is_visited_once_and_sums_come_home():
 def test_no_process_group_and_both_shapes_of_scale():
     assert not dist.is_initialized()
     for shape in ([], [1]):
-        z = dense.take(dense.batch(9), [9], 0)
-        z = z._replace(scale=z.scale.detach().reshape(shape).requires_grad_(), bias=z.bias.detach().reshape(shape).requires_grad_())
+        z = dense_losses.take(dense_losses.batch(9), [9], 0)
+        z = z._replace(
+            scale=z.scale.detach().reshape(shape).requires_grad_(), bias=z.bias.detach().reshape(shape).requires_grad_()
+        )
         SigmoidLoss(rows=4)(z).backward()
         assert z.scale.grad.shape == z.scale.shape and z.bias.grad.shape == z.bias.shape
 
@@ -130,22 +142,23 @@ def test_a_given_process_group():
     def work():
         pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         rank = dist.get_rank()
-        z = dense.take(dense.batch(12), [5, 7], rank // 2)
+        z = dense_losses.take(dense_losses.batch(12), [5, 7], rank // 2)
         loss = SigmoidLoss(group=pairs[rank % 2])(z)
         loss.backward()
         return loss.item(), z.image.grad
 
     ranks = run_ranks(work, 4)
-    truth = dense.sigmoid(Embeddings(*[value.double() for value in dense.batch(12)[:4]]))
+    truth = dense_losses.sigmoid(Embeddings(*[value.double() for value in dense_losses.batch(12)[:4]]))
     for first in (0, 1):
         assert (ranks[first][0] + ranks[first + 2][0]) / 2 == pytest.approx(truth.item(), rel=1e-6)
 
 
 def test_evaluation_does_no_gradient_work():
-    """Under no_grad: the same value, and no sums on the wire. Frozen texts: no sums either, the other gradients unchanged."""
+    """Under no_grad: the same value, and no sums on the wire. Frozen texts: no sums either, the other gradients
+    unchanged."""
 
     def work():
-        mine = dense.take(dense.batch(12), [6, 6], dist.get_rank())
+        mine = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())
         loss = SigmoidLoss(rows=4)
         with torch.no_grad():
             value = loss(mine)
@@ -155,11 +168,11 @@ def test_evaluation_does_no_gradient_work():
         assert torch.equal(value, trained.detach())
         expected = [leaf.grad.clone() for leaf in mine[:4]]
         loss.traffic.clear()
-        locked = dense.take(dense.batch(12), [6, 6], dist.get_rank())._replace(text=mine.text.detach())
+        locked = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())._replace(text=mine.text.detach())
         loss(locked).backward()
         assert not loss.traffic["sums"]
         assert all(torch.equal(locked[place].grad, expected[place]) for place in (0, 2, 3))
-        locked = dense.take(dense.batch(12), [6, 6], dist.get_rank())._replace(image=mine.image.detach())
+        locked = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())._replace(image=mine.image.detach())
         loss(locked).backward()
         assert torch.equal(locked.text.grad, expected[1])
         # Attributed to another side, the scale's gradient differs between ranks but not on average.
@@ -172,9 +185,9 @@ def test_evaluation_does_no_gradient_work():
 
 
 def test_gradients_are_handed_out_once_and_scaled_by_the_incoming_one():
-    z = dense.take(dense.batch(9), [9], 0)
+    z = dense_losses.take(dense_losses.batch(9), [9], 0)
     (SigmoidLoss()(z) * 3).backward()
-    other = dense.take(dense.batch(9), [9], 0)
+    other = dense_losses.take(dense_losses.batch(9), [9], 0)
     loss = SigmoidLoss()(other)
     loss.backward(retain_graph=True)
     torch.testing.assert_close(z.image.grad, other.image.grad * 3)
@@ -183,47 +196,52 @@ def test_gradients_are_handed_out_once_and_scaled_by_the_incoming_one():
 
 
 def test_float64_embeddings_pass_gradcheck_precision():
-    batch = dense.batch(13, dtype=torch.float64)._replace(scale=torch.tensor([30.0], dtype=torch.float64), bias=torch.tensor(-3.0).double())
-    z = dense.take(batch, [13], 0)
+    batch = dense_losses.batch(13, dtype=torch.float64)._replace(
+        scale=torch.tensor([30.0], dtype=torch.float64), bias=torch.tensor(-3.0).double()
+    )
+    z = dense_losses.take(batch, [13], 0)
     SigmoidLoss(rows=4)(z).backward()
-    gradients = torch.autograd.grad(dense.sigmoid(z), z[:4])
+    gradients = torch.autograd.grad(dense_losses.sigmoid(z), z[:4])
     for leaf, gradient in zip(z[:4], gradients, strict=True):
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("t", [10.0, 115.0])
 def test_bf16_embeddings_err_less_than_their_rounding(t):
-    """Against float64 on the unrounded embeddings, rounding alone makes some error; computing from rounded ones adds no more to it."""
-    full = dense.batch(96, width=256, t=t, b=-10.0, near=0.35)
+    """Against float64 on the unrounded embeddings, rounding alone makes some error; computing from rounded ones adds no
+    more to it."""
+    full = dense_losses.batch(96, width=256, t=t, b=-10.0, near=0.35)
     rounded = full._replace(image=full.image.bfloat16(), text=full.text.bfloat16())
 
     def gradients(z):
         leaves = [value.double().requires_grad_() for value in z[:4]]
-        loss = dense.sigmoid(Embeddings(*leaves))
+        loss = dense_losses.sigmoid(Embeddings(*leaves))
         return loss.detach(), torch.autograd.grad(loss, leaves)
 
     (exact_loss, exact), (rounded_loss, best) = gradients(full), gradients(rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the loss does not let autocast in
-        z = dense.take(rounded, [96], 0)
+        z = dense_losses.take(rounded, [96], 0)
         loss = SigmoidLoss(rows=40)(z)
     loss.backward()
     assert loss.dtype == torch.float32 and z.image.grad.dtype == torch.bfloat16
     assert abs(loss.item() - rounded_loss) <= abs(rounded_loss - exact_loss)
     for leaf, truth, floor in zip(z[:4], best, exact, strict=True):
-        assert dense.relative(leaf.grad, truth) <= dense.relative(floor, truth)
+        assert dense_losses.relative(leaf.grad, truth) <= dense_losses.relative(floor, truth)
 
 
 def test_the_wires_dtype_rounds_alike_on_any_number_of_ranks():
-    full = dense.batch(24)
+    full = dense_losses.batch(24)
     rounded = full._replace(text=full.text.bfloat16().float())
     for sizes in ([24], [10, 14]):
-        ranks = run_ranks(dense.on_ranks, len(sizes), partial(SigmoidLoss, wire="bfloat16"), [full], sizes)
-        truth = dense.sigmoid(Embeddings(*[value.double() for value in rounded[:4]]))
+        ranks = run_ranks(dense_losses.on_ranks, len(sizes), partial(SigmoidLoss, wire="bfloat16"), [full], sizes)
+        truth = dense_losses.sigmoid(Embeddings(*[value.double() for value in rounded[:4]]))
         assert sum(rank[0][0] for rank in ranks) / len(sizes) == pytest.approx(truth.item(), rel=1e-6)
 
 
 def test_bf16_sums_are_rounded_only_on_the_wire():
-    (found,) = dense.errors(partial(SigmoidLoss, wire_gradient="bfloat16"), dense.sigmoid, [dense.batch(24)], [8, 8, 8])
+    (found,) = dense_losses.errors(
+        partial(SigmoidLoss, wire_gradient="bfloat16"), dense_losses.sigmoid, [dense_losses.batch(24)], [8, 8, 8]
+    )
     assert found["image"] <= 1e-6 and 1e-6 < found["text"] <= 3 * 2**-9  # a rounding for each of three hops
 
 
@@ -245,7 +263,7 @@ def test_precision_set_outside_changes_nothing_and_is_left_as_it_was():
             return objective(pairs, *sides)
 
         hook.objective = spy
-        hook(dense.batch(9))
+        hook(dense_losses.batch(9))
         assert set(seen) == {"ieee"} and backend.fp32_precision == "bf16"
     finally:
         backend.fp32_precision = before
@@ -253,7 +271,7 @@ def test_precision_set_outside_changes_nothing_and_is_left_as_it_was():
 
 def test_an_all_zero_block_is_refused():
     def work():
-        z = dense.take(dense.batch(12), [6, 6], dist.get_rank())
+        z = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())
         if dist.get_rank() == 1:
             z = z._replace(text=torch.zeros_like(z.text, requires_grad=True))
         try:
@@ -268,7 +286,7 @@ def test_an_all_zero_block_is_refused():
 
 def test_embeddings_of_unequal_kind_are_refused_on_every_rank():
     def work(change):
-        z = dense.take(dense.batch(12), [6, 6], dist.get_rank())
+        z = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())
         if dist.get_rank() == 1:
             z = z._replace(**change(z))
         try:
@@ -295,7 +313,7 @@ def test_embeddings_of_unequal_kind_are_refused_on_every_rank():
     ],
 )
 def test_malformed_embeddings_are_refused(change, message):
-    z = dense.batch(6)
+    z = dense_losses.batch(6)
     with pytest.raises(UserError, match=message):
         SigmoidLoss()(z._replace(**change(z)))
 
@@ -303,7 +321,7 @@ def test_malformed_embeddings_are_refused(change, message):
 def test_nodes_must_divide_the_ranks():
     def work():
         try:
-            SigmoidLoss(exchange="hierarchical", node_size=2)(dense.batch(4))
+            SigmoidLoss(exchange="hierarchical", node_size=2)(dense_losses.batch(4))
         except UserError as error:
             return str(error)
         return ""
@@ -315,7 +333,7 @@ def _fail_at_hop(exchange, how, patience):
     """Rank 2 of 4 fails when it computes its second hop; the others say what they saw and how long it took."""
     rank = dist.get_rank()
     group = dist.new_group(timeout=timedelta(seconds=patience))
-    z = dense.take(dense.batch(64), [16] * 4, rank)
+    z = dense_losses.take(dense_losses.batch(64), [16] * 4, rank)
     loss = SigmoidLoss(rows=8, exchange=exchange, node_size=2, group=group)
     if rank == 2:
         seen = []
@@ -376,7 +394,9 @@ def test_a_rank_that_dies_stops_the_others_with_its_name_and_the_hop(exchange):
     patience = 20
     reports = _survivors(exchange, _die, patience)
     assert {0, 1, 3} <= set(reports)
-    assert all(seconds < patience and " at hop " in message for message, seconds in (reports[rank] for rank in (0, 1, 3)))
+    assert all(
+        seconds < patience and " at hop " in message for message, seconds in (reports[rank] for rank in (0, 1, 3))
+    )
     # Its neighbours name it; who is further away names the neighbour that left because of it.
     assert "rank 2 at hop" in reports[1][0] or "rank 2 at hop" in reports[3][0]
 
@@ -388,15 +408,19 @@ def test_a_rank_that_hangs_stops_the_others_within_the_groups_timeout():
     assert "rank 2 at hop" in reports[3][0]
 
 
-@pytest.mark.parametrize(("loss", "exchange"), [(SigmoidLoss, "ring"), (SigmoidLoss, "gather"), (SoftmaxLoss, "hierarchical")])
+@pytest.mark.parametrize(
+    ("loss", "exchange"), [(SigmoidLoss, "ring"), (SigmoidLoss, "gather"), (SoftmaxLoss, "hierarchical")]
+)
 @pytest.mark.parametrize("where", ["buffers", "tile"])
 def test_running_out_of_memory_on_one_rank_is_known_to_all_and_leaves_nobody_waiting(loss, exchange, where):
     def work():
         rank = dist.get_rank()
-        z = dense.take(dense.batch(64), [16] * 4, rank)
+        z = dense_losses.take(dense_losses.batch(64), [16] * 4, rank)
         module = loss(rows=8, exchange=exchange, node_size=2)
         before = module(z).item()
-        target, name, call = (traversal._Traversal, "__init__", 0) if where == "buffers" else (Pairs, "_against", 3)
+        target, name, call = (
+            (exchange_module._Traversal, "__init__", 0) if where == "buffers" else (Pairs, "_against", 3)
+        )
         real, calls = getattr(target, name), iter(range(1000))
 
         def failing(self, *arguments):

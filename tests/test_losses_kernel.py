@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton runs the kernel's tests in its interpreter")
+pytest.importorskip(
+    "triton", reason="Triton is not installed: pip install triton runs the kernel's tests in its interpreter"
+)
 
 # The interpreter is chosen when Triton is imported: a process of its own, whatever this one has imported already.
 SCRIPT = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.benchmarks.loss import Case, LiveTensors, peak_extra, tracked_peak
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
 
 with LiveTensors():  # its first use imports for two seconds: once here, not in every forked rank
     torch.ones(1)
@@ -24,7 +24,9 @@ def peaks(world, variant, rows=ROWS):
 @pytest.mark.parametrize("variant", ["ring", "bidirectional"])
 def test_peak_is_the_formulas_and_flat_in_ranks(variant):
     two, eight = max(peaks(2, variant)), max(peaks(8, variant))
-    formula = BLOCK * (1 + 2 * (1 + 1 / 2)) + TILES  # one image gradient; texts and text gradient with a slice more each
+    formula = (
+        BLOCK * (1 + 2 * (1 + 1 / 2)) + TILES
+    )  # one image gradient; texts and text gradient with a slice more each
     assert two == pytest.approx(formula, rel=0.02)
     assert eight <= two * 1.03
 

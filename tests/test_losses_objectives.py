@@ -6,9 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import dense
-from trainer.losses import NegativeSettings, QueueLoss, SigmoidLoss, SinkhornLoss, SoftmaxLoss, TripletLoss, matched_samples
-from trainer.types import Embeddings, UserError
+from tests.support import dense_losses
+from trainer.core.types import Embeddings, UserError
+from trainer.losses import (
+    NegativeSettings,
+    QueueLoss,
+    SigmoidLoss,
+    SinkhornLoss,
+    SoftmaxLoss,
+    TripletLoss,
+    matched_samples,
+)
 
 SIZES = ([17], [9, 12, 4])
 LIMIT = 1e-6
@@ -16,10 +24,12 @@ MILD = ((10.0, -10.0), (60.0, -10.0), (120.0, 0.0))
 
 
 def check(make, reference, sizes, temperatures=((10.0, -10.0), (120.0, -20.0), (120.0, 0.0)), near=1.0):
-    """``near`` 0.35 gives the matched cosines of trained models (0.3). Where the loss is made of logits around t = 120 themselves, the
-    rounding of one float32 logit is already 4e-6."""
-    batches = [dense.batch(sum(sizes), t=t, b=b, near=near, seed=seed) for seed, (t, b) in enumerate(temperatures)]
-    for found, z in zip(dense.errors(make, reference, batches, sizes), batches, strict=True):
+    """``near`` 0.35 gives the matched cosines of trained models (0.3). Where the loss is made of logits around t = 120
+    themselves, the rounding of one float32 logit is already 4e-6."""
+    batches = [
+        dense_losses.batch(sum(sizes), t=t, b=b, near=near, seed=seed) for seed, (t, b) in enumerate(temperatures)
+    ]
+    for found, z in zip(dense_losses.errors(make, reference, batches, sizes), batches, strict=True):
         assert max(found.values()) <= LIMIT, (z.scale, z.bias, found)
 
 
@@ -28,10 +38,10 @@ def check(make, reference, sizes, temperatures=((10.0, -10.0), (120.0, -20.0), (
 def test_sigmoid_and_groups(sizes, same_group):
     def reference(z):
         if same_group == "negative":
-            return dense.sigmoid(z)
+            return dense_losses.sigmoid(z)
         if same_group == "positive":
-            return dense.sigmoid(z, positives=dense.same(z))
-        return dense.sigmoid(z, weight=(~dense.same(z) | dense.eye(z)).double())
+            return dense_losses.sigmoid(z, positives=dense_losses.same(z))
+        return dense_losses.sigmoid(z, weight=(~dense_losses.same(z) | dense_losses.eye(z)).double())
 
     check(lambda: SigmoidLoss(rows=5, same_group=same_group), reference, sizes)
 
@@ -44,24 +54,28 @@ def test_extreme_negatives_of_the_global_batch(sizes, keep, same_group):
 
     def reference(z):
         rows = z.image.shape[0]
-        candidates = ~dense.same(z) if same_group == "mask" else ~dense.eye(z)
-        values = dense.logits(z).detach()
+        candidates = ~dense_losses.same(z) if same_group == "mask" else ~dense_losses.eye(z)
+        values = dense_losses.logits(z).detach()
         order = values[candidates].sort(descending=keep == "hardest").values
         last = order[round(2.5 * rows) - 1]
         # Between the last logit that stays and the next: float32 logits differ from these by rounding.
         last = (last + order[round(2.5 * rows)]) / 2
         kept = candidates & (values >= last if keep == "hardest" else values <= last)
         assert kept.sum() == round(2.5 * rows)
-        return dense.sigmoid(z, weight=(kept | dense.eye(z)).double())
+        return dense_losses.sigmoid(z, weight=(kept | dense_losses.eye(z)).double())
 
     check(
-        lambda: SigmoidLoss(rows=5, same_group=same_group, negatives=NegativeSettings(keep=keep, ratio=2.5)), reference, sizes, MILD, 0.35
+        lambda: SigmoidLoss(rows=5, same_group=same_group, negatives=NegativeSettings(keep=keep, ratio=2.5)),
+        reference,
+        sizes,
+        MILD,
+        0.35,
     )
 
 
 def test_random_negatives_do_not_depend_on_ranks_and_come_at_the_ratio():
     settings = NegativeSettings(keep="random", ratio=8.0, seed=3)
-    z = dense.batch(240, b=-2.0)
+    z = dense_losses.batch(240, b=-2.0)
 
     def run(sizes, rows, samples_seen, exchange="ring"):
         def make():
@@ -69,7 +83,7 @@ def test_random_negatives_do_not_depend_on_ranks_and_come_at_the_ratio():
             loss.progress(samples_seen, 10_000)
             return loss
 
-        ranks = dense.run_ranks(dense.on_ranks, len(sizes), make, [z], sizes)
+        ranks = dense_losses.run_ranks(dense_losses.on_ranks, len(sizes), make, [z], sizes)
         image = torch.cat([rank[0][1][0] for rank in ranks]) / len(sizes)
         return sum(rank[0][0] for rank in ranks) / len(sizes), image
 
@@ -77,7 +91,7 @@ def test_random_negatives_do_not_depend_on_ranks_and_come_at_the_ratio():
     for sizes, exchange in (([100, 140], "ring"), ([80, 80, 80], "bidirectional"), ([80, 80, 80], "gather")):
         loss, image = run(sizes, 33, 512, exchange)
         assert abs(loss - alone[0]) / alone[0] < LIMIT
-        assert dense.relative(image, alone[1].double()) < LIMIT
+        assert dense_losses.relative(image, alone[1].double()) < LIMIT
     assert abs(run([240], 64, 513)[0] - alone[0]) / alone[0] > 1e-4
 
     loss = SigmoidLoss(negatives=settings)
@@ -93,7 +107,7 @@ def test_random_negatives_do_not_depend_on_ranks_and_come_at_the_ratio():
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 def test_weighted_negatives(sizes):
     def reference(z):
-        return dense.sigmoid(z, weight=torch.where(dense.eye(z), 1.0, 0.125))
+        return dense_losses.sigmoid(z, weight=torch.where(dense_losses.eye(z), 1.0, 0.125))
 
     check(lambda: SigmoidLoss(rows=7, negatives=NegativeSettings(weight=0.125)), reference, sizes)
 
@@ -103,7 +117,7 @@ def test_negatives_warm_up_from_one_per_positive():
     assert settings.ratio_at(0, 1000, 64) == 1
     assert settings.ratio_at(250, 1000, 64) == pytest.approx(63**0.5)
     assert settings.ratio_at(500, 1000, 64) is None
-    loss, z = SigmoidLoss(rows=7, negatives=settings), dense.batch(64)
+    loss, z = SigmoidLoss(rows=7, negatives=settings), dense_losses.batch(64)
     seen = []
     for samples in (0, 250, 400, 500):
         loss.progress(samples, 1000)
@@ -123,16 +137,21 @@ def test_matched_samples_keep_the_number_of_scored_pairs():
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_softmax(sizes, smoothing):
-    check(lambda: SoftmaxLoss(rows=5, label_smoothing=smoothing), partial(dense.softmax, smoothing=smoothing), sizes, near=0.35)
+    check(
+        lambda: SoftmaxLoss(rows=5, label_smoothing=smoothing),
+        partial(dense_losses.softmax, smoothing=smoothing),
+        sizes,
+        near=0.35,
+    )
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_softmax_shares_the_target_among_a_group(sizes, smoothing):
     def reference(z):
-        positives, rows = dense.same(z).double(), z.image.shape[0]
+        positives, rows = dense_losses.same(z).double(), z.image.shape[0]
         target = (1 - smoothing) * positives / positives.sum(1, keepdim=True) + smoothing / rows
-        values = dense.logits(z)
+        values = dense_losses.logits(z)
         return -(target * (values.log_softmax(1) + values.log_softmax(0))).sum() / (2 * rows)
 
     check(lambda: SoftmaxLoss(rows=5, same_group="positive", label_smoothing=smoothing), reference, sizes)
@@ -141,7 +160,7 @@ def test_softmax_shares_the_target_among_a_group(sizes, smoothing):
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 def test_softmax_masks_a_group(sizes):
     def reference(z):
-        values = dense.logits(z).masked_fill(dense.same(z) & ~dense.eye(z), float("-inf"))
+        values = dense_losses.logits(z).masked_fill(dense_losses.same(z) & ~dense_losses.eye(z), float("-inf"))
         return -(values.log_softmax(1).diagonal() + values.log_softmax(0).diagonal()).mean() / 2
 
     check(lambda: SoftmaxLoss(rows=5, same_group="mask"), reference, sizes, near=0.35)
@@ -152,11 +171,12 @@ def test_softmax_masks_a_group(sizes):
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 @pytest.mark.parametrize("size", [20, 60])
 def test_queue_holds_past_texts_in_their_global_order(sizes, size):
-    """Smaller and larger than the batch (25 or 17): four calls, each against a dense queue; all ranks hold the same one."""
+    """Smaller and larger than the batch (25 or 17): four calls, each against a dense queue; all ranks hold the same
+    one."""
     past: list[torch.Tensor] = []
 
     def reference(z):
-        values = dense.logits(z)
+        values = dense_losses.logits(z)
         queue = torch.cat(past)[-size:] if past else z.text[:0].detach()
         wide = torch.cat([values, z.scale * z.image @ queue.T + z.bias], 1)
         past.append(z.text.detach())
@@ -167,14 +187,14 @@ def test_queue_holds_past_texts_in_their_global_order(sizes, size):
 
 
 def test_queue_is_left_alone_by_evaluation_and_refuses_another_width():
-    loss, z = QueueLoss(width=32, size=8), dense.batch(6)
+    loss, z = QueueLoss(width=32, size=8), dense_losses.batch(6)
     with torch.no_grad():
         loss(z)
     loss.eval()
-    loss(dense.take(z, [6], 0)).backward()
+    loss(dense_losses.take(z, [6], 0)).backward()
     assert loss.taken.item() == 0 and not loss.queue.any()
     loss.train()
-    loss(dense.take(z, [6], 0)).backward()
+    loss(dense_losses.take(z, [6], 0)).backward()
     assert loss.taken.item() == 6 and torch.equal(loss.queue[:6], z.text)
     with pytest.raises(UserError, match=r"loss\.width"):
         QueueLoss(width=16, size=8)(z)
@@ -191,9 +211,11 @@ def test_sinkhorn_targets(sizes, iterations):
             f = -(cost + before).logsumexp(1)
             g = -(cost + f[:, None]).logsumexp(0)
         by_row, by_column = (cost + f[:, None] + before).exp(), (cost + f[:, None] + g).exp()
-        assert torch.allclose(by_row.sum(1), torch.ones(()).double()) and torch.allclose(by_column.sum(0), torch.ones(()).double())
-        targets = [0.3 * dense.eye(z) + 0.7 * plan for plan in (by_row, by_column)]
-        values = dense.logits(z)
+        assert torch.allclose(by_row.sum(1), torch.ones(()).double()) and torch.allclose(
+            by_column.sum(0), torch.ones(()).double()
+        )
+        targets = [0.3 * dense_losses.eye(z) + 0.7 * plan for plan in (by_row, by_column)]
+        values = dense_losses.logits(z)
         return -(targets[0] * values.log_softmax(1) + targets[1] * values.log_softmax(0)).sum() / (2 * cost.shape[0])
 
     make = lambda: SinkhornLoss(rows=5, mix=0.7, temperature=0.1, num_iterations=iterations)  # noqa: E731
@@ -206,10 +228,12 @@ def test_sinkhorn_targets(sizes, iterations):
 def test_triplet_with_the_hardest_negative(sizes, same_group, margin):
     def reference(z):
         values = z.image @ z.text.T
-        left_out = dense.same(z) if same_group == "mask" else dense.eye(z)
+        left_out = dense_losses.same(z) if same_group == "mask" else dense_losses.eye(z)
         negatives = values.masked_fill(left_out, float("-inf"))
         matched = values.diagonal()
-        return (F.relu(margin + negatives.amax(1) - matched) + F.relu(margin + negatives.amax(0) - matched)).sum() / len(matched)
+        return (
+            F.relu(margin + negatives.amax(1) - matched) + F.relu(margin + negatives.amax(0) - matched)
+        ).sum() / len(matched)
 
     check(lambda: TripletLoss(rows=5, margin=margin, same_group=same_group), reference, sizes, near=0.35)
 
@@ -217,4 +241,4 @@ def test_triplet_with_the_hardest_negative(sizes, same_group, margin):
 @pytest.mark.parametrize("make", [lambda: SigmoidLoss(same_group="mask"), lambda: SoftmaxLoss(same_group="positive")])
 def test_groups_are_asked_for_by_name(make):
     with pytest.raises(UserError, match=r"loss\.same_group"):
-        make()(Embeddings(*dense.batch(4)[:4]))
+        make()(Embeddings(*dense_losses.batch(4)[:4]))

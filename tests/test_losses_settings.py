@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests import dense
+from tests.support import dense_losses
+from trainer.core.settings import Settings, parse
+from trainer.core.types import UserError
 from trainer.losses import (
     LOSSES,
     LossSettings,
@@ -15,8 +17,6 @@ from trainer.losses import (
     TripletSettings,
     build,
 )
-from trainer.settings import Settings, parse
-from trainer.types import UserError
 
 
 class Recipe(Settings):
@@ -42,7 +42,7 @@ def test_a_recipes_section_makes_a_loss_that_trains(section, kind):
     loss = build(parse(Recipe, {"loss": section}, "recipe.yaml").loss)
     assert type(loss) is kind
     loss.progress(10, 100)
-    z = dense.take(dense.batch(9, near=0.35), [9], 0)
+    z = dense_losses.take(dense_losses.batch(9, near=0.35), [9], 0)
     loss(z).backward()
     assert z.image.grad.norm() > 0 and z.text.grad.norm() > 0
     assert all(leaf.grad.shape == leaf.shape for leaf in z[:4])

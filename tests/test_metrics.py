@@ -13,14 +13,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.ranks import run_ranks
-from trainer.distributed import rank
-from trainer.metrics import LogSettings, RunLog, line, meters
-from trainer.metrics.line import ProgressLine, count, duration, render
+from tests.support.forked_ranks import run_ranks
+from trainer.core.distributed import rank
+from trainer.core.settings import parse
+from trainer.core.types import UserError
+from trainer.metrics import LogSettings, RunLog, meters, progress_line
 from trainer.metrics.log import LineFile, cut_back
 from trainer.metrics.meters import Meter
-from trainer.settings import parse
-from trainer.types import UserError
+from trainer.metrics.progress_line import ProgressLine, count, duration, render
 
 QUIET = LogSettings(trackers=(), every=2)
 VALUES = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "scale": 10.0, "bias": -10.0}
@@ -31,7 +31,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        for module in (meters, line):
+        for module in (meters, progress_line):
             monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
@@ -70,7 +70,13 @@ def test_a_line_of_the_log(tmp_path: Path, clock: Clock) -> None:
     assert note == {"samples_seen": 8, "eval": {"image_to_text_r1": 0.5}}
     assert written.pop("memory_bytes") > 50e6
     position = {"step": 2, "samples_seen": 16}
-    assert written == position | VALUES | {"loss": 0.5, "pairs_per_second": 4.0, "step_seconds": 2.0, "seconds": 4.0, "data_wait": 0.25}
+    assert written == position | VALUES | {
+        "loss": 0.5,
+        "pairs_per_second": 4.0,
+        "step_seconds": 2.0,
+        "seconds": 4.0,
+        "data_wait": 0.25,
+    }
 
 
 def test_the_last_step_is_always_written(tmp_path: Path) -> None:
@@ -189,12 +195,19 @@ class Terminal(io.StringIO):
         return True
 
 
-SHOWN = {"step": 1234, "samples_seen": 631808, "pairs_per_second": 780.4, "memory_bytes": 3_210_000_000, "data_wait": 0.012} | VALUES
+SHOWN = {
+    "step": 1234,
+    "samples_seen": 631808,
+    "pairs_per_second": 780.4,
+    "memory_bytes": 3_210_000_000,
+    "data_wait": 0.012,
+} | VALUES
 
 
 def test_the_line() -> None:
     assert render(SHOWN, 5_120_000) == (
-        "step 1,234/10,000 12% · 632k pairs · loss 2.0000 · lr 1.00e-03 · grad 0.5 · t 10.00 · b -10.00 · 780 pairs/s · 3.2 GB · "
+        "step 1,234/10,000 12% · 632k pairs · loss 2.0000 · lr 1.00e-03 · grad 0.5 · t 10.00 · b -10.00 · 780 "
+        "pairs/s · 3.2 GB · "
         "data 1% · ETA 1:35:51"
     )
     assert "loss" not in render(SHOWN | {"loss": None}, 5_120_000)
@@ -218,7 +231,14 @@ def test_a_terminal_is_rewritten_and_elsewhere_lines_are_rare(monkeypatch: pytes
 
 
 def test_words_for_numbers() -> None:
-    assert [count(n) for n in (0.5, 512, 99_999, 123_456, 1_234_567, 40e9)] == ["0.5", "512", "99,999", "123k", "1.23M", "40.00B"]
+    assert [count(n) for n in (0.5, 512, 99_999, 123_456, 1_234_567, 40e9)] == [
+        "0.5",
+        "512",
+        "99,999",
+        "123k",
+        "1.23M",
+        "40.00B",
+    ]
     assert [duration(s) for s in (9, 3725, 90_061)] == ["0:00:09", "1:02:05", "1d 1:01:01"]
 
 
@@ -238,7 +258,9 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path, capsys: pytest.Captu
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # a write beyond it is cut short, or fails, as on a full disk
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (10, hard)
+        )  # a write beyond it is cut short, or fails, as on a full disk
         file.append("first that does not fit\n")
         file.append("second\n")
         assert (tmp_path / "log.jsonl").read_text() == "before\n"

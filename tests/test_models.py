@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Siglip2Tokenizer, SiglipTextConfig
 from transformers import logging as hf_logging
 
-from tests.shards import picture
-from tests.tiny import (
+from tests.support.shards import picture
+from tests.support.tiny_models import (
     IMAGE_SIZE,
     KINDS,
     NUM_TOKENS,
@@ -33,11 +33,11 @@ from tests.tiny import (
     tiny_settings,
     tiny_tokenizer,
 )
+from trainer.core.settings import parse
+from trainer.core.types import RunFailed, UserError
 from trainer.data.transforms import fit
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.naflex import patch_inputs, unpack
-from trainer.settings import parse
-from trainer.types import RunFailed, UserError
 
 hf_logging.disable_progress_bar()
 
@@ -53,7 +53,10 @@ def as_inputs(model: DualEncoder, pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def as_pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    rows = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(*picture.size[::-1], 3) for picture in pictures]
+    rows = [
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(*picture.size[::-1], 3)
+        for picture in pictures
+    ]
     return torch.stack(rows).permute(0, 3, 1, 2)
 
 
@@ -71,14 +74,20 @@ def test_plain_transformers_gives_the_same_embeddings(kind: str, tmp_path: Path)
     model = saved(kind, tmp_path)
     plain, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
     pictures, captions = photos(6), tiny_captions(6)
-    sizes = {"patch_size": 8, "max_num_patches": 4, "max_length": NUM_TOKENS} if kind == "siglip2" else {}  # it does not remember them
-    inputs = processor(images=pictures, text=captions, padding="max_length", truncation=True, return_tensors="pt", **sizes)
+    sizes = (
+        {"patch_size": 8, "max_num_patches": 4, "max_length": NUM_TOKENS} if kind == "siglip2" else {}
+    )  # it does not remember them
+    inputs = processor(
+        images=pictures, text=captions, padding="max_length", truncation=True, return_tensors="pt", **sizes
+    )
     ours = model(as_inputs(model, pictures), *model.preprocess.tokenize(captions))
     theirs = plain(**inputs)
     torch.testing.assert_close(ours.image, theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.text, theirs.text_embeds, atol=1e-5, rtol=0)
     of_text = ("input_ids", "attention_mask")
-    images = plain.get_image_features(**{key: value for key, value in inputs.items() if key not in of_text}).pooler_output
+    images = plain.get_image_features(
+        **{key: value for key, value in inputs.items() if key not in of_text}
+    ).pooler_output
     texts = plain.get_text_features(**{key: value for key, value in inputs.items() if key in of_text}).pooler_output
     torch.testing.assert_close(ours.image, torch.nn.functional.normalize(images), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.text, torch.nn.functional.normalize(texts), atol=1e-5, rtol=0)
@@ -90,7 +99,12 @@ def test_plain_transformers_gives_the_same_embeddings(kind: str, tmp_path: Path)
 @torch.no_grad()
 def test_saved_directory_is_plain_and_comes_back_equal(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "processor_config.json",
+    }
     weights = load_file(tmp_path / "model.safetensors")
     assert weights["logit_scale"].shape == (() if kind == "clip" else (1,))
     again, batch = DualEncoder.from_pretrained(tmp_path).eval(), tiny_batch(5)
@@ -191,8 +205,12 @@ def test_one_tower_at_a_time_and_padding() -> None:
 @torch.no_grad()
 def test_clip_needs_no_mask() -> None:
     model, batch = tiny_model("clip").eval(), tiny_batch(7)
-    masked = model.towers.get_text_features(input_ids=batch.tokens, attention_mask=batch.token_mask.long()).pooler_output  # type: ignore[operator]
-    torch.testing.assert_close(model(tokens=batch.tokens).text, torch.nn.functional.normalize(masked), atol=1e-6, rtol=0)
+    masked = model.towers.get_text_features(
+        input_ids=batch.tokens, attention_mask=batch.token_mask.long()
+    ).pooler_output  # type: ignore[operator]
+    torch.testing.assert_close(
+        model(tokens=batch.tokens).text, torch.nn.functional.normalize(masked), atol=1e-6, rtol=0
+    )
 
 
 def test_features_are_float32_under_autocast() -> None:
@@ -224,11 +242,17 @@ def test_another_resolution(kind: str, tmp_path: Path) -> None:
     pictures = photos(4, 24)
     assert model.preprocess.image_size == (24, 24)
     inputs = AutoProcessor.from_pretrained(tmp_path / "large")(images=pictures, return_tensors="pt")
-    plain = AutoModel.from_pretrained(tmp_path / "large").get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    plain = (
+        AutoModel.from_pretrained(tmp_path / "large")
+        .get_image_features(pixel_values=inputs["pixel_values"])
+        .pooler_output
+    )
     ours = model(pixels=as_pixels(pictures)).image
     torch.testing.assert_close(ours, torch.nn.functional.normalize(plain), atol=1e-5, rtol=0)
     base = AutoModel.from_pretrained(tmp_path / "base")
-    interpolated = base.get_image_features(pixel_values=inputs["pixel_values"], interpolate_pos_encoding=True).pooler_output
+    interpolated = base.get_image_features(
+        pixel_values=inputs["pixel_values"], interpolate_pos_encoding=True
+    ).pooler_output
     torch.testing.assert_close(ours, torch.nn.functional.normalize(interpolated), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="multiple of the patch size 8"):
         build(ModelSettings(path=str(tmp_path / "base"), image_size=20))
@@ -239,9 +263,13 @@ def test_naflex_reads_pictures_at_their_own_aspect(tmp_path: Path) -> None:
     saved("siglip2", tmp_path / "base")
     model = build(ModelSettings(path=str(tmp_path / "base"), num_patches=6)).eval()
     model.save_pretrained(tmp_path / "large")
-    assert DualEncoder.from_pretrained(tmp_path / "large").preprocess.image_size == model.preprocess.image_size == (8, 56)
+    assert (
+        DualEncoder.from_pretrained(tmp_path / "large").preprocess.image_size == model.preprocess.image_size == (8, 56)
+    )
     pictures = [picture(number, size) for number, size in enumerate([(24, 16), (16, 24), (48, 8), (8, 40), (16, 16)])]
-    inputs = AutoProcessor.from_pretrained(tmp_path / "large")(images=pictures, return_tensors="pt", patch_size=8, max_num_patches=6)
+    inputs = AutoProcessor.from_pretrained(tmp_path / "large")(
+        images=pictures, return_tensors="pt", patch_size=8, max_num_patches=6
+    )
     strips = as_inputs(model, pictures)
     patches, grids = unpack(strips)
     ours = patch_inputs(patches * model.pixel_scale[:, None] + model.pixel_shift[:, None], grids)
@@ -300,11 +328,25 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("model_type is 'bert', known: siglip, clip", config={"model_type": "bert"}, tokenizer=tiny_tokenizer())
     refused("is no Siglip2Tokenizer", config=tiny_config("siglip2"), tokenizer=tiny_tokenizer())
     refused("set model.image_size instead", config=clip, tokenizer=tiny_tokenizer(), num_patches=9)
-    refused("set model.num_patches instead", config=tiny_config("siglip2"), tokenizer=letter_tokenizer(Siglip2Tokenizer), image_size=16)
+    refused(
+        "set model.num_patches instead",
+        config=tiny_config("siglip2"),
+        tokenizer=letter_tokenizer(Siglip2Tokenizer),
+        image_size=16,
+    )
     refused("has 8 positions", config=clip, tokenizer=tiny_tokenizer(), num_tokens=9)
-    refused("multiple of the number of attention heads", config={**clip, "vision_config": {"hidden_size": 33}}, tokenizer=tiny_tokenizer())
+    refused(
+        "multiple of the number of attention heads",
+        config={**clip, "vision_config": {"hidden_size": 33}},
+        tokenizer=tiny_tokenizer(),
+    )
     for tower, key, value, words in (
-        ("vision_config", "num_attention_heads", 3, "model.config: no model can be made of it .*must be divisible by num_heads"),
+        (
+            "vision_config",
+            "num_attention_heads",
+            3,
+            "model.config: no model can be made of it .*must be divisible by num_heads",
+        ),
         ("vision_config", "patch_size", 0, "model.config.vision_config.patch_size. is 0: a whole number"),
         ("vision_config", "image_size", 4, "image_size. 4 is less than one patch .8."),
         ("text_config", "num_hidden_layers", -1, "num_hidden_layers. is -1: a whole number"),
@@ -338,7 +380,9 @@ def test_a_damaged_directory_is_one_line(tmp_path: Path, file: str, content: byt
 
 def test_a_hub_name_without_a_network_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RunFailed, match=r"model\.path 'ringlip/none' is no directory here, and its config could not be fetched"):
+    with pytest.raises(
+        RunFailed, match=r"model\.path 'ringlip/none' is no directory here, and its config could not be fetched"
+    ):
         build(ModelSettings(path="ringlip/none"))
 
 
@@ -348,7 +392,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     words = tmp_path / "words" / "tokenizer.json"
     words.write_text(words.read_text().replace('"cat": 10', '"cow": 10'))
     assert "cow" in AutoTokenizer.from_pretrained(tmp_path / "words").get_vocab()
-    refused("differs from the one that .* was trained with", path=str(tmp_path / "model"), tokenizer=str(tmp_path / "words"))
+    refused(
+        "differs from the one that .* was trained with", path=str(tmp_path / "model"), tokenizer=str(tmp_path / "words")
+    )
     build(ModelSettings(path=str(tmp_path / "model"), tokenizer=tiny_tokenizer()))
 
 

@@ -1,4 +1,5 @@
-"""Locking, patch dropping and learning rates per layer: what trains, what each costs, and that replaying the random state repeats it."""
+"""Locking, patch dropping and learning rates per layer: what trains, what each costs, and that replaying the random
+state repeats it."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import IMAGE_SIZE, KINDS, tiny_batch, tiny_model
+from tests.support.tiny_models import IMAGE_SIZE, KINDS, tiny_batch, tiny_model
+from trainer.core.types import UserError
 from trainer.models import DualEncoder
-from trainer.models.lock import LockSettings
-from trainer.models.mask import MaskSettings, TokenDrop
-from trainer.models.names import RateSettings
-from trainer.models.recompute import RecomputeSettings
-from trainer.types import UserError
+from trainer.models.adapt.lock import LockSettings
+from trainer.models.adapt.mask import MaskSettings, TokenDrop
+from trainer.models.adapt.recompute import RecomputeSettings
+from trainer.models.param_groups import RateSettings
 
 
 def backward(model: DualEncoder, rows: int = 4) -> dict[str, torch.Tensor]:
@@ -55,7 +56,9 @@ def test_flip_keeps_that_many_patches_and_evaluation_sees_all(kind: str, special
     model = tiny_model(kind, mask=MaskSettings(drop=0.5, unmasked=0.25))
     patches, lengths = (IMAGE_SIZE // 8) ** 2, []
     encoder = model.towers.get_submodule("vision_model.encoder")
-    encoder.register_forward_hook(lambda module, args, kwargs, out: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True)
+    encoder.register_forward_hook(
+        lambda module, args, kwargs, out: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     pixels = tiny_batch(3).pixels
     model.train()
     model(pixels=pixels)

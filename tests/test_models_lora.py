@@ -12,11 +12,11 @@ from peft import PeftModel
 from transformers import AutoModel, PreTrainedModel
 from transformers import logging as hf_logging
 
-from tests.tiny import KINDS, tiny_batch, tiny_model
+from tests.support.tiny_models import KINDS, tiny_batch, tiny_model
+from trainer.core.types import UserError
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.models.lock import LockSettings
-from trainer.models.lora import LoraSettings
-from trainer.types import UserError
+from trainer.models.adapt.lock import LockSettings
+from trainer.models.adapt.lora import LoraSettings
 
 hf_logging.disable_progress_bar()
 
@@ -39,7 +39,9 @@ def train(model: DualEncoder, steps: int = 3) -> None:
     model.train()
     for step in range(steps):
         z = model(*tiny_batch(8, step)[:3])
-        torch.nn.functional.softplus(-(2 * torch.eye(8) - 1) * (z.scale * z.image @ z.text.T + z.bias)).mean().backward()
+        torch.nn.functional.softplus(
+            -(2 * torch.eye(8) - 1) * (z.scale * z.image @ z.text.T + z.bias)
+        ).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -59,7 +61,9 @@ CASES = [{}, {"dora": True}, {"rslora": True, "targets": ["q_proj", "mlp.fc1"]},
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", CASES, ids=["all-linear", "dora", "rslora", "text"])
-def test_the_same_embeddings_at_every_stage(kind: str, lora: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
+def test_the_same_embeddings_at_every_stage(
+    kind: str, lora: dict[str, Any], bases: dict[str, str], tmp_path: Path
+) -> None:
     model = adapted(bases[kind], **lora)
     before = model.eval()(*tiny_batch(5, seed=11)[:3])
     train(model)
@@ -79,7 +83,9 @@ def test_the_same_embeddings_at_every_stage(kind: str, lora: dict[str, Any], bas
         torch.testing.assert_close(text, after.text, atol=1e-5, rtol=0)
 
 
-def test_all_linear_leaves_out_what_would_never_learn(bases: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_linear_leaves_out_what_would_never_learn(
+    bases: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     model = adapted(bases["siglip"])
     assert "left out: vision_model.head.attention.out_proj" in capsys.readouterr().err
     train(model, 1)
@@ -90,7 +96,9 @@ def test_all_linear_leaves_out_what_would_never_learn(bases: dict[str, str], cap
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0 or "lora_A" in name, name
-    linear = [name for name, module in tiny_model("siglip").towers.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [
+        name for name, module in tiny_model("siglip").towers.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
     assert sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()) == len(linear) - 1
 
 
@@ -103,7 +111,9 @@ def test_modules_to_save_train_whole(bases: dict[str, str], tmp_path: Path) -> N
     in_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(bases["clip"]), str(tmp_path / "adapter")).eval()
     for plain in (in_peft, AutoModel.from_pretrained(tmp_path / "merged").eval()):
         torch.testing.assert_close(plain_embeddings(plain, model)[0], z.image, atol=1e-5, rtol=0)
-    again = adapted(bases["clip"], targets=["q_proj"], modules_to_save=("visual_projection",), path=str(tmp_path / "adapter")).eval()
+    again = adapted(
+        bases["clip"], targets=["q_proj"], modules_to_save=("visual_projection",), path=str(tmp_path / "adapter")
+    ).eval()
     torch.testing.assert_close(again(*tiny_batch(5, seed=11)[:3]).image, z.image, atol=1e-6, rtol=0)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
+from trainer.core.types import UserError
 from trainer.optim import Guard, OptimSettings, SpikeSettings, build_optimizer, learning_rate, scale_ceiling
-from trainer.types import UserError
 
 
 def test_rate_warms_up_and_follows_a_cosine() -> None:

@@ -14,22 +14,22 @@ import torch
 from tests.benchmarks import allocator
 from tests.benchmarks.plan import Setting, measured, predicted
 from tests.benchmarks.trainable import forecast_cost, measured_cost
-from tests.ranks import run_ranks
-from tests.shards import picture
-from tests.tiny import tiny_pretrained, tiny_settings, tiny_tokenizer
-from trainer import plan as verb
+from tests.support.forked_ranks import run_ranks
+from tests.support.shards import picture
+from tests.support.tiny_models import tiny_pretrained, tiny_settings, tiny_tokenizer
 from trainer.config import Recipe
+from trainer.core.types import UserError
 from trainer.data.transforms import fit
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.models.lora import LoraSettings
-from trainer.planning.auto import largest_micro_batch
-from trainer.planning.draw import bars
-from trainer.planning.known import KNOWN, lookup, stand_in
-from trainer.planning.memory import PARTS, Job, forecast, loss_bytes
-from trainer.planning.search import choose, ds_configs, largest, usable_bytes, zero_section
-from trainer.planning.speed import CARDS, step_seconds
-from trainer.planning.survey import Survey, look
-from trainer.types import UserError
+from trainer.models.adapt.lora import LoraSettings
+from trainer.plan import command as verb
+from trainer.plan.auto import largest_micro_batch
+from trainer.plan.bar_chart import bars
+from trainer.plan.memory import PARTS, Job, forecast, loss_bytes
+from trainer.plan.model_shapes import KNOWN, lookup, stand_in
+from trainer.plan.profile import Survey, look
+from trainer.plan.roofline import CARDS, step_seconds
+from trainer.plan.search import choose, ds_configs, largest, usable_bytes, zero_section
 
 GIB = 1 << 30
 
@@ -43,7 +43,12 @@ def survey() -> Survey:
 def small_buckets(tmp_path: Path) -> str:
     """A ds_config whose buckets do not hide what a tiny model takes."""
     path = tmp_path / "small.json"
-    zero = {"stage": 3, "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 20_000, "stage3_param_persistence_threshold": 0}
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": 20_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_param_persistence_threshold": 0,
+    }
     path.write_text(json.dumps({"zero_optimization": zero}))
     return str(path)
 
@@ -98,7 +103,10 @@ class TestForecastAgainstTheAllocator:
         model = tiny_pretrained("siglip2 naflex", tmp_path)
         guess = look(ModelSettings(path=str(tmp_path)), "fp32", "cpu").training
         [truth] = run_ranks(
-            saved_bytes, 1, model, torch.stack([fit(np.asarray(picture(row, (16, 16))), model.preprocess) for row in range(8)])
+            saved_bytes,
+            1,
+            model,
+            torch.stack([fit(np.asarray(picture(row, (16, 16))), model.preprocess) for row in range(8)]),
         )
         assert guess.saved(8) == pytest.approx(truth, rel=0.1)
 
@@ -134,13 +142,17 @@ def test_every_ds_config_has_a_forecast_that_grows_with_the_micro_batch(survey: 
 
 
 def test_sharding_and_offload_take_less_of_the_device() -> None:
-    big = dataclasses.replace(look(tiny_settings(), "fp32", "cuda"), parameters=4 * 10**10, trainable=4 * 10**10, largest=10**8)
+    big = dataclasses.replace(
+        look(tiny_settings(), "fp32", "cuda"), parameters=4 * 10**10, trainable=4 * 10**10, largest=10**8
+    )
 
     def total(name: str, ranks: int = 8) -> float:
         return forecast(big, zero_section(name), Job(ranks, 64, 8)).total
 
     assert total("zero0") > total("zero1") > total("zero3")
-    assert total("zero2") > total("zero2_offload") and total("zero3") > total("zero3_offload") > total("zero3_offload_params")
+    assert total("zero2") > total("zero2_offload") and total("zero3") > total("zero3_offload") > total(
+        "zero3_offload_params"
+    )
     assert total("zero1", 2) > total("zero1", 16)
 
 
@@ -180,17 +192,38 @@ def test_time_falls_with_faster_cards_and_rises_with_slower_links(survey: Survey
 def recipe(tmp_path: Path, size: int = 4096) -> Path:
     path = tmp_path / "recipe.yaml"
     model = tiny_settings().model_dump(mode="json", include={"config", "tokenizer"})
-    path.write_text(json.dumps({"run": {"samples": 10**6}, "model": model, "data": {"train": "shards"}, "batch": {"size": size}}))
+    path.write_text(
+        json.dumps({"run": {"samples": 10**6}, "model": model, "data": {"train": "shards"}, "batch": {"size": size}})
+    )
     return path
 
 
 def test_the_verb_prints_a_line_to_paste_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "plan.svg"
-    code = verb.main([str(recipe(tmp_path)), "--gpu-memory", "16GiB", "--gpus", "8", "--nodes", "2", "--link", "25Gbit", "--out", str(out)])
+    code = verb.main(
+        [
+            str(recipe(tmp_path)),
+            "--gpu-memory",
+            "16GiB",
+            "--gpus",
+            "8",
+            "--nodes",
+            "2",
+            "--link",
+            "25Gbit",
+            "--out",
+            str(out),
+        ]
+    )
     text = capsys.readouterr().out
     assert code == 0
     line = text.split("chosen:\n")[1].splitlines()[0]
-    assert "--module trainer.train" in line and "engine.ds_config=" in line and "batch.micro_batch=" in line and "--num_nodes 2" in line
+    assert (
+        "--module trainer.train" in line
+        and "engine.ds_config=" in line
+        and "batch.micro_batch=" in line
+        and "--num_nodes 2" in line
+    )
     assert text.count("zero3_offload_params") == 6  # three recomputations, with and without LoRA
     assert out.read_text().startswith("<svg") and "GiB to use" in out.read_text()
 
@@ -239,6 +272,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 
 def test_bars_are_cut_where_they_would_leave_the_picture() -> None:
-    picture = bars([("huge", {"parameters": 100.0 * GIB}, "does not fit"), ("small", {"activations": 1.0 * GIB}, "")], 10.0 * GIB, "<t>")
+    picture = bars(
+        [("huge", {"parameters": 100.0 * GIB}, "does not fit"), ("small", {"activations": 1.0 * GIB}, "")],
+        10.0 * GIB,
+        "<t>",
+    )
     assert "&lt;t&gt;" in picture and 'width="620.0"' in picture and usable_bytes(2 * GIB) == 0.95 * GIB
     assert choose([]) is None

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.tiny import tiny_settings
+from tests.support.tiny_models import tiny_settings
 from trainer.models import ModelSettings
-from trainer.planning import survey
-from trainer.planning.layers import Shortened
-from trainer.planning.trace import Recorder
+from trainer.plan import profile
+from trainer.plan.repeated_layers import Shortened
+from trainer.plan.trace import Recorder
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def test_live_bytes_of_a_small_graph_are_what_autograd_keeps() -> None:
         total.backward()
         del total
     trace = recorder.trace()
-    assert trace.saved == 256 + 256 + 4  # y, which square needs, z, which went after the last operator was noted, and the sum
+    assert (
+        trace.saved == 256 + 256 + 4
+    )  # y, which square needs, z, which went after the last operator was noted, and the sum
     assert trace.gradients[-1] == 4 * 8 * 16
     assert trace.live[-1] == 0
     assert trace.flops.sum() == 2 * 2 * 4 * 8 * 16  # the product and its weight gradient: x needs none
@@ -74,31 +76,35 @@ def test_repeated_layers_give_the_trace_of_the_whole_model(
     kind: str, keys: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ModelSettings.model_validate({**tiny_settings(kind, layers=7).model_dump(), **keys})
-    short = survey.look(settings, precision, "cuda")
-    monkeypatch.setattr(survey, "Shortened", Whole)
-    whole = survey.look(settings, precision, "cuda")
+    short = profile.look(settings, precision, "cuda")
+    monkeypatch.setattr(profile, "Shortened", Whole)
+    whole = profile.look(settings, precision, "cuda")
     for name in ("training", "inference"):
         mine, theirs = getattr(short, name), getattr(whole, name)
         assert mine.turn == theirs.turn
         np.testing.assert_array_equal(mine.gradients, theirs.gradients)
         for column in ("live", "flops", "traffic", "host"):
-            np.testing.assert_allclose(getattr(mine, column).at(6), getattr(theirs, column).at(6), err_msg=f"{name} {column}")
+            np.testing.assert_allclose(
+                getattr(mine, column).at(6), getattr(theirs, column).at(6), err_msg=f"{name} {column}"
+            )
 
 
 def test_a_trace_of_six_rows_lies_on_the_line_through_two_and_four() -> None:
     settings = tiny_settings("clip", layers=3)
-    line = survey.look(settings, "fp32", "cpu").training
-    before, survey.SIZES = survey.SIZES, (2, 6)
+    line = profile.look(settings, "fp32", "cpu").training
+    before, profile.SIZES = profile.SIZES, (2, 6)
     try:
-        other = survey.look(settings, "fp32", "cpu").training
+        other = profile.look(settings, "fp32", "cpu").training
     finally:
-        survey.SIZES = before
+        profile.SIZES = before
     np.testing.assert_allclose(line.live.at(6), other.live.at(6))
 
 
 def test_parking_activations_on_the_host_moves_them_there() -> None:
-    plain = survey.look(tiny_settings(layers=5, recompute={"image": "all", "text": "all"}), "fp32", "cuda").training
-    parked = survey.look(tiny_settings(layers=5, recompute={"image": "all", "text": "all", "offload": True}), "fp32", "cuda").training
+    plain = profile.look(tiny_settings(layers=5, recompute={"image": "all", "text": "all"}), "fp32", "cuda").training
+    parked = profile.look(
+        tiny_settings(layers=5, recompute={"image": "all", "text": "all", "offload": True}), "fp32", "cuda"
+    ).training
     assert plain.host_bytes(8) == 0
     assert parked.host_bytes(8) > 0
     assert parked.saved(8) <= plain.saved(8) - 0.9 * parked.host_bytes(8)

@@ -1,4 +1,5 @@
-"""The recipes that ship: they parse, they say how to launch them, and what their headers say of memory is what the planner answers."""
+"""The recipes that ship: they parse, they say how to launch them, and what their headers say of memory is what the
+planner answers."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from trainer import config
-from trainer import plan as verb
 from trainer.config import Recipe
-from trainer.planning.auto import job_of
-from trainer.planning.memory import forecast
-from trainer.planning.search import Option, largest, usable_bytes, zero_section
-from trainer.planning.speed import default_card, step_seconds
-from trainer.planning.survey import look
+from trainer.plan import command as verb
+from trainer.plan.auto import job_of
+from trainer.plan.memory import forecast
+from trainer.plan.profile import look
+from trainer.plan.roofline import default_card, step_seconds
+from trainer.plan.search import Option, largest, usable_bytes, zero_section
 
 GIB = 1 << 30
 FOLDER = Path(config.__file__).parent / "recipes"
@@ -26,7 +27,10 @@ CASES = [(path, match) for path in RECIPES for match in ANSWER.finditer(path.rea
 
 def line(gpus: int, memory: int, card: str, precision: str, overrides: list[str], peak: float, seconds: float) -> str:
     """An answer as a recipe's header has it."""
-    return f"#   {gpus} x {memory} GiB ({card}, {precision}): {' '.join(overrides)}; {peak / GIB:.1f} GiB a GPU, {seconds:.1f} s a step"
+    return (
+        f"#   {gpus} x {memory} GiB ({card}, {precision}): {' '.join(overrides)}; {peak / GIB:.1f} GiB a GPU, "
+        f"{seconds:.1f} s a step"
+    )
 
 
 def chosen(recipe: Recipe, gpus: int, memory: int) -> str:
@@ -34,7 +38,9 @@ def chosen(recipe: Recipe, gpus: int, memory: int) -> str:
     card = default_card(memory * GIB)
     option = verb.plan(recipe, memory * GIB, gpus).chosen
     assert isinstance(option, Option)
-    return line(gpus, memory, card.name, card.precision("auto"), option.overrides(), option.peak.total, option.step_seconds)
+    return line(
+        gpus, memory, card.name, card.precision("auto"), option.overrides(), option.peak.total, option.step_seconds
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
-"""The report: every part that is there, nothing that is not, no character of a caption taken for markup, long logs kept short."""
+"""The report: every part that is there, nothing that is not, no character of a caption taken for markup, long logs kept
+short."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from trainer.planning.draw import bars as plan_bars
+from trainer.core.types import UserError
+from trainer.plan.bar_chart import bars as plan_bars
 from trainer.report import main, write_report
 from trainer.report.chart import Axis, json_script, line_chart, linear_axis, log_axis, short
 from trainer.report.curves import Curve, read_log, thin
-from trainer.types import UserError
 
 EVIL = '<script>alert("x")</script> & "quotes" \' </style> مرحبا 🙂'
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -68,7 +69,13 @@ def write_log(run: Path, steps: int, **more: Any) -> None:
             "scale": 10.0,
             "bias": -10.0,
         }
-        measured = {"pairs_per_second": 100.0, "step_seconds": 0.08, "seconds": 0.08 * step, "memory_bytes": 2**30, "data_wait": 0.05}
+        measured = {
+            "pairs_per_second": 100.0,
+            "step_seconds": 0.08,
+            "seconds": 0.08 * step,
+            "memory_bytes": 2**30,
+            "data_wait": 0.05,
+        }
         lines.append(json.dumps(record | measured | more))
         if step % 4 == 0:
             lines.append(json.dumps({"samples_seen": 8 * step, "eval": {"image_to_text_r1": 0.5, "face_top1": 0.9}}))
@@ -79,7 +86,12 @@ def evaluation(name: str = "face") -> dict[str, Any]:
     return {
         "model": "runs/x",
         "command": f"python -m trainer.evaluate runs/x --label '{name}'",
-        "metrics": {"image_to_text_r1": 0.781, "text_to_image_r1": 0.7, f"{name}_top1": 0.95, f"{name}_strict_top1": 0.8},
+        "metrics": {
+            "image_to_text_r1": 0.781,
+            "text_to_image_r1": 0.7,
+            f"{name}_top1": 0.95,
+            f"{name}_strict_top1": 0.8,
+        },
         "standard_errors": {"image_to_text_r1": 0.013, "text_to_image_r1": 0.0},
         "ceilings": {"image_to_text_r1": 0.994, "text_to_image_r1": 1.0, f"{name}_strict_top1": 0.82},
         "base_metrics": None,
@@ -90,13 +102,18 @@ def evaluation(name: str = "face") -> dict[str, Any]:
 
 
 def gallery(caption: str = "digit one, sans") -> dict[str, Any]:
-    answers = [{"caption": f"{caption} {number}", "score": 0.9 - number / 10, "right": number == 1} for number in range(5)]
+    answers = [
+        {"caption": f"{caption} {number}", "score": 0.9 - number / 10, "right": number == 1} for number in range(5)
+    ]
     lost = [{"picture": number, "score": 0.9 - number / 10, "right": False} for number in range(5)]
     dataset = {
         "name": "shards/test",
         "image_to_text": [
             {"picture": 0, "captions": [caption], "place": 2, "answers": answers},
-            *({"picture": 1, "captions": [caption], "place": 1, "answers": [{**answers[0], "right": True}]} for _ in range(8)),
+            *(
+                {"picture": 1, "captions": [caption], "place": 1, "answers": [{**answers[0], "right": True}]}
+                for _ in range(8)
+            ),
         ],
         "text_to_image": [{"caption": caption, "picture": 9, "place": 17, "answers": lost}],
         "thumbnails": {str(number): PIXEL for number in range(10)},
@@ -112,7 +129,9 @@ def run(tmp_path: Path) -> Path:
     write_log(folder, 12)
     (folder / "evaluation.json").write_text(json.dumps(evaluation()))
     (folder / "gallery.json").write_text(json.dumps(gallery()))
-    (folder / "recipe.yaml").write_text("# a comment\nrun:\n  samples: 96\nbatch:\n  size: 8\nmodel:\n  config: {model_type: siglip}\n")
+    (folder / "recipe.yaml").write_text(
+        "# a comment\nrun:\n  samples: 96\nbatch:\n  size: 8\nmodel:\n  config: {model_type: siglip}\n"
+    )
     (folder / "deepspeed.json").write_text('{"zero_optimization": {"stage": 1}}')
     start = {
         "time": "2026-01-01",
@@ -165,7 +184,10 @@ def test_it_asks_for_nothing_from_elsewhere(run: Path) -> None:
     text = (write_report(run, run / "report.html")).read_text(encoding="utf-8")
     found = Page(text)
     assert all(
-        str(value).startswith("data:image/") for _, attributes in found.tags for key, value in attributes.items() if key in ("src", "href")
+        str(value).startswith("data:image/")
+        for _, attributes in found.tags
+        for key, value in attributes.items()
+        if key in ("src", "href")
     )
     assert not re.search(r"@import|url\(|https?://", text)
 
@@ -192,7 +214,9 @@ def test_the_forecast_is_an_image_whatever_is_in_it(run: Path) -> None:
     assert base64.b64decode(str(shown["src"]).removeprefix("data:image/svg+xml;base64,")).decode() == drawing
 
 
-@pytest.mark.parametrize("absent", ["evaluation.json", "gallery.json", "recipe.yaml", "deepspeed.json", "environment.json", "log.jsonl"])
+@pytest.mark.parametrize(
+    "absent", ["evaluation.json", "gallery.json", "recipe.yaml", "deepspeed.json", "environment.json", "log.jsonl"]
+)
 def test_a_part_that_is_missing_is_left_out(run: Path, absent: str) -> None:
     (run / absent).unlink()
     found = page(run)
@@ -221,7 +245,10 @@ def test_a_long_log_becomes_a_short_page(tmp_path: Path) -> None:
     steps = 60_000
     with (tmp_path / "log.jsonl").open("w") as file:
         for step in range(steps):
-            file.write(f'{{"step": {step}, "samples_seen": {8 * step}, "loss": {9.0 if step == 31_234 else 1.0}, "lr": 0.001}}\n')
+            file.write(
+                f'{{"step": {step}, "samples_seen": {8 * step}, "loss": {9.0 if step == 31_234 else 1.0}, "lr": '
+                f"0.001}}\n"
+            )
     found = write_report(tmp_path, tmp_path / "report.html")
     assert found.stat().st_size < 250_000
     curve = read_log(tmp_path / "log.jsonl").curve("loss")
@@ -259,7 +286,9 @@ def test_thinning_keeps_means_and_extremes() -> None:
     assert curve.x == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0], [0.0, 1.0], [-3.2, 17.0], [1e-9, 2e-9], [5e8, 5.1e8], [-1.0, -1.0], [99.9, 100.0]])
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0], [0.0, 1.0], [-3.2, 17.0], [1e-9, 2e-9], [5e8, 5.1e8], [-1.0, -1.0], [99.9, 100.0]]
+)
 def test_linear_ticks_are_round_and_hold_all_values(values: list[float]) -> None:
     axis = linear_axis(values)
     assert axis.low <= min(values) and max(values) <= axis.high * (1 + 1e-12)

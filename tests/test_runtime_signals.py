@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from tests.ranks import run_ranks
-from trainer.distributed import rank
-from trainer.signals import StopSignals
+from tests.support.forked_ranks import run_ranks
+from trainer.core.distributed import rank
+from trainer.runtime.signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -33,7 +33,9 @@ def test_the_second_ctrl_c_stops_at_once() -> None:
         try:
             with StopSignals() as signals:
                 os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGTERM)  # launchers send it after the terminal's Ctrl-C: that is no second one
+                os.kill(
+                    os.getpid(), signal.SIGTERM
+                )  # launchers send it after the terminal's Ctrl-C: that is no second one
                 assert signals.agreed()
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(10)

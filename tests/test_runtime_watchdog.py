@@ -1,4 +1,5 @@
-"""Whatever becomes of a rank, the others end soon and one line says which rank it was, where, at which step and why. Real processes."""
+"""Whatever becomes of a rank, the others end soon and one line says which rank it was, where, at which step and why.
+Real processes."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer.types import RunFailed, UserError
-from trainer.watchdog import Watchdog
-from trainer.watchdog.wire import GRACE, Patience
+from trainer.core.types import RunFailed, UserError
+from trainer.runtime.watchdog import Watchdog
+from trainer.runtime.watchdog.protocol import GRACE, Patience
 
 LIMIT = 30.0
 """Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
@@ -42,8 +43,11 @@ class Ended(NamedTuple):
     output: str
 
 
-def ranks(folder: Path, world: int, work: Callable[[Watchdog], None], silence: float = 20.0, timeout: float = 60.0) -> list[int]:
-    """Forks ranks that run ``work`` under a watchdog; returns their process ids. Each writes its stderr to ``folder``."""
+def ranks(
+    folder: Path, world: int, work: Callable[[Watchdog], None], silence: float = 20.0, timeout: float = 60.0
+) -> list[int]:
+    """Forks ranks that run ``work`` under a watchdog; returns their process ids. Each writes its stderr to
+    ``folder``."""
     pids = []
     for rank in range(world):
         pid = os.fork()
@@ -54,7 +58,9 @@ def ranks(folder: Path, world: int, work: Callable[[Watchdog], None], silence: f
                 sys.stderr = os.fdopen(2, "w")  # not pytest's
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
                 meet = f"file://{folder}/meet"
-                dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+                dist.init_process_group(
+                    "gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+                )
                 with Watchdog(silence) as watch:
                     work(watch)
                 code = 0
@@ -72,7 +78,8 @@ def ranks(folder: Path, world: int, work: Callable[[Watchdog], None], silence: f
 
 
 def collect(folder: Path, pids: list[int], skip: int | None = None, since: float | None = None) -> Ended:
-    """Waits for all but ``skip`` (stopped: killed afterwards); a rank that outlives the limit by far is killed and fails the test."""
+    """Waits for all but ``skip`` (stopped: killed afterwards); a rank that outlives the limit by far is killed and
+    fails the test."""
     began = since or time.monotonic()
     codes = {}
     seconds = 0.0
@@ -94,7 +101,12 @@ def collect(folder: Path, pids: list[int], skip: int | None = None, since: float
         os.kill(pids[skip], signal.SIGKILL)
         os.waitpid(pids[skip], 0)
     output = "".join((folder / f"stderr-{rank}").read_text() for rank in range(len(pids)))
-    return Ended([codes[r] for r in sorted(codes)], seconds, [line for line in output.splitlines() if line.startswith("error:")], output)
+    return Ended(
+        [codes[r] for r in sorted(codes)],
+        seconds,
+        [line for line in output.splitlines() if line.startswith("error:")],
+        output,
+    )
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -109,7 +121,8 @@ def wait_for(path: Path) -> None:
 
 
 def everybody_is_known_at(watch: Watchdog, step: int) -> bool:
-    """Whether rank 0 has heard all ranks there, or another rank has heard rank 0: what either could say of a death now."""
+    """Whether rank 0 has heard all ranks there, or another rank has heard rank 0: what either could say of a death
+    now."""
     if watch._hub is None:
         return watch._zero.step == step
     return [member.step for member in watch._hub._members.values()] == [step] * dist.get_world_size()
@@ -140,7 +153,9 @@ def started(folder: Path, work: Callable[[Watchdog], None]) -> Callable[[Watchdo
 
 
 @pytest.mark.parametrize(("victim", "work"), [(0, collectives), (1, collectives), (0, apart), (2, apart)])
-def test_a_killed_rank_ends_all_others_with_one_line(tmp_path: Path, victim: int, work: Callable[[Watchdog], None]) -> None:
+def test_a_killed_rank_ends_all_others_with_one_line(
+    tmp_path: Path, victim: int, work: Callable[[Watchdog], None]
+) -> None:
     pids = ranks(tmp_path, 3, started(tmp_path, work))
     for rank in range(3):
         wait_for(tmp_path / f"ready-{rank}")
@@ -180,7 +195,8 @@ def test_an_error_of_one_rank_is_the_one_line_of_all(tmp_path: Path) -> None:
     ended = collect(tmp_path, ranks(tmp_path, 3, work))
     where = socket.gethostname()
     assert ended.lines == [
-        f"error: rank 1 on {where} at step 3 (reading data): data worker 0 has been silent for 300 s while reading a.tar"
+        f"error: rank 1 on {where} at step 3 (reading data): data worker 0 has been silent for 300 s while reading "
+        f"a.tar"
     ]
     assert ended.codes == [1, 1, 1]
 

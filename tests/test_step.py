@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 from torch.nn.functional import normalize
 
-from tests.exact import Case, GatheredSigmoid, Pieces, captured, global_batch, gradient_errors, local_slice
-from tests.ranks import run_ranks
-from trainer.models.mask import MaskSettings
+from tests.support.dense_step import Case, GatheredSigmoid, Pieces, captured, global_batch, gradient_errors, local_slice
+from tests.support.forked_ranks import run_ranks
+from trainer.models.adapt.mask import MaskSettings
 from trainer.step import train_step
 
 EXACT = 1e-5
@@ -58,12 +58,19 @@ def test_dropout_recomputation_adapters_and_offload(case: Case) -> None:
 @pytest.mark.parametrize(("kind", "kept"), [("siglip", "random"), ("clip", "block")])
 def test_patches_and_tokens_left_out(kind: str, kept: Any) -> None:
     """Pass 2 leaves out what pass 1 left out."""
-    check(Case(stage=1, kind=kind, mask=MaskSettings(drop=0.5, tokens=3, tokens_kept=kept)), 2, [Pieces(4), Pieces(3), WHOLE])
+    check(
+        Case(stage=1, kind=kind, mask=MaskSettings(drop=0.5, tokens=3, tokens_kept=kept)),
+        2,
+        [Pieces(4), Pieces(3), WHOLE],
+    )
 
 
-@pytest.mark.parametrize(("stage", "locked"), [(0, "towers"), (2, "towers.vision_model"), (3, "towers.text_model"), (3, "towers")])
+@pytest.mark.parametrize(
+    ("stage", "locked"), [(0, "towers"), (2, "towers.vision_model"), (3, "towers.text_model"), (3, "towers")]
+)
 def test_locked_towers(stage: int, locked: str) -> None:
-    """The locked tower draws dropout masks in pass 1 and is left out of pass 2; with both locked, scale and bias still learn."""
+    """The locked tower draws dropout masks in pass 1 and is left out of pass 2; with both locked, scale and bias still
+    learn."""
     check(Case(stage=stage, locked=locked, dropout=0.2), 2, [Pieces(4), Pieces(4, "each")])
 
 
@@ -88,7 +95,9 @@ def unused_later(case: Case, reduce: Any) -> list[float]:
     for more in (True, False, True):
         engine.module.more = more
         train_step(engine, local_slice(global_batch(8)), GatheredSigmoid(), 2, reduce=reduce)
-        norms.append(sum(float(gradient.norm()) for name, gradient in captured(engine).items() if name.startswith("extra.")))
+        norms.append(
+            sum(float(gradient.norm()) for name, gradient in captured(engine).items() if name.startswith("extra."))
+        )
     return norms
 
 

@@ -1,4 +1,5 @@
-"""Bad steps leave no trace; clipping, spikes, the ceiling of the scale and the rate are the same at every ZeRO stage."""
+"""Bad steps leave no trace; clipping, spikes, the ceiling of the scale and the rate are the same at every ZeRO
+stage."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.exact import Case, GatheredSigmoid, captured, global_batch, local_slice, weights
-from tests.ranks import run_ranks
-from trainer import distributed
+from tests.support.dense_step import Case, GatheredSigmoid, captured, global_batch, local_slice, weights
+from tests.support.forked_ranks import run_ranks
+from trainer.core import distributed
+from trainer.core.types import Embeddings, UserError
 from trainer.optim import Guard, OptimSettings, SpikeSettings, build_optimizer
 from trainer.step import StepResult, train_step
-from trainer.types import Embeddings, UserError
 
 
 class Troubled(GatheredSigmoid):
-    """Multiplies the loss (and so its gradient) by ``factor``, on rank 1 alone where ``alone``; or poisons the gradient only."""
+    """Multiplies the loss (and so its gradient) by ``factor``, on rank 1 alone where ``alone``; or poisons the gradient
+    only."""
 
     factor = 1.0
     alone = False
@@ -31,7 +33,9 @@ class Troubled(GatheredSigmoid):
         return super().forward(z) * (self.factor if mine else 1.0)
 
 
-def train(stage: int, offload: str, reduce: Any, troubles: list[dict[str, Any]]) -> tuple[list[StepResult], dict[str, Tensor]]:
+def train(
+    stage: int, offload: str, reduce: Any, troubles: list[dict[str, Any]]
+) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Plain gradient descent, so that weights show every gradient that was used; a step for each of ``troubles``."""
     engine = Case(stage=stage, offload=offload).engine(lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
     guard = Guard(OptimSettings(spike=SpikeSettings(action="skip", window=10), max_bad_steps=2))
@@ -45,12 +49,23 @@ def train(stage: int, offload: str, reduce: Any, troubles: list[dict[str, Any]])
     return results, weights(engine)
 
 
-STAGES = [(0, "", "once"), (1, "", "once"), (2, "", "each"), (2, "optimizer", "once"), (3, "", "once"), (3, "optimizer", "each")]
+STAGES = [
+    (0, "", "once"),
+    (1, "", "once"),
+    (2, "", "each"),
+    (2, "optimizer", "once"),
+    (3, "", "once"),
+    (3, "optimizer", "each"),
+]
 
 
 @pytest.mark.parametrize(("stage", "offload", "reduce"), STAGES)
 def test_bad_steps_are_skipped_on_all_ranks_and_leave_no_trace(stage: int, offload: str, reduce: str) -> None:
-    nan_loss, nan_gradient, spike = {"factor": math.nan, "alone": True}, {"poison": True, "alone": True}, {"factor": 1e4}
+    nan_loss, nan_gradient, spike = (
+        {"factor": math.nan, "alone": True},
+        {"poison": True, "alone": True},
+        {"factor": 1e4},
+    )
     troubles: list[dict[str, Any]] = [{}, nan_loss, {}, nan_gradient, {}, spike, {}]
     both = run_ranks(train, 2, stage, offload, reduce, troubles, timeout=180)
     results, bad = both[0]
@@ -133,7 +148,10 @@ def one_rate(stage: int) -> float:
     engine.set_learning_rate(0.25)
     result = train_step(engine, local_slice(global_batch(16)), GatheredSigmoid(), 4)
     after = weights(engine)
-    return math.sqrt(sum(float((after[name].double() - before[name]).square().sum()) for name in before)) / result.grad_norm
+    return (
+        math.sqrt(sum(float((after[name].double() - before[name]).square().sum()) for name in before))
+        / result.grad_norm
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -1,4 +1,5 @@
-"""Out of memory on one rank: all ranks repeat the very same step with half the micro-batch. And what a step holds at its peak."""
+"""Out of memory on one rank: all ranks repeat the very same step with half the micro-batch. And what a step holds at
+its peak."""
 
 from __future__ import annotations
 
@@ -9,24 +10,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.exact import Case, GatheredSigmoid, captured, global_batch, local_slice, relative_errors, seed_rank
-from tests.ranks import run_ranks
-from tests.tensors import TensorMemory
-from tests.tiny import tiny_batch, tiny_model
-from trainer import distributed
+from tests.support.dense_step import (
+    Case,
+    GatheredSigmoid,
+    captured,
+    global_batch,
+    local_slice,
+    relative_errors,
+    seed_rank,
+)
+from tests.support.forked_ranks import run_ranks
+from tests.support.tensor_memory import TensorMemory
+from tests.support.tiny_models import tiny_batch, tiny_model
+from trainer.core import distributed
+from trainer.core.types import Embeddings, UserError
 from trainer.engine import EngineSettings, build_engine
 from trainer.losses import SigmoidLoss
-from trainer.losses.pairs import Pairs
-from trainer.models.lock import LockSettings
+from trainer.losses.tiles import Pairs
+from trainer.models.adapt.lock import LockSettings
 from trainer.optim import OptimSettings, build_optimizer
 from trainer.step import train_step
-from trainer.types import Embeddings, UserError
 
 ROWS = 16
 
 
 class CountingLoss(SigmoidLoss):
-    """Holds state as a queue of past embeddings does, and can run out of memory on rank 1 in the midst of the exchange."""
+    """Holds state as a queue of past embeddings does, and can run out of memory on rank 1 in the midst of the
+    exchange."""
 
     calls: Tensor
 
@@ -51,7 +61,8 @@ class CountingLoss(SigmoidLoss):
 
 
 class Fault:
-    """Makes rank 1 run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in the backward pass."""
+    """Makes rank 1 run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in
+    the backward pass."""
 
     def __init__(self, layer: nn.Module, where: str, call: int = 2, times: int = 1) -> None:
         self.where, self.call, self.left, self.seen = where, call, times, 0
@@ -78,7 +89,8 @@ class Fault:
 def interrupted(
     stage: int, offload: str, where: str, micro_batch: int | None, reduce: Any = "once", times: int = 1
 ) -> list[dict[str, Any]]:
-    """A step that is interrupted and one that had the smaller micro-batch from the start, each after an ordinary step."""
+    """A step that is interrupted and one that had the smaller micro-batch from the start, each after an ordinary
+    step."""
     found = []
     for broken in (True, False):
         engine, loss = Case(stage=stage, offload=offload, dropout=0.2).engine(), CountingLoss()
@@ -87,7 +99,12 @@ def interrupted(
         rows = micro_batch
         if broken:
             loss.failures = times if where == "loss" else 0
-            Fault(engine.module.towers.text_model.encoder.layers[1], where, 2 if micro_batch else 1, times if where != "loss" else 0)
+            Fault(
+                engine.module.towers.text_model.encoder.layers[1],
+                where,
+                2 if micro_batch else 1,
+                times if where != "loss" else 0,
+            )
         else:
             rows = (micro_batch or 8) // 2**times
         result = train_step(engine, local_slice(global_batch(ROWS, 2)), loss, rows, reduce=reduce)
@@ -145,7 +162,9 @@ def loss_alone_is_too_large() -> str:
 
 def test_a_loss_that_does_not_fit_beside_nothing_is_not_tried_again() -> None:
     for message in run_ranks(loss_alone_is_too_large, 2):
-        assert message.startswith("out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.rows")
+        assert message.startswith(
+            "out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.rows"
+        )
 
 
 def without_dropout() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -210,7 +229,9 @@ def test_a_loss_that_leaves_its_peers_waiting_ends_the_run_at_once() -> None:
     assert waited < 15
 
 
-@pytest.mark.parametrize(("stage", "where", "reduce"), [(3, "first pass", "once"), (3, "backward", "once"), (2, "backward", "each")])
+@pytest.mark.parametrize(
+    ("stage", "where", "reduce"), [(3, "first pass", "once"), (3, "backward", "once"), (2, "backward", "each")]
+)
 def test_amid_an_exchange_the_run_ends_at_once_and_says_why(stage: int, where: str, reduce: str) -> None:
     """Peers inside a collective cannot be told: they must not sit there until the timeout (60 s here)."""
     (_, waited), (message, _) = run_ranks(fails_always, 2, stage, where, reduce)
@@ -220,7 +241,8 @@ def test_amid_an_exchange_the_run_ends_at_once_and_says_why(stage: int, where: s
 
 
 def peak_of_step(rows: int, micro_batch: int) -> tuple[int, int]:
-    """Bytes of tensors alive at the peak of a step, beyond those before it; and those of the cached inputs and embeddings."""
+    """Bytes of tensors alive at the peak of a step, beyond those before it; and those of the cached inputs and
+    embeddings."""
     engine = Case(stage=2).engine()
     batch = global_batch(rows).split(rows // distributed.world_size())[distributed.rank()]
     train_step(engine, global_batch(64).split(32)[0], LinearLoss(), micro_batch)
@@ -249,10 +271,13 @@ def test_peak_memory_grows_by_the_cached_embeddings_alone(few: int, many: int) -
 
 
 def peak_with_lock(locked: bool) -> tuple[int, int]:
-    """Bytes at the peak of a one-pass step beyond those before it, and bytes of the image tower's trainable parameters."""
+    """Bytes at the peak of a one-pass step beyond those before it, and bytes of the image tower's trainable
+    parameters."""
     model = tiny_model("siglip", layers=4, width=128, lock=LockSettings(image=locked))
     size = sum(p.nbytes for name, p in model.named_parameters() if "vision" in name)
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), EngineSettings(ds_config="zero0", precision="fp32"))
+    engine = build_engine(
+        model, build_optimizer(model, OptimSettings()), EngineSettings(ds_config="zero0", precision="fp32")
+    )
     train_step(engine, tiny_batch(8), LinearLoss())
     with TensorMemory() as memory:
         train_step(engine, tiny_batch(8), LinearLoss())
@@ -264,5 +289,8 @@ def test_a_locked_tower_costs_no_gradient_memory() -> None:
     """Measured: locking it saves all of its gradients and its activations."""
     [(whole, size)] = run_ranks(peak_with_lock, 1, False)
     [(locked, _)] = run_ranks(peak_with_lock, 1, True)
-    print(f"peak of a step beyond the state: {whole} bytes, {locked} with the image tower locked; it has {size} bytes of weights")
+    print(
+        f"peak of a step beyond the state: {whole} bytes, {locked} with the image tower locked; it has {size} bytes "
+        f"of weights"
+    )
     assert whole - locked > size

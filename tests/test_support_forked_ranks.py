@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
 
 
 def total(value: int) -> float:

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from tests.ranks import run_ranks
-from tests.runs import PLAIN, call, curve, make_shards, mistake, steps, stopped_at_step
-from tests.tiny import tiny_captions, tiny_config, tiny_tokenizer
+from tests.support.forked_ranks import run_ranks
+from tests.support.runs import PLAIN, call, curve, make_shards, mistake, steps, stopped_at_step
+from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
-from trainer.signals import EXIT_AGAIN
-from trainer.types import UserError
+from trainer.core.types import UserError
+from trainer.runtime.signals import EXIT_AGAIN
 
 ROWS = 80
 
@@ -30,7 +30,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, shards: Path) -> Path:
-    """A recipe of ten steps of 16 pairs; validation on the training shards, since nothing is to be learnt here but the plumbing."""
+    """A recipe of ten steps of 16 pairs; validation on the training shards, since nothing is to be learnt here but the
+    plumbing."""
     tree: dict[str, Any] = {
         "run": {"directory": str(tmp_path / "run"), "samples": 160},
         "model": {"config": tiny_config(dropout=0.1), "tokenizer": tiny_tokenizer()},
@@ -47,7 +48,9 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
     return path
 
 
-def test_a_run_from_nothing_leaves_all_that_it_promises(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_nothing_leaves_all_that_it_promises(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_ranks(call, 2, recipe) == [0, 0]
     assert capfd.readouterr().err.count("evaluated at 160 samples: image_to_text_r1 ") == 1
     run = tmp_path / "run"
@@ -65,7 +68,9 @@ def test_a_run_from_nothing_leaves_all_that_it_promises(recipe: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("ds_config", ["zero1", "zero3"])
-def test_a_run_that_was_stopped_has_the_same_numbers_as_one_that_was_not(recipe: Path, tmp_path: Path, ds_config: str) -> None:
+def test_a_run_that_was_stopped_has_the_same_numbers_as_one_that_was_not(
+    recipe: Path, tmp_path: Path, ds_config: str
+) -> None:
     config = f"engine.ds_config={ds_config}"
     run_ranks(call, 2, recipe, config, f"run.directory={tmp_path / 'whole'}")
     assert run_ranks(stopped_at_step, 2, 4, recipe, config) == [EXIT_AGAIN] * 2
@@ -89,17 +94,23 @@ def poisoned(recipe: Path, *overrides: str) -> str:
     return mistake(recipe, *overrides)
 
 
-def test_a_loss_that_is_not_a_number_is_skipped_its_samples_written_down_and_ends_the_run(recipe: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_skipped_its_samples_written_down_and_ends_the_run(
+    recipe: Path, tmp_path: Path
+) -> None:
     for text in run_ranks(poisoned, 2, recipe, "optim.max_bad_steps=3"):
         assert "not finite in 3 steps in a row" in text
-    notes = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "skipped_step" in line]
+    notes = [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "skipped_step" in line
+    ]
     assert [note["samples_seen"] for note in notes] == [48, 64, 80]
     assert all(len(set(note["keys"])) == 16 and ".tar:" in note["keys"][0] for note in notes)
     assert [line["bad_steps"] for line in steps(tmp_path / "run")] == [0, 0, 1, 2, 3]
 
 
 def test_other_ranks_stage_and_micro_batch_go_on_with_the_same_curve(recipe: Path, tmp_path: Path) -> None:
-    run_ranks(call, 1, recipe, *PLAIN, "engine.ds_config=zero0", "batch.micro_batch=16", f"run.directory={tmp_path / 'whole'}")
+    run_ranks(
+        call, 1, recipe, *PLAIN, "engine.ds_config=zero0", "batch.micro_batch=16", f"run.directory={tmp_path / 'whole'}"
+    )
     run_ranks(stopped_at_step, 2, 4, recipe, *PLAIN, "engine.ds_config=zero3")
     run_ranks(call, 4, recipe, *PLAIN, "engine.ds_config=zero2", "batch.micro_batch=3")
     found, expected = curve(tmp_path / "run"), curve(tmp_path / "whole")
@@ -125,7 +136,9 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(recipe: Path, tmp
     assert [line["samples_seen"] for line in steps(tmp_path / "run")] == [16, 32, 48, 64]
 
 
-def test_going_on_under_another_recipe_is_said_and_keeps_the_one_before(recipe: Path, tmp_path: Path, capfd: Any) -> None:
+def test_going_on_under_another_recipe_is_said_and_keeps_the_one_before(
+    recipe: Path, tmp_path: Path, capfd: Any
+) -> None:
     run_ranks(call, 1, recipe, "run.samples=32")
     run_ranks(call, 1, recipe, "run.samples=32", "batch.micro_batch=8", "engine.ds_config=zero2")
     capfd.readouterr()
@@ -140,7 +153,12 @@ def test_going_on_under_another_recipe_is_said_and_keeps_the_one_before(recipe: 
 def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
     def moved(factor: float, ds_config: str) -> float:
         folder = tmp_path / f"{ds_config}-{factor}"
-        overrides = [f"model.rates.head={factor}", f"engine.ds_config={ds_config}", "run.samples=32", f"run.directory={folder}"]
+        overrides = [
+            f"model.rates.head={factor}",
+            f"engine.ds_config={ds_config}",
+            "run.samples=32",
+            f"run.directory={folder}",
+        ]
         run_ranks(call, 2, recipe, *overrides)
         return abs(steps(folder)[-1]["bias"] + 10)
 
@@ -159,8 +177,14 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["run.samples=3"], "run.samples is 3, less than one global batch"),
         (["--lr"], "'--lr' is not an option"),
         (["eval.zeroshot.label=colr"], "'eval.zeroshot' is a list: write eval.zeroshot='[{label: colr}]'"),
-        (["eval.zeroshot=[{label: a}]", "eval.zeroshot.label=colr"], "is a list, which is written whole: eval.zeroshot='[{label: colr}]'"),
-        (["data.train=/tmp/pairs.csv"], "'data.train': /tmp/pairs.csv is a table of pairs, and shards are read: make them with"),
+        (
+            ["eval.zeroshot=[{label: a}]", "eval.zeroshot.label=colr"],
+            "is a list, which is written whole: eval.zeroshot='[{label: colr}]'",
+        ),
+        (
+            ["data.train=/tmp/pairs.csv"],
+            "'data.train': /tmp/pairs.csv is a table of pairs, and shards are read: make them with",
+        ),
         (["data.train=[{path: /tmp/pairs.csv}]"], "'data.train.0.path': /tmp/pairs.csv is a table of pairs"),
         (["data.validation={recipe}"], "'data.validation': {recipe} is a file that is no tar"),
         (["eval.data=s3://bucket/pairs.parquet"], "eval.data: s3://bucket/pairs.parquet is a table of pairs"),
@@ -181,7 +205,9 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["eval.zeroshot=[{label: sample, templates: [photoo]}]"], "'photoo' is no template"),
     ],
 )
-def test_a_mistake_in_the_recipe_is_one_clear_line(recipe: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+def test_a_mistake_in_the_recipe_is_one_clear_line(
+    recipe: Path, tmp_path: Path, overrides: list[str], says: str
+) -> None:
     for text in run_ranks(mistake, 2, recipe, *(override.replace("{recipe}", str(recipe)) for override in overrides)):
         assert says.replace("{recipe}", str(recipe)) in text
         assert "\n" not in text
@@ -216,7 +242,9 @@ def test_what_deepspeed_refuses_names_the_file(recipe: Path, tmp_path: Path) -> 
 
 def test_a_checkpoint_of_another_model_is_refused(recipe: Path) -> None:
     run_ranks(call, 1, recipe, "run.samples=16")
-    [text] = run_ranks(mistake, 1, recipe, "model.config.text_config.hidden_size=64", "model.config.text_config.intermediate_size=32")
+    [text] = run_ranks(
+        mistake, 1, recipe, "model.config.text_config.hidden_size=64", "model.config.text_config.intermediate_size=32"
+    )
     assert "samples-000000016" in text
     assert "text_model" in text
     assert "\n" not in text

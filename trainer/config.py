@@ -16,6 +16,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from trainer.checkpoint import CheckpointSettings
+from trainer.core.settings import Settings, describe, override, parse, read_yaml
+from trainer.core.types import UserError
 from trainer.data import DataSettings
 from trainer.distill import DistillSettings
 from trainer.engine import EngineSettings
@@ -24,9 +26,7 @@ from trainer.losses import LossSettings, SigmoidSettings
 from trainer.metrics import LogSettings
 from trainer.models import ModelSettings
 from trainer.optim import OptimSettings
-from trainer.settings import Settings, describe, override, parse, read_yaml
 from trainer.step import BatchSettings
-from trainer.types import UserError
 
 
 class RunSettings(Settings):
@@ -41,7 +41,10 @@ class RunSettings(Settings):
     timeout: float = Field(600.0, gt=0)
     "Seconds after which a rank that hears nothing from its peers in a collective gives up."
     silence: float = Field(20.0, ge=0)
-    "Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no watchdog."
+    (
+        "Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: "
+        "no watchdog."
+    )
 
 
 class Recipe(Settings):
@@ -73,9 +76,13 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.run.samples < self.batch.size:
-            raise ValueError(f"run.samples is {self.run.samples}, less than one global batch (batch.size {self.batch.size})")
+            raise ValueError(
+                f"run.samples is {self.run.samples}, less than one global batch (batch.size {self.batch.size})"
+            )
         if self.distill is not None and self.model.stored.side is not None:
-            raise ValueError("distill.teacher would have to see what is not read where embeddings are stored; take model.stored out")
+            raise ValueError(
+                "distill.teacher would have to see what is not read where embeddings are stored; take model.stored out"
+            )
         return self
 
     @property
@@ -85,15 +92,41 @@ class Recipe(Settings):
 
 
 NOT_LEARNT = (
-    *("run.directory", "run.timeout", "run.silence", "batch.micro_batch", "batch.reduce", "engine.ds_config", "checkpoint", "log", "eval"),
-    *("loss.rows", "loss.exchange", "loss.node_size", "model.attention", "model.recompute", "data.validation", "data.workers"),
-    *("data.prefetch", "data.cache_decoded", "data.cache_dir", "data.cache_limit", "data.check_digests", "data.stall_seconds"),
+    *(
+        "run.directory",
+        "run.timeout",
+        "run.silence",
+        "batch.micro_batch",
+        "batch.reduce",
+        "engine.ds_config",
+        "checkpoint",
+        "log",
+        "eval",
+    ),
+    *(
+        "loss.rows",
+        "loss.exchange",
+        "loss.node_size",
+        "model.attention",
+        "model.recompute",
+        "data.validation",
+        "data.workers",
+    ),
+    *(
+        "data.prefetch",
+        "data.cache_decoded",
+        "data.cache_dir",
+        "data.cache_limit",
+        "data.check_digests",
+        "data.stall_seconds",
+    ),
 )
 """Keys and sections that change what a run costs, keeps or says, and nothing of what it learns."""
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "loss.name sigmoid -> softmax" for every key by which two recipes (as ``dump`` writes them) learn something else."""
+    """ "loss.name sigmoid -> softmax" for every key by which two recipes (as ``dump`` writes them) learn something
+    else."""
     found: list[str] = []
     for key in dict.fromkeys([*before, *now]):
         name, old, new = prefix + key, before.get(key), now.get(key)
@@ -117,13 +150,20 @@ def dump(recipe: Recipe) -> str:
 
 
 def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
-    """Reads ``RECIPE [section.key=value ...]``; the ``--local_rank`` that the deepspeed launcher adds is not ours to use."""
+    """Reads ``RECIPE [section.key=value ...]``; the ``--local_rank`` that the deepspeed launcher adds is not ours to
+    use."""
     parser = argparse.ArgumentParser(
         prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; trainer/recipes/ holds those that come with RingLIP")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="laid over the recipe; values are read as YAML"
+        "recipe", type=Path, metavar="RECIPE", help="a YAML file; trainer/recipes/ holds those that come with RingLIP"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="laid over the recipe; values are read as YAML",
     )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(argv)

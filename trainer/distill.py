@@ -1,10 +1,12 @@
-"""Distillation: a frozen teacher looks at the same batch, and the student's similarities follow its own (trainer/losses/affinity.py).
+"""Distillation: a frozen teacher looks at the same batch, and the student's similarities follow its own
+(trainer/losses/distill.py).
 
     python -m trainer.train RECIPE distill.teacher=openai/clip-vit-large-patch14 distill.weight=1
 
-The teacher lives outside the engine: whole on every rank, without gradient, in evaluation mode, in the engine's precision. It sees the
-pixels and tokens that the loader made for the student (each model normalises pixels its own way), whole ones where the student drops
-patches or tokens. It is in no checkpoint: a run that goes on is told by a fingerprint whether it still is the same teacher.
+The teacher lives outside the engine: whole on every rank, without gradient, in evaluation mode, in the engine's
+precision. It sees the pixels and tokens that the loader made for the student (each model normalises pixels its own
+way), whole ones where the student drops patches or tokens. It is in no checkpoint: a run that goes on is told by a
+fingerprint whether it still is the same teacher.
 """
 
 from __future__ import annotations
@@ -14,17 +16,18 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from trainer import distributed
+from trainer.core import distributed
+from trainer.core.settings import Settings
+from trainer.core.types import Batch, Embeddings, Preprocess, UserError
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.models.lock import LockSettings
-from trainer.models.lora import hold_base
-from trainer.models.stored import fingerprint, token_inputs
-from trainer.settings import Settings
-from trainer.types import Batch, Embeddings, Preprocess, UserError
+from trainer.models.adapt.lock import LockSettings
+from trainer.models.adapt.lora import hold_base
+from trainer.models.precomputed import fingerprint, token_inputs
 
 
 class DistillSettings(Settings):
-    """A teacher whose similarities over the global batch the student follows (CLIP-KD, arXiv 2307.12732; TinyCLIP, arXiv 2309.12314)."""
+    """A teacher whose similarities over the global batch the student follows (CLIP-KD, arXiv 2307.12732; TinyCLIP,
+    arXiv 2309.12314)."""
 
     teacher: str
     "Directory or hub name of a Hugging Face CLIP or SigLIP model with the student's image size and tokenizer."
@@ -38,7 +41,8 @@ class DistillSettings(Settings):
 
 
 class Teacher:
-    """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and without it."""
+    """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and
+    without it."""
 
     def __init__(self, model: DualEncoder, path: str, autocasts: bool = False) -> None:
         self.path, self.autocasts = path, autocasts
@@ -77,13 +81,15 @@ class Teacher:
             return
         if any(recorded.get(key) != value for key, value in self.identity.items()):
             raise UserError(
-                f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): give that one, "
+                f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): "
+                f"give that one, "
                 "or begin another run.directory"
             )
 
 
 def build_teacher(settings: DistillSettings, student: Preprocess, autocasts: bool) -> Teacher:
-    """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student sees."""
+    """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student
+    sees."""
     try:
         model = build(settings.model)
     except UserError as error:
@@ -99,15 +105,28 @@ def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
     """
     compared = (
         ("pictures resized by", student.resize, teacher.resize, "take a teacher of the student's kind"),
-        ("pictures of", student.image_size, teacher.image_size, f"set model.image_size={teacher.image_size[0]}, or take another teacher"),
-        ("captions of", student.num_tokens, teacher.num_tokens, f"set model.num_tokens={teacher.num_tokens}, or take another teacher"),
+        (
+            "pictures of",
+            student.image_size,
+            teacher.image_size,
+            f"set model.image_size={teacher.image_size[0]}, or take another teacher",
+        ),
+        (
+            "captions of",
+            student.num_tokens,
+            teacher.num_tokens,
+            f"set model.num_tokens={teacher.num_tokens}, or take another teacher",
+        ),
     )
     for what, mine, theirs, remedy in compared:
         if mine != theirs:
             units = {"captions of": " tokens", "pictures of": " pixels"}.get(what, "")
-            raise UserError(f"distill.teacher {path!r} wants {what} {theirs}{units}, the student's are {mine}: {remedy}")
+            raise UserError(
+                f"distill.teacher {path!r} wants {what} {theirs}{units}, the student's are {mine}: {remedy}"
+            )
     if token_inputs(student) != token_inputs(teacher):
         raise UserError(
-            f"distill.teacher {path!r} has another tokenizer than the student: take a teacher with the student's, or train the student "
+            f"distill.teacher {path!r} has another tokenizer than the student: take a teacher with the student's, or "
+            f"train the student "
             f"with model.tokenizer={path}"
         )

@@ -1,14 +1,15 @@
-"""Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv 2303.15343, section 4.2).
+"""Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv
+2303.15343, section 4.2).
 
-    python -m trainer.embed RECIPE                                             # what RECIPE's model.stored names, for its data.train
+    python -m trainer.embed RECIPE  # what RECIPE's model.stored names, for its data.train
     python -m trainer.embed RECIPE model.stored.image=vit_b16 --storage int8
-    torchrun --nproc-per-node 8 -m trainer.embed RECIPE                        # or deepspeed --module: every rank embeds its share
+    torchrun --nproc-per-node 8 -m trainer.embed RECIPE  # or deepspeed --module: every rank embeds its share
     deepspeed --module trainer.train RECIPE                                    # reads them
 
-The column lies beside the tars (columns/NAME.npy, named in the manifest with the tower's fingerprint), as `python -m data_tools join` lays
-them. A run that was killed goes on when the same command is given again; the manifest is written last. fp16 takes 2 bytes a number,
-int8 one and a factor a row. Rank 0 joins the parts in the end: raise run.timeout where that takes more than ten minutes. Exit codes:
-0 written (or there already), 2 a mistake in the recipe or the data.
+The column lies beside the tars (columns/NAME.npy, named in the manifest with the tower's fingerprint), as `python -m
+data_tools join` lays them. A run that was killed goes on when the same command is given again; the manifest is written
+last. fp16 takes 2 bytes a number, int8 one and a factor a row. Rank 0 joins the parts in the end: raise run.timeout
+where that takes more than ten minutes. Exit codes: 0 written (or there already), 2 a mistake in the recipe or the data.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer import config, distributed
-from trainer.checkpoint.whole import on_main
+from trainer import config
 from trainer.config import Recipe
-from trainer.data.opening import open_source
+from trainer.core import collectives, distributed
+from trainer.core.collectives import on_main
+from trainer.core.settings import describe, run_verb
+from trainer.core.types import Stored, UserError
+from trainer.data.embedding_column import ColumnWriter, Half, Storage
+from trainer.data.open import open_source
 from trainer.data.settings import SourceSettings, sharded
 from trainer.data.source import Source
-from trainer.data.stored import ColumnWriter, Half, Storage
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.dual_encoder import stored_tower, whole
-from trainer.models.stored import StoredSettings
-from trainer.settings import describe, run_verb
-from trainer.types import Stored, UserError
+from trainer.models.precomputed import StoredSettings
 
 
 def main(argv: list[str]) -> int:
@@ -47,14 +49,21 @@ def main(argv: list[str]) -> int:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
     if recipe.model.stored.side is None:
-        raise UserError("model.stored is empty: name the column to write, for example model.stored.image=vit_b16 (with model.lock.image)")
+        raise UserError(
+            "model.stored is empty: name the column to write, for example model.stored.image=vit_b16 (with "
+            "model.lock.image)"
+        )
     if "RANK" in os.environ:
         distributed.init(recipe.run.timeout)
     try:
         model = build(whole(recipe.model))
         stored = stored_tower(model.towers, model.preprocess, recipe.model.stored)
-        embedder = Embedder(model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision)
-        for source in [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources:
+        embedder = Embedder(
+            model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision
+        )
+        for source in (
+            [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources
+        ):
             with torch.inference_mode():
                 embed(embedder, source, recipe, options.storage)
     finally:
@@ -75,11 +84,12 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
         progress = Progress(source.size, sum(len(writer.samples(part)) for part in missing))
         for part in missing[distributed.rank() :: distributed.world_size()]:
             writer.write(part, np.concatenate(list(progress.over(embedder.rows(source, writer.samples(part))))))
-        distributed.barrier()
+        collectives.barrier()
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
     left = f", {empty:,} could not be used and have none" if empty else ""
     distributed.say(
-        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.stored.width} numbers as {embedder.stored.column!r}{left}"
+        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.stored.width} numbers as "
+        f"{embedder.stored.column!r}{left}"
     )
 
 
@@ -87,7 +97,13 @@ class Embedder:
     """Samples of a source -> what the locked tower gives for them."""
 
     def __init__(self, model: DualEncoder, stored: Stored, recipe: Recipe, batch_size: int, precision: str) -> None:
-        self.model, self.stored, self.recipe, self.batch_size, self.precision = model, stored, recipe, batch_size, precision
+        self.model, self.stored, self.recipe, self.batch_size, self.precision = (
+            model,
+            stored,
+            recipe,
+            batch_size,
+            precision,
+        )
         self.device = distributed.device()
         self.threads = max(1, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1))
 
@@ -97,7 +113,8 @@ class Embedder:
         return {"model": tower_path(self.recipe.model), "precision": self.precision, **texts}
 
     def rows(self, source: Source, samples: range) -> Iterator[Half]:
-        """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs ahead of the tower."""
+        """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs
+        ahead of the tower."""
         starts = range(samples.start, samples.stop, self.batch_size)
         batches = [range(start, min(start + self.batch_size, samples.stop)) for start in starts]
         with ThreadPoolExecutor(self.threads) as pool:
@@ -116,7 +133,8 @@ class Embedder:
                 captions = source.captions(sample)
                 if len(captions) > 1:
                     raise UserError(
-                        f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: set data.caption"
+                        f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: "
+                        f"set data.caption"
                     )
                 return captions[0]
             raw = source.read(sample)
@@ -169,7 +187,10 @@ class Progress:
         seen = min(self.left, self.seen * distributed.world_size())
         rate = seen / max(now - self.began, 1e-3)
         minutes, seconds = divmod(int((self.left - seen) / rate), 60)
-        return f"embedded {self.total - self.left + seen:,}/{self.total:,} | {rate:,.0f} samples/s | ETA {minutes}:{seconds:02d}"
+        return (
+            f"embedded {self.total - self.left + seen:,}/{self.total:,} | {rate:,.0f} samples/s | ETA "
+            f"{minutes}:{seconds:02d}"
+        )
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -181,10 +202,18 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="laid over the recipe")
-    parser.add_argument("--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be given again")
-    parser.add_argument("--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples the tower sees at once (default 64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="what the tower computes in (default fp32)")
+    parser.add_argument(
+        "--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be given again"
+    )
+    parser.add_argument(
+        "--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="samples the tower sees at once (default 64)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="what the tower computes in (default fp32)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 

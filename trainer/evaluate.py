@@ -1,15 +1,16 @@
-"""Scores a checkpoint, an exported model or any Hugging Face CLIP or SigLIP: retrieval both ways and zero-shot classification.
+"""Scores a checkpoint, an exported model or any Hugging Face CLIP or SigLIP: retrieval both ways and zero-shot
+classification.
 
     python -m trainer.evaluate runs/quickstart                                      # as its recipe's eval: section says
     python -m trainer.evaluate runs/quickstart/export --data demo/shards/test --out evaluation.json
     python -m trainer.evaluate google/siglip-base-patch16-224 --data coco/test --limit 0
     python -m trainer.evaluate runs/lora --against google/siglip-base-patch16-224   # both, and the change
-    python -m trainer.evaluate runs/quickstart --ema                                # the running average of its weights (optim.ema)
+    python -m trainer.evaluate runs/quickstart --ema  # the running average of its weights (optim.ema)
     python -m trainer.evaluate MODEL --data wds_imagenet1k                          # CLIP_benchmark's layout, as it is
     python -m trainer.evaluate MODEL --data shards/test --label face --templates '{character}, {face}' --accept faces
 
-Several GPUs: `torchrun --nproc_per_node 8 -m trainer.evaluate ...`. Beside the JSON lies gallery.json, queries with their best answers,
-which `python -m trainer.report` shows.
+Several GPUs: `torchrun --nproc_per_node 8 -m trainer.evaluate ...`. Beside the JSON lies gallery.json, queries with
+their best answers, which `python -m trainer.report` shows.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from typing import Any
 import torch
 
 import trainer
-from trainer import checkpoint, config, distributed
+from trainer import checkpoint, config
+from trainer.core import distributed
+from trainer.core.settings import check_out, describe, override, parse, run_verb
+from trainer.core.types import UserError
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, evaluate
 from trainer.evals.gallery import make_gallery
 from trainer.models import DualEncoder
-from trainer.settings import check_out, describe, override, parse, run_verb
-from trainer.types import UserError
 
 LABELS = {"image_to_text_r": "picture → caption  R@", "text_to_image_r": "caption → picture  R@"}
 
@@ -64,8 +66,9 @@ def main(argv: list[str]) -> int:
 
 
 def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
-    """(the model on this rank's device, where its weights came from) for a run directory, one of its checkpoints, a Hugging Face
-    directory or a hub name; with ``average`` a run's averaged weights. Raises UserError where there is none of these.
+    """(the model on this rank's device, where its weights came from) for a run directory, one of its checkpoints, a
+    Hugging Face directory or a hub name; with ``average`` a run's averaged weights. Raises UserError where there is
+    none of these.
     """
     path = Path(where)
     run = path if (path / "recipe.yaml").is_file() else path.parent.parent
@@ -73,11 +76,18 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
         model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, path, average)
         where = str(folder)
     elif (path / "adapter_config.json").is_file():
-        raise UserError(f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` makes of it")
+        raise UserError(
+            f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` "
+            f"makes of it"
+        )
     elif path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{where}: neither a run (recipe.yaml), nor a checkpoint of one, nor a Hugging Face model (config.json)")
+        raise UserError(
+            f"{where}: neither a run (recipe.yaml), nor a checkpoint of one, nor a Hugging Face model (config.json)"
+        )
     elif average:
-        raise UserError(f"{where}: --ema takes the averaged weights of a run, an exported model has one set; leave --ema out")
+        raise UserError(
+            f"{where}: --ema takes the averaged weights of a run, an exported model has one set; leave --ema out"
+        )
     else:
         try:
             model = DualEncoder.from_pretrained(where)
@@ -87,7 +97,8 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
 
 
 def find_recipe(given: str | None, model: str) -> config.Recipe | None:
-    """The recipe named, or that of the run which ``model`` is, is a checkpoint of, or is an export of; None where there is none."""
+    """The recipe named, or that of the run which ``model`` is, is a checkpoint of, or is an export of; None where there
+    is none."""
     if given:
         return config.load(Path(given))
     for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
@@ -106,9 +117,13 @@ def _settings(options: argparse.Namespace, recipe: config.Recipe | None) -> Eval
         tree["batch_size"] = options.batch_size
     if options.label:
         named = {"classes": options.classes, "accept": options.accept, "name": options.name}
-        tree["zeroshot"] = [{"label": options.label, "templates": options.templates or [], **{k: v for k, v in named.items() if v}}]
+        tree["zeroshot"] = [
+            {"label": options.label, "templates": options.templates or [], **{k: v for k, v in named.items() if v}}
+        ]
     elif options.classes or options.templates or options.accept:
-        raise UserError("--classes, --templates and --accept belong to --label: name the metadata field that holds the class")
+        raise UserError(
+            "--classes, --templates and --accept belong to --label: name the metadata field that holds the class"
+        )
     bad = [assignment for assignment in options.overrides if not assignment.startswith("eval.")]
     if bad:
         raise UserError(f"{bad[0]!r}: here only eval.key=value can be set; the rest is the model's own")
@@ -122,8 +137,11 @@ def _evaluate(model: DualEncoder, settings: EvalSettings, data: DataSettings, pr
         return evaluate(model, settings, model.preprocess, distributed.rank(), distributed.world_size(), data)
 
 
-def result(found: Evaluation, base: Evaluation | None, settings: EvalSettings, source: dict[str, Any]) -> dict[str, Any]:
-    """What evaluation.json holds: shares in [0, 1], standard errors, ceilings, and all that is needed to get them again."""
+def result(
+    found: Evaluation, base: Evaluation | None, settings: EvalSettings, source: dict[str, Any]
+) -> dict[str, Any]:
+    """What evaluation.json holds: shares in [0, 1], standard errors, ceilings, and all that is needed to get them
+    again."""
     return {
         **source,
         "metrics": found.metrics,
@@ -145,7 +163,8 @@ def result(found: Evaluation, base: Evaluation | None, settings: EvalSettings, s
 
 
 def table(found: Evaluation, base: Evaluation | None, source: str, against: str | None) -> str:
-    """The numbers for people, in percent, with their standard error, the base model's and the ceiling where it is below 100%."""
+    """The numbers for people, in percent, with their standard error, the base model's and the ceiling where it is below
+    100%."""
     lines = [f"\n{source}" + (f"  against {against}" if base else "")]
     for path, size in found.sizes.items():
         of = f" of {size['samples']:,}" if size["pictures"] + size["damaged"] < size["samples"] else ""
@@ -157,7 +176,9 @@ def table(found: Evaluation, base: Evaluation | None, source: str, against: str 
     width = max(len(label(name)) for name in found.metrics)
     for name, value in found.metrics.items():
         error, ceiling = found.errors.get(name), found.ceilings.get(name, 1.0)
-        line = f"  {label(name):<{width}}  {100 * value:5.1f}%" + (f" ± {100 * error:3.1f}" if error is not None else " " * 6)
+        line = f"  {label(name):<{width}}  {100 * value:5.1f}%" + (
+            f" ± {100 * error:3.1f}" if error is not None else " " * 6
+        )
         if base:
             before = base.metrics[name]
             line += f"   base {100 * before:5.1f}%   change {100 * (value - before):+5.1f}"
@@ -172,7 +193,9 @@ def label(name: str) -> str:
         if found:
             return f"{head} {words}{k}".strip()
     head, _, measure = name.rpartition("_top")
-    return f"{head.replace('_', ' ')}  top-{measure}" if head else name.replace("_mean_per_class", "  mean over classes")
+    return (
+        f"{head.replace('_', ' ')}  top-{measure}" if head else name.replace("_mean_per_class", "  mean over classes")
+    )
 
 
 def _save(out: Path, report: dict[str, Any], gallery: dict[str, Any]) -> None:
@@ -191,20 +214,45 @@ def _options(argv: list[str]) -> argparse.Namespace:
         epilog=describe(EvalSettings, "eval."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="DIR", help="a run, one of its checkpoints, a Hugging Face directory or a hub name")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="eval.key=value", help="laid over the recipe's eval: section")
-    parser.add_argument("--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be given again")
-    parser.add_argument("--limit", type=int, metavar="N", help="pictures used of each dataset; 0 uses all, the default without a recipe")
+    parser.add_argument(
+        "model", metavar="DIR", help="a run, one of its checkpoints, a Hugging Face directory or a hub name"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="eval.key=value", help="laid over the recipe's eval: section"
+    )
+    parser.add_argument(
+        "--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be given again"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="pictures used of each dataset; 0 uses all, the default without a recipe"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows embedded at once")
-    parser.add_argument("--recipe", metavar="RECIPE", help="take eval: and data: from this recipe instead of the run's own")
-    parser.add_argument("--ema", action="store_true", help="the running average of a run's weights, where optim.ema was set")
-    parser.add_argument("--against", metavar="BASE", help="another model, such as the one finetuning began from; shows the change")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="take eval: and data: from this recipe instead of the run's own"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the running average of a run's weights, where optim.ema was set"
+    )
+    parser.add_argument(
+        "--against", metavar="BASE", help="another model, such as the one finetuning began from; shows the change"
+    )
     parser.add_argument("--out", metavar="evaluation.json", help="write the numbers there, and gallery.json beside")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="what the towers compute in (default fp32)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="what the towers compute in (default fp32)"
+    )
     parser.add_argument("--label", metavar="FIELD", help="zero-shot: the metadata field that holds the class")
-    parser.add_argument("--classes", metavar="FILE", help="zero-shot: class names, one a line (default: all that occur)")
-    parser.add_argument("--templates", action="append", metavar="TEXT", help="zero-shot: a template, a set or a file; may be given again")
-    parser.add_argument("--accept", metavar="FIELD", help="zero-shot: the field with all names that are true of a sample")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="zero-shot: class names, one a line (default: all that occur)"
+    )
+    parser.add_argument(
+        "--templates",
+        action="append",
+        metavar="TEXT",
+        help="zero-shot: a template, a set or a file; may be given again",
+    )
+    parser.add_argument(
+        "--accept", metavar="FIELD", help="zero-shot: the field with all names that are true of a sample"
+    )
     parser.add_argument("--name", help="zero-shot: what its metrics are called")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

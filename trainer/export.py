@@ -1,12 +1,13 @@
 """Writes a trained model as a plain Hugging Face directory, or its LoRA adapter as a plain PEFT directory.
 
-    python -m trainer.export runs/quickstart runs/quickstart/export                     # AutoModel, AutoProcessor load it
-    python -m trainer.export runs/lora runs/lora/adapter                                # peft.PeftModel.from_pretrained(base, ...)
-    python -m trainer.export runs/lora runs/lora/export --merge                         # the base with the adapter merged into it
+    python -m trainer.export runs/quickstart runs/quickstart/export  # AutoModel, AutoProcessor load it
+    python -m trainer.export runs/lora runs/lora/adapter  # peft.PeftModel.from_pretrained(base, ...)
+    python -m trainer.export runs/lora runs/lora/export --merge  # the base with the adapter merged into it
     python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
 
-Reads the run's recipe and its newest good checkpoint, whatever ZeRO stage or number of ranks wrote it, on the CPU alone.
-The model card holds the numbers of the run's evaluation.json when they were measured on the checkpoint that is exported.
+Reads the run's recipe and its newest good checkpoint, whatever ZeRO stage or number of ranks wrote it, on the CPU
+alone. The model card holds the numbers of the run's evaluation.json when they were measured on the checkpoint that is
+exported.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from typing import Any
 
 from trainer import checkpoint, config
 from trainer.config import Recipe
+from trainer.core.settings import run_verb
+from trainer.core.types import UserError
 from trainer.models import DualEncoder
 from trainer.models.card import adapter_card, measured_table, whole_card
-from trainer.settings import run_verb
-from trainer.types import UserError
 
 MARKS = ("config.json", "adapter_config.json")
 """One of these is in every directory written here, and is written last."""
 WRITTEN = (*MARKS, "ringlip.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
-"""What would be read beside another export: transformers lays an adapter that it finds in a model's directory on that model."""
+"""What would be read beside another export: transformers lays an adapter that it finds in a model's directory on that
+model."""
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> int:
     run, out = find_run(options.run), options.out
     recipe = config.load(run / "recipe.yaml")
     if options.merge and recipe.model.lora is None:
-        raise UserError(f"{run}: --merge, but its recipe has no model.lora: leave --merge out, the whole model is written anyway")
+        raise UserError(
+            f"{run}: --merge, but its recipe has no model.lora: leave --merge out, the whole model is written anyway"
+        )
     if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
         raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
     _check_out(out)
@@ -77,11 +81,14 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something else than a model: name a new directory, or empty it")
 
 
-def card(model: DualEncoder, recipe: Recipe, run: Path, source: Path, out: Path, adapter: bool, average: bool = False) -> str:
+def card(
+    model: DualEncoder, recipe: Recipe, run: Path, source: Path, out: Path, adapter: bool, average: bool = False
+) -> str:
     """The text of README.md."""
     scale, bias = (value.item() for value in model.head())
     notes = [
-        f"{json.loads((source / 'checkpoint.json').read_text())['samples_seen']:,} pairs seen, global batch {recipe.batch.size:,}, "
+        f"{json.loads((source / 'checkpoint.json').read_text())['samples_seen']:,} pairs seen, global batch "
+        f"{recipe.batch.size:,}, "
         f"loss `{recipe.loss.name}`",
         f"temperature t = {scale:.4g}, bias b = {bias:.4g}: logits are t · cosine + b",
     ]
@@ -90,7 +97,9 @@ def card(model: DualEncoder, recipe: Recipe, run: Path, source: Path, out: Path,
     if adapter:
         notes.append("the trained temperature and bias are in ringlip.json; PEFT keeps the base's")
     elif not model.family.startswith("siglip") and model.head.logit_bias is not None:
-        notes.append("transformers has no bias for this model: b is in config.json as `logit_bias`, add it to the logits")
+        notes.append(
+            "transformers has no bias for this model: b is in config.json as `logit_bias`, add it to the logits"
+        )
     measured = measured_table(found) if (found := _evaluation(run, source, average)) else ""
     return (adapter_card if adapter else whole_card)(model, str(out), notes, measured)
 
@@ -111,10 +120,18 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory (its newest good checkpoint), or one of its checkpoints")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; an earlier export there is replaced")
-    parser.add_argument("--ema", action="store_true", help="the running average of the weights, where optim.ema was set")
-    parser.add_argument("--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run directory (its newest good checkpoint), or one of its checkpoints"
+    )
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the directory to write; an earlier export there is replaced"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the running average of the weights, where optim.ema was set"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model"
+    )
     return parser.parse_args(argv)
 
 

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
 
 
 class SpikeSettings(Settings):
@@ -39,11 +39,18 @@ class OptimSettings(Settings):
     lr: float = Field(default=1e-3, gt=0)
     "Peak learning rate."
     weight_decay: float = Field(default=1e-4, ge=0)
-    "Decoupled weight decay of matrices; vectors (norms, biases), the scale and the bias are never decayed. SigLIP: 1e-4, CLIP: 0.2."
+    (
+        "Decoupled weight decay of matrices; vectors (norms, biases), the scale and the bias are never decayed. "
+        "SigLIP: "
+        "1e-4, CLIP: 0.2."
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1)
     "First-moment decay."
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    "Second-moment decay; at large batch 0.999 forgets a gradient spike too slowly and training diverges (SigLIP, arXiv 2303.15343, 4.6)."
+    (
+        "Second-moment decay; at large batch 0.999 forgets a gradient spike too slowly and training diverges (SigLIP, "
+        "arXiv 2303.15343, 4.6)."
+    )
     eps: float = Field(default=1e-8, gt=0)
     "Added to the root of the second moment."
     warmup: float = Field(default=0.05, ge=0)
@@ -55,19 +62,24 @@ class OptimSettings(Settings):
     clip: float = Field(default=1.0, ge=0)
     "Largest norm of the global gradient; 0 switches clipping off."
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay a step of a running average of the weights, kept in float32 beside the optimizer's moments (4 bytes a trained parameter) and in
-    every checkpoint. Evaluations during training are of it ("weights": "ema" in log.jsonl), as with `evaluate --ema` and `export --ema`;
-    `evaluate` without --ema scores the weights themselves. 0: none; 0.999 averages about the last thousand steps."""
+    """Decay a step of a running average of the weights, kept in float32 beside the optimizer's moments (4 bytes a
+    trained parameter) and in every checkpoint. Evaluations during training are of it ("weights": "ema" in log.jsonl),
+    as with `evaluate --ema` and `export --ema`; `evaluate` without --ema scores the weights themselves. 0: none; 0.999
+    averages about the last thousand steps."""
     spike: SpikeSettings = SpikeSettings()
     "Gradient-norm spikes."
     max_bad_steps: int = Field(default=10, ge=1)
     "Steps in a row with a loss or gradient that is not finite (each is skipped) before the run ends."
     max_scale: float | None = Field(default=None, gt=0)
-    "Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no ceiling."
+    (
+        "Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no "
+        "ceiling."
+    )
 
 
 def learning_rate(settings: OptimSettings, samples_seen: int, total_samples: int) -> float:
-    """The rate of the step that begins after ``samples_seen`` of ``total_samples``: pure, so a resumed run cannot differ."""
+    """The rate of the step that begins after ``samples_seen`` of ``total_samples``: pure, so a resumed run cannot
+    differ."""
     warmup = settings.warmup * total_samples if settings.warmup < 1 else settings.warmup
     if samples_seen < warmup:
         return settings.lr * samples_seen / warmup
@@ -80,22 +92,35 @@ def learning_rate(settings: OptimSettings, samples_seen: int, total_samples: int
 def build_optimizer(
     model: nn.Module, settings: OptimSettings, groups: Iterable[tuple[list[str], float, bool]] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters. ``groups`` says (names, factor on the rate, decayed?), as ``DualEncoder.parameter_groups`` does;
-    without it all learn at one rate, and those of one dimension or none (norms, biases, scale, bias) are not decayed.
+    """AdamW over the trainable parameters. ``groups`` says (names, factor on the rate, decayed?), as
+    ``DualEncoder.parameter_groups`` does; without it all learn at one rate, and those of one dimension or none (norms,
+    biases, scale, bias) are not decayed.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
-        raise UserError("model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias")
+        raise UserError(
+            "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
+        )
     if groups is None:
-        groups = [([name for name, p in trainable.items() if (p.dim() > 1) is decayed], 1.0, decayed) for decayed in (True, False)]
+        groups = [
+            ([name for name, p in trainable.items() if (p.dim() > 1) is decayed], 1.0, decayed)
+            for decayed in (True, False)
+        ]
     # ``rate`` is what Engine.set_learning_rate multiplies by.
     options: list[dict[str, Any]] = [
-        {"params": [trainable[name] for name in names], "rate": rate, "weight_decay": settings.weight_decay if decayed else 0.0}
+        {
+            "params": [trainable[name] for name in names],
+            "rate": rate,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+        }
         for names, rate, decayed in groups
         if names
     ]
-    # The fused kernel works on CPU tensors too (offloaded optimizer states) and needs no compiler, as DeepSpeed's own does.
-    return torch.optim.AdamW(options, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    # The fused kernel works on CPU tensors too (offloaded optimizer states) and needs no compiler, as DeepSpeed's own
+    # does.
+    return torch.optim.AdamW(
+        options, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+    )
 
 
 def scale_ceiling(settings: OptimSettings, start_scale: float) -> float | None:
@@ -142,11 +167,14 @@ class Guard:
         return {"count": "step", "skip": "skip", "clip": "clip"}[self.settings.spike.action]  # type: ignore[return-value]
 
     def check(self) -> None:
-        """Raises UserError after ``max_bad_steps`` steps in a row that were not finite: going on would only burn time."""
+        """Raises UserError after ``max_bad_steps`` steps in a row that were not finite: going on would only burn
+        time."""
         if self._bad_in_a_row >= self.settings.max_bad_steps:
             raise UserError(
-                f"training diverged: loss or gradient was not finite in {self._bad_in_a_row} steps in a row (log.jsonl names their "
-                "samples); resume from the last checkpoint with a lower optim.lr, a longer optim.warmup, optim.clip 1.0, or "
+                f"training diverged: loss or gradient was not finite in {self._bad_in_a_row} steps in a row "
+                f"(log.jsonl names their "
+                "samples); resume from the last checkpoint with a lower optim.lr, a longer optim.warmup, optim.clip "
+                "1.0, or "
                 "optim.spike.action skip"
             )
 

@@ -2,12 +2,14 @@
 
     result = train_step(engine, batch, loss, micro_batch=64, guard=guard)
 
-Gradient caching (Gao et al., arXiv 2101.06983) with the details that make it exact: pass 1 embeds the local batch in micro-batches without
-gradient and notes the random state of each; the loss runs ONCE on all embeddings; pass 2 draws the same random numbers, embeds again
-with gradient and backpropagates the inner product of embeddings and their gradients. Scale and bias count once, towers without a
-trainable parameter are left out of pass 2, and a local batch of one micro-batch needs no second pass.
+Gradient caching (Gao et al., arXiv 2101.06983) with the details that make it exact: pass 1 embeds the local batch in
+micro-batches without gradient and notes the random state of each; the loss runs ONCE on all embeddings; pass 2 draws
+the same random numbers, embeds again with gradient and backpropagates the inner product of embeddings and their
+gradients. Scale and bias count once, towers without a trainable parameter are left out of pass 2, and a local batch of
+one micro-batch needs no second pass.
 
-The gradient does not depend on the micro-batch: a step that runs out of memory on any rank is repeated with half of it on all of them.
+The gradient does not depend on the micro-batch: a step that runs out of memory on any rank is repeated with half of it
+on all of them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer import distributed
-from trainer.engine.memory import LOSS_REMEDY, REMEDY, OutOfMemory, RandomState, free
+from trainer.core import collectives, distributed
+from trainer.core.settings import Settings
+from trainer.core.types import Batch, Embeddings, Loss, UserError
+from trainer.engine.oom import LOSS_REMEDY, REMEDY, OutOfMemory, free
+from trainer.engine.rng import RandomState
 from trainer.metrics import Stopwatch
 from trainer.optim import Guard
-from trainer.settings import Settings
-from trainer.types import Batch, Embeddings, Loss, UserError
 
 if TYPE_CHECKING:
     from trainer.engine import Engine
@@ -41,11 +44,21 @@ class BatchSettings(Settings):
     """How many pairs a step sees, and how many of them at once."""
 
     size: int = Field(gt=0)
-    "Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do not."
+    (
+        "Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other "
+        "keys "
+        "do not."
+    )
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(None)
-    "Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner finds to fit."
+    (
+        "Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the "
+        "planner finds to fit."
+    )
     reduce: Reduce = "once"
-    "once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3 then keep a shard only)."
+    (
+        "once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3 "
+        "then keep a shard only)."
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ class StepResult:
     micro_batch: int
     """What it was done with: half of what was asked, or less, where memory did not suffice. Keep it for later steps."""
     alone: float = dataclasses.field(default=0.0, compare=False)
-    """Seconds that this rank took to embed its pairs, before it needed the others (at ZeRO-3 it does so earlier). Each rank has its own."""
+    """Seconds that this rank took to embed its pairs, before it needed the others (at ZeRO-3 it does so earlier). Each
+    rank has its own."""
 
 
 def train_step(
@@ -78,9 +92,9 @@ def train_step(
 ) -> StepResult:
     """Updates the model once with this rank's ``batch`` (host or device memory; the same number of rows on all ranks).
 
-    ``micro_batch`` rows go through the towers at a time, all of them when None. ``guard`` judges the gradient; without one only a gradient
-    that is not finite is skipped. ``teacher``(batch, rows) embeds the local batch for a loss that distils. Raises UserError when not even
-    one row at a time fits into memory.
+    ``micro_batch`` rows go through the towers at a time, all of them when None. ``guard`` judges the gradient; without
+    one only a gradient that is not finite is skipped. ``teacher``(batch, rows) embeds the local batch for a loss that
+    distils. Raises UserError when not even one row at a time fits into memory.
     """
     assert batch.rows > 0, "an empty local batch"
     rows = min(micro_batch or batch.rows, batch.rows)
@@ -99,7 +113,9 @@ def train_step(
         free()
         if rows == 1:
             raise UserError(f"out of memory with one pair at a time: {REMEDY}")
-        distributed.say(f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on")
+        distributed.say(
+            f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on"
+        )
         rows //= 2
         start.restore(engine.device)
         _restore(buffers)
@@ -156,8 +172,17 @@ class _Call:
 class _Attempt:
     """One try at a gradient with a given micro-batch. ``run`` returns None when some rank ran out of memory."""
 
-    def __init__(self, engine: Engine, batch: Batch, loss: Loss, rows: int, reduce: Reduce, teacher: Teacher | None) -> None:
-        self.engine, self.batch, self.loss, self.rows, self.reduce, self.teacher = engine, batch, loss, rows, reduce, teacher
+    def __init__(
+        self, engine: Engine, batch: Batch, loss: Loss, rows: int, reduce: Reduce, teacher: Teacher | None
+    ) -> None:
+        self.engine, self.batch, self.loss, self.rows, self.reduce, self.teacher = (
+            engine,
+            batch,
+            loss,
+            rows,
+            reduce,
+            teacher,
+        )
         self.taught: Embeddings | None = None
         self.trouble = OutOfMemory()
         self.clock = Stopwatch(engine.device)
@@ -220,7 +245,9 @@ class _Attempt:
 
     def _forward(self, rows: slice, image: bool, text: bool) -> Embeddings:
         micro = Batch(*(field[rows] for field in self.batch)).to(self.engine.device)
-        return self.engine.forward(micro.pixels if image else None, micro.tokens if text else None, micro.token_mask if text else None)
+        return self.engine.forward(
+            micro.pixels if image else None, micro.tokens if text else None, micro.token_mask if text else None
+        )
 
     def _towers_trained(self) -> tuple[bool, bool]:
         """Which embeddings depend on a trainable parameter; asked of one row, once in a run."""
@@ -263,23 +290,29 @@ class _Attempt:
         assert columns[0] is not None and columns[1] is not None and scale is not None and bias is not None
         leaves = [field.detach().clone().requires_grad_() for field in (scale, bias)]
         # A locked tower's gradient is not asked for: it would cost a product, and the texts' a way around the ring.
-        return Embeddings(columns[0].requires_grad_(image), columns[1].requires_grad_(text), leaves[0], leaves[1]), calls
+        return Embeddings(
+            columns[0].requires_grad_(image), columns[1].requires_grad_(text), leaves[0], leaves[1]
+        ), calls
 
     def _run_loss(self, z: Embeddings) -> tuple[Tensor | None, float]:
-        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory beside the towers' activations."""
+        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory beside the
+        towers' activations."""
         value: Tensor | None = None
         taught, self.taught = self.taught, None
         with self.trouble.during("in the loss", communicates=distributed.world_size() > 1):
             value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
         mine = 0.0 if value is None else value.item()
-        mean, failed = distributed.mean_over_ranks([mine, float(self.trouble.here)])
+        mean, failed = collectives.mean_over_ranks([mine, float(self.trouble.here)])
         if failed and self.rows < self.batch.rows:  # nothing of the towers is held
-            raise UserError(f"out of memory in the loss, which takes the same with any batch.micro_batch: {LOSS_REMEDY}")
+            raise UserError(
+                f"out of memory in the loss, which takes the same with any batch.micro_batch: {LOSS_REMEDY}"
+            )
         return (None, mean) if failed else (value, mean)
 
     def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:
         """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
-        # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal parts.
+        # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal
+        # parts.
         shares = len(calls) if self.reduce == "each" else 1
         for index, call in enumerate(calls):
             call.random.restore(self.engine.device)
@@ -288,7 +321,11 @@ class _Attempt:
             parts = [(z.image, leaves.image, call.rows, 1), (z.text, leaves.text, call.rows, 1)]
             if index < shares:
                 parts += [(z.scale, leaves.scale, everything, shares), (z.bias, leaves.bias, everything, shares)]
-            terms = [torch.sum(part * leaf.grad[rows]) / n for part, leaf, rows, n in parts if part.requires_grad and leaf.grad is not None]
+            terms = [
+                torch.sum(part * leaf.grad[rows]) / n
+                for part, leaf, rows, n in parts
+                if part.requires_grad and leaf.grad is not None
+            ]
             self.engine.backward(torch.stack(terms).sum(), last=index == len(calls) - 1)
 
 

@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 8 -m trainer.train RECIPE                                      # the same
     python -m trainer.train RECIPE                                                           # one rank
 
-A run directory that holds checkpoints is continued where it stopped, with any number of ranks, any micro-batch and any ds_config. Exit
-codes: 0 finished, 2 a mistake in the recipe or the data, 75 stopped by a signal after saving (start the same command again), anything else
-a failure around the run (a rank or a machine is gone, a worker hangs: start it again; launch/ holds scripts that do).
+A run directory that holds checkpoints is continued where it stopped, with any number of ranks, any micro-batch and any
+ds_config. Exit codes: 0 finished, 2 a mistake in the recipe or the data, 75 stopped by a signal after saving (start the
+same command again), anything else a failure around the run (a rank or a machine is gone, a worker hangs: start it
+again; launch/ holds scripts that do).
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import checkpoint, config, distributed, evals, losses, models
+from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed, RunLock
-from trainer.checkpoint.whole import on_main
 from trainer.config import Recipe
+from trainer.core import collectives, distributed
+from trainer.core.collectives import on_main
+from trainer.core.settings import run_verb
+from trainer.core.types import Batch, UserError
 from trainer.data import Loader, Skipped, build_loader
 from trainer.distill import Teacher, build_teacher
 from trainer.engine import Engine, build_engine
@@ -35,12 +39,10 @@ from trainer.losses import PairLoss, TaughtLoss
 from trainer.metrics import RunLog
 from trainer.models import DualEncoder
 from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
-from trainer.planning.auto import micro_batch
-from trainer.settings import run_verb
-from trainer.signals import EXIT_AGAIN, StopSignals
+from trainer.plan.auto import micro_batch
+from trainer.runtime.signals import EXIT_AGAIN, StopSignals
+from trainer.runtime.watchdog import Watchdog
 from trainer.step import StepResult, train_step
-from trainer.types import Batch, UserError
-from trainer.watchdog import Watchdog
 
 
 @dataclass
@@ -74,7 +76,15 @@ class Run:
         engine.set_learning_rate(self.rate)
         self.model.progress(self.samples_seen, self.total)
         self.loss.progress(self.samples_seen, self.total)
-        result = train_step(engine, batch, self.loss, self.micro_batch, reduce=recipe.batch.reduce, guard=self.guard, teacher=self.teacher)
+        result = train_step(
+            engine,
+            batch,
+            self.loss,
+            self.micro_batch,
+            reduce=recipe.batch.reduce,
+            guard=self.guard,
+            teacher=self.teacher,
+        )
         if self.ceiling is not None:
             engine.cap_scale(self.ceiling)
         if recipe.optim.ema and not result.skipped:
@@ -85,12 +95,14 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the step that begins here, taken at its middle: neither the first step nor the last is wasted on a rate of 0."""
+        """Learning rate of the step that begins here, taken at its middle: neither the first step nor the last is
+        wasted on a rate of 0."""
         return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
 
     @property
     def main_loss(self) -> PairLoss:
-        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around it or without."""
+        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around
+        it or without."""
         return self.loss.main if isinstance(self.loss, TaughtLoss) else self.loss
 
     @property
@@ -99,9 +111,13 @@ class Run:
         return evals.asked_for(self.recipe.eval, self.recipe.data)
 
     def evaluate(self) -> dict[str, Any]:
-        """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there are some."""
+        """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there
+        are some."""
         recipe, rank, world = self.recipe, distributed.rank(), distributed.world_size()
-        with self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average, self.model.with_every_tower():
+        with (
+            self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average,
+            self.model.with_every_tower(),
+        ):
             found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
         distributed.say(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
@@ -153,7 +169,9 @@ def train(recipe: Recipe, watch: Watchdog) -> int:
     )
     if resumed is not None and distributed.is_main():
         loader.skipped = Skipped(**resumed.extra["skipped"])
-    log = RunLog(run.directory, recipe.log, run.total, recipe=recipe.model_dump(mode="json"), samples_seen=run.samples_seen)
+    log = RunLog(
+        run.directory, recipe.log, run.total, recipe=recipe.model_dump(mode="json"), samples_seen=run.samples_seen
+    )
     try:
         with StopSignals() as signals:
             return loop(run, loader, log, signals, watch)
@@ -167,13 +185,15 @@ def check_tower(run: Run, resumed: Resumed) -> None:
     before, now = resumed.extra.get("tower", ""), run.model.tower
     if before and now and before != now:
         raise UserError(
-            f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of model.stored is "
+            f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
+            f"model.stored is "
             f"{now[:12]}): give that tower again, or begin another run.directory"
         )
 
 
 def say_finished(run: Run, hint: str = "") -> None:
-    """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0 when it was killed."""
+    """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0
+    when it was killed."""
     if distributed.local_rank() == 0:
         print(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", file=sys.stderr, flush=True)
 
@@ -189,12 +209,25 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         watch.doing("training", step)
         before, rate = run.samples_seen, run.rate
         result = run.step(batch)
-        values = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm, "scale": result.scale, "bias": result.bias}
-        counts = {"spikes": run.guard.num_spikes, "bad_steps": run.guard.num_bad_steps, "replaced": loader.skipped.count}
+        values = {
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "scale": result.scale,
+            "bias": result.bias,
+        }
+        counts = {
+            "spikes": run.guard.num_spikes,
+            "bad_steps": run.guard.num_bad_steps,
+            "replaced": loader.skipped.count,
+        }
         log.step(step, run.samples_seen, values | counts, result.alone)
         if result.skipped:
             ids = everybody(batch.ids)
-            log.note(run.samples_seen, {"skipped_step": result.skipped, "keys": loader.reader.keys(ids) if distributed.is_main() else []})
+            log.note(
+                run.samples_seen,
+                {"skipped_step": result.skipped, "keys": loader.reader.keys(ids) if distributed.is_main() else []},
+            )
             run.guard.check()
         stop = signals.agreed()
         finished = run.samples_seen >= run.total
@@ -209,7 +242,9 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
     watch.doing("waiting for the last checkpoint", step)
     run.keeper.close(run.samples_seen)
     if stop is not None:
-        distributed.say(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
+        distributed.say(
+            f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here"
+        )
         return EXIT_AGAIN
     say_finished(run)
     return 0
@@ -224,12 +259,16 @@ def everywhere(skipped: Skipped) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     for one in ranks:
         reasons.update(one.reasons)
-    return {"count": sum(one.count for one in ranks), "keys": sorted({key for one in ranks for key in one.keys}), "reasons": dict(reasons)}
+    return {
+        "count": sum(one.count for one in ranks),
+        "keys": sorted({key for one in ranks for key in one.keys}),
+        "reasons": dict(reasons),
+    }
 
 
 def everybody(ids: Tensor) -> list[int]:
     """Sample numbers of the global batch, rank by rank."""
-    return distributed.stack_over_ranks(ids.to(distributed.device())).flatten().tolist()
+    return collectives.stack_over_ranks(ids.to(distributed.device())).flatten().tolist()
 
 
 def crosses(every: int, before: int, after: int) -> bool:
@@ -268,7 +307,10 @@ def build(recipe: Recipe) -> Run:
 def describe(run: Run) -> None:
     """The run directory explains itself: what was asked for, what DeepSpeed was told."""
     # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps the true size beside it.
-    sizes = [(parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in run.model.parameters()]
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel()))
+        for parameter in run.model.parameters()
+    ]
     trained, locked = (sum(size for trains, size in sizes if trains is which) for which in (True, False))
     distributed.say(
         f"{run.directory}: {trained / 1e6:,.1f} M parameters to train, {locked / 1e6:,.1f} M locked; "
@@ -280,14 +322,18 @@ def describe(run: Run) -> None:
         return
     run.directory.mkdir(parents=True, exist_ok=True)
     keep_other_recipe(run)
-    for name, text in (("recipe.yaml", config.dump(run.recipe)), ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n")):
+    for name, text in (
+        ("recipe.yaml", config.dump(run.recipe)),
+        ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n"),
+    ):
         aside = run.directory / f"{name}.tmp"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, run.directory / name)
 
 
 def keep_other_recipe(run: Run) -> None:
-    """A run may go on under another recipe: nobody should learn of it from the curve, and the one before stays beside the new one."""
+    """A run may go on under another recipe: nobody should learn of it from the curve, and the one before stays beside
+    the new one."""
     before = run.directory / "recipe.yaml"
     if not run.samples_seen or not before.is_file():
         return

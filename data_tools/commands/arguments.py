@@ -8,14 +8,16 @@ import os
 from collections.abc import Callable
 from typing import NoReturn
 
-from data_tools.errors import DataError
+from data_tools.io.errors import DataError
 
 
 class Parser(argparse.ArgumentParser):
     """A verb's parser. ``about`` is the docstring of its module, shown as it stands."""
 
     def __init__(self, verb: str, about: str | None) -> None:
-        super().__init__(prog=f"python -m data_tools {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=f"python -m data_tools {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def error(self, message: str) -> NoReturn:
         """Instead of argparse's page of usage, in which the mistake is lost."""
@@ -25,7 +27,11 @@ class Parser(argparse.ArgumentParser):
 def add_processes(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The option that nearly every verb has."""
     parser.add_argument(
-        "--processes", type=whole(1), default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
+        "--processes",
+        type=whole(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="worker processes (default: all cores)",
     )
 
 

@@ -15,14 +15,14 @@ import sys
 import numpy as np
 from PIL import Image
 
-from data_tools.arguments import Parser
-from data_tools.errors import DataError
-from data_tools.headers import read_header
-from data_tools.images import decode
-from data_tools.index import Dataset, hash_key, read_key
-from data_tools.output import make_folder
-from data_tools.reject import Reject
-from data_tools.workers import Place, TarReader, open_local
+from data_tools.commands.arguments import Parser
+from data_tools.format.index import Dataset, hash_key, read_key
+from data_tools.format.map_shards import Place, TarReader, open_local
+from data_tools.io.errors import DataError
+from data_tools.io.output import make_folder
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import decode
+from data_tools.samples.reject import Reject
 
 _EXTENSIONS = {1: "jpg", 2: "png", 3: "webp", 0: "image"}
 
@@ -66,12 +66,19 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
     extension = _EXTENSIONS[int(row["image_format"])]
     number = int(dataset.counts[place.shard]) + place.row
     name = dataset.manifest["shards"][place.shard]["name"]
-    lines = [f"sample {number}  {name}  {key}.{extension}  {int(row['width'])} x {int(row['height'])}  {len(image):,} bytes"]
+    lines = [
+        f"sample {number}  {name}  {key}.{extension}  {int(row['width'])} x {int(row['height'])}  {len(image):,} bytes"
+    ]
     lines.append(f"  caption  {text.decode('utf-8', 'replace')}")
-    lines += [f"  {column}  {json.dumps(value, ensure_ascii=False)}" for column, value in json.loads(meta or b"{}").items()]
+    lines += [
+        f"  {column}  {json.dumps(value, ensure_ascii=False)}" for column, value in json.loads(meta or b"{}").items()
+    ]
     for column in dataset.columns:
         value = dataset.column(column)[number]
-        lines.append(f"  {column}  {value if isinstance(value, str) else np.array2string(np.asarray(value), threshold=8)}  (joined)")
+        lines.append(
+            f"  {column}  {value if isinstance(value, str) else np.array2string(np.asarray(value), threshold=8)}  "
+            f"(joined)"
+        )
     if show:
         try:
             lines.append(draw(image, 64))

@@ -1,12 +1,13 @@
 """Drops pictures that are there twice, as a view: nothing is copied.
 
     python -m data_tools dedup DATASET OUT                 # the same bytes
-    python -m data_tools dedup DATASET OUT --near 4        # and pictures whose perceptual hashes differ in at most 4 of 64 bits
+    python -m data_tools dedup DATASET OUT --near 4  # and pictures whose perceptual hashes differ in at most 4 of 64 bits
     python -m data_tools dedup DATASET OUT --same-caption  # only where the caption is the same too
 
-Of a group of duplicates the picture with most pixels stays, of equal ones the first. OUT/duplicates.jsonl names every dropped sample and
-the one that stands for it. The perceptual hash is the DCT hash (Zauner 2010, "Implementation and benchmarking of perceptual image hash
-functions"); pictures without any structure, which all hash alike, are compared by their bytes alone.
+Of a group of duplicates the picture with most pixels stays, of equal ones the first. OUT/duplicates.jsonl names every
+dropped sample and the one that stands for it. The perceptual hash is the DCT hash (Zauner 2010, "Implementation and
+benchmarking of perceptual image hash functions"); pictures without any structure, which all hash alike, are compared by
+their bytes alone.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.arguments import Parser, add_processes, whole
-from data_tools.headers import read_header
-from data_tools.images import open_image, to_rgb
-from data_tools.index import Dataset, read_key
-from data_tools.merge import summary
-from data_tools.reject import Reject
-from data_tools.view import open_view, write_view
-from data_tools.workers import TarReader, open_local, over_shards
+from data_tools.commands.arguments import Parser, add_processes, whole
+from data_tools.commands.merge import summary
+from data_tools.format.index import Dataset, read_key
+from data_tools.format.map_shards import TarReader, open_local, over_shards
+from data_tools.format.view import open_view, write_view
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import open_image, to_rgb
+from data_tools.samples.reject import Reject
 
 _SIDE, _KEPT = 32, 8
 _MAX_BUCKET = 2000
-"""Pictures that share a quarter or so of their hash are compared pairwise only up to this many: beyond, only with their neighbours."""
+"""Pictures that share a quarter or so of their hash are compared pairwise only up to this many: beyond, only with their
+neighbours."""
 
 
 def _dct_rows() -> NDArray[np.float32]:
@@ -45,11 +47,14 @@ _DCT = _dct_rows()
 
 
 def perceptual_hash(image: bytes) -> int | None:
-    """64 bits that stay nearly the same when a picture is scaled or compressed; None for a flat picture. Raises Reject when damaged."""
+    """64 bits that stay nearly the same when a picture is scaled or compressed; None for a flat picture. Raises Reject
+    when damaged."""
     header = read_header(image)
     if header.format == "jpg" and header.components != 4 and min(header.width, header.height) >= 8 * _SIDE:
         try:
-            grey = Image.fromarray(simplejpeg.decode_jpeg(image, colorspace="GRAY", min_height=_SIDE, min_width=_SIDE)[..., 0])
+            grey = Image.fromarray(
+                simplejpeg.decode_jpeg(image, colorspace="GRAY", min_height=_SIDE, min_width=_SIDE)[..., 0]
+            )
         except ValueError:
             raise Reject("corrupt") from None
     else:
@@ -99,7 +104,8 @@ class _Groups:
 
 
 def near_pairs(hashes: NDArray[np.uint64], distance: int) -> list[tuple[int, int]]:
-    """Pairs (i, j) of hashes [n] that differ in at most ``distance`` bits. Hashes cut into distance + 1 bands agree in one of them."""
+    """Pairs (i, j) of hashes [n] that differ in at most ``distance`` bits. Hashes cut into distance + 1 bands agree in
+    one of them."""
     pairs: set[tuple[int, int]] = set()
     edges = np.linspace(0, 64, distance + 2).astype(int)
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -123,7 +129,9 @@ def find_groups(dataset: Dataset, near: int | None, same_caption: bool, processe
     texts = np.zeros(len(digests), np.uint64)
     near_hashes = valid = None
     if near is not None or same_caption:
-        found = list(over_shards(partial(_hash_shard, dataset, near is not None, same_caption), dataset.num_shards, processes))
+        found = list(
+            over_shards(partial(_hash_shard, dataset, near is not None, same_caption), dataset.num_shards, processes)
+        )
         near_hashes, valid, texts = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((digests, texts))
     same = (digests[order[1:]] == digests[order[:-1]]) & (texts[order[1:]] == texts[order[:-1]])
@@ -154,9 +162,12 @@ def main(argv: list[str]) -> int | None:
         "--near",
         type=whole(0, 16),
         metavar="BITS",
-        help="also pictures whose perceptual hashes differ in at most BITS of 64 bits, 0 to 16; 4 finds scaled and recompressed copies",
+        help="also pictures whose perceptual hashes differ in at most BITS of 64 bits, 0 to 16; 4 finds scaled and "
+        "recompressed copies",
     )
-    parser.add_argument("--same-caption", action="store_true", help="two samples are duplicates only where their captions are equal too")
+    parser.add_argument(
+        "--same-caption", action="store_true", help="two samples are duplicates only where their captions are equal too"
+    )
     add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)

@@ -4,9 +4,10 @@
     python -m data_tools filter DATASET OUT --best similarity --share 0.3
     python -m data_tools filter DATASET OUT --where "face == bold serif"
 
-A name is a column of the .json members, a side-car column (see `join`), "caption", "key", or one of width, height, min_side, aspect,
-image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (a regular expression is found in it). All conditions must hold;
-a sample without the value is dropped. --best keeps the given share with the highest values among what is left.
+A name is a column of the .json members, a side-car column (see `join`), "caption", "key", or one of width, height,
+min_side, aspect, image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (a regular expression is found
+in it). All conditions must hold; a sample without the value is dropped. --best keeps the given share with the highest
+values among what is left.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.arguments import Parser, add_processes, number
-from data_tools.errors import DataError
-from data_tools.merge import summary
-from data_tools.values import values_of
-from data_tools.view import open_view, write_view
-from data_tools.workers import open_local
+from data_tools.commands.arguments import Parser, add_processes, number
+from data_tools.commands.merge import summary
+from data_tools.format.fields import values_of
+from data_tools.format.map_shards import open_local
+from data_tools.format.view import open_view, write_view
+from data_tools.io.errors import DataError
 
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|>=|<=|>|<|~)\s*(.*?)\s*")
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -42,7 +43,9 @@ def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
     """ "width >= 200" -> (name, test of a value). Raises DataError when it is not understood."""
     match = _CONDITION.fullmatch(text)
     if not match:
-        raise DataError(f'--where {text!r}: not understood; write it as "NAME OPERATOR VALUE", for example "width >= 200"')
+        raise DataError(
+            f'--where {text!r}: not understood; write it as "NAME OPERATOR VALUE", for example "width >= 200"'
+        )
     name, sign, value = match.groups()
     if sign == "~":
         try:
@@ -88,7 +91,9 @@ def main(argv: list[str]) -> int | None:
     parser = Parser("filter", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
-    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help="may be repeated; all must hold")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="may be repeated; all must hold"
+    )
     parser.add_argument("--best", metavar="NAME", help="rank by this value, highest first")
     parser.add_argument("--share", type=number(0, 1), metavar="X", help="share of samples that --best keeps, 0 to 1")
     add_processes(parser)
@@ -107,7 +112,12 @@ def main(argv: list[str]) -> int | None:
         keep &= np.fromiter((value is not None and test(value) for value in values[name]), bool, len(keep))
     if arguments.best:
         keep = choose_best(values[arguments.best], keep, arguments.share)
-    made_by: dict[str, Any] = {"verb": "filter", "where": arguments.where, "best": arguments.best, "share": arguments.share}
+    made_by: dict[str, Any] = {
+        "verb": "filter",
+        "where": arguments.where,
+        "best": arguments.best,
+        "share": arguments.share,
+    }
     manifest = write_view(output, dataset, keep, made_by)
     print(f"kept {int(keep.sum()):,} of {len(keep):,} | {summary(arguments.out, manifest)}", file=sys.stderr)
     return 0

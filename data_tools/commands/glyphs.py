@@ -1,13 +1,15 @@
-"""Real demo pairs without a download: the characters of the fonts that matplotlib carries, captioned with their Unicode names.
+"""Real demo pairs without a download: the characters of the fonts that matplotlib carries, captioned with their Unicode
+names.
 
     python -m data_tools glyphs demo/pairs
 
-writes ``train.csv``, ``validation.csv``, ``test.csv`` (columns image, caption, character, face, faces, code) and one grey PNG a glyph,
-about 54,000 in 17 faces: "greek small letter alpha with tonos, bold serif". The split is by (character, face): every held-out
-combination is new, while its character is trained in another face and its face on other characters. Done twice it is done once.
+writes ``train.csv``, ``validation.csv``, ``test.csv`` (columns image, caption, character, face, faces, code) and one
+grey PNG a glyph, about 54,000 in 17 faces: "greek small letter alpha with tonos, bold serif". The split is by
+(character, face): every held-out combination is new, while its character is trained in another face and its face on
+other characters. Done twice it is done once.
 
-Two pictures in five are the same to the pixel in several faces (an arrow has no oblique): ``faces`` names all of those, separated by
-"|", because no model can tell which of them a picture was rendered from.
+Two pictures in five are the same to the pixel in several faces (an arrow has no oblique): ``faces`` names all of those,
+separated by "|", because no model can tell which of them a picture was rendered from.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.arguments import Parser, add_processes, whole
-from data_tools.output import refuse_file
+from data_tools.commands.arguments import Parser, add_processes, whole
+from data_tools.io.output import refuse_file
 
-# Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings and the pieces of
-# tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
+# Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings
+# and the pieces of tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
 FACES = {
     "DejaVuSans": "sans",
     "DejaVuSans-Bold": "bold sans",
@@ -89,7 +91,8 @@ def characters(font: str) -> list[int]:
 
 
 def render(font: str, size: int) -> Iterator[tuple[Glyph, bytes]]:
-    """(glyph, PNG bytes) for every character of a face that leaves ink. The baseline stays put, so that a comma is no apostrophe."""
+    """(glyph, PNG bytes) for every character of a face that leaves ink. The baseline stays put, so that a comma is no
+    apostrophe."""
     from PIL import Image, ImageDraw, ImageFont
 
     em = round(size * 0.72)
@@ -179,7 +182,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     refuse_file(options.out)
     if (options.out / "train.csv").exists():
-        print(f"{options.out / 'train.csv'} is there already: nothing to do (remove the folder to render again)", file=sys.stderr)
+        print(
+            f"{options.out / 'train.csv'} is there already: nothing to do (remove the folder to render again)",
+            file=sys.stderr,
+        )
         return 0
     counts = write(options.out, options.size, options.processes)
     print(

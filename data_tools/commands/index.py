@@ -2,9 +2,10 @@
 
     python -m data_tools index FOLDER
 
-By raw header walk: members may stand in any order, and what is broken in a tar costs its own samples, not those behind it. Beside each
-NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last. The tars are not touched. Side-car
-columns stay while keys and pictures are the same in the same order; a line names those that do not.
+By raw header walk: members may stand in any order, and what is broken in a tar costs its own samples, not those behind
+it. Beside each NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last.
+The tars are not touched. Side-car columns stay while keys and pictures are the same in the same order; a line names
+those that do not.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.arguments import Parser, add_processes
-from data_tools.columns import Entries, note_change, still_true
-from data_tools.errors import DataError
-from data_tools.headers import read_header
-from data_tools.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
-from data_tools.merge import REJECTS, summary
-from data_tools.output import Output
-from data_tools.reject import Reject
+from data_tools.commands.arguments import Parser, add_processes
+from data_tools.commands.merge import REJECTS, summary
+from data_tools.format.columns import Entries, note_change, still_true
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
+from data_tools.format.map_shards import TarReader, over_shards
+from data_tools.io.errors import DataError
+from data_tools.io.output import Output
+from data_tools.samples.image_header import read_header
+from data_tools.samples.reject import Reject
 from data_tools.sources.base import hash_text, read_pieces
-from data_tools.workers import TarReader, over_shards
 
 
 class Scan(NamedTuple):
@@ -46,7 +47,10 @@ def scan(paths: list[Path], names: list[str], shard: int) -> Scan:
     """Index rows of one tar, with sizes in pixels; pictures whose header cannot be read are left out."""
     path, name = paths[shard], names[shard]
     rows, problems = scan_tar(path)
-    rejects = [{"key": item.name, "reason": item.reason, "source": f"{name}@{item.offset}", "shard": shard} for item in problems]
+    rejects = [
+        {"key": item.name, "reason": item.reason, "source": f"{name}@{item.offset}", "shard": shard}
+        for item in problems
+    ]
     sound = np.ones(len(rows), bool)
     max_captions = 1
     with TarReader(str(path)) as tar:
@@ -55,7 +59,14 @@ def scan(paths: list[Path], names: list[str], shard: int) -> Scan:
                 header = read_header(tar.read(row, "image"))
             except Reject as reject:
                 sound[number] = False
-                rejects.append({"key": "", "reason": reject.reason, "source": f"{name}@{row['image_offset'] - 512}", "shard": shard})
+                rejects.append(
+                    {
+                        "key": "",
+                        "reason": reject.reason,
+                        "source": f"{name}@{row['image_offset'] - 512}",
+                        "shard": shard,
+                    }
+                )
                 continue
             if max(header.width, header.height) < 65536:
                 row["width"], row["height"] = header.width, header.height
@@ -88,15 +99,23 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
     paths = [folder / entry.get("path", entry["name"]) for entry in manifest["shards"]]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise DataError(f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what is there")
+        raise DataError(
+            f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what "
+            f"is there"
+        )
     if any("path" in entry for entry in manifest["shards"]):
-        raise DataError(f"{folder}: a view of another dataset has no tars of its own; make it anew with the verb that made it")
+        raise DataError(
+            f"{folder}: a view of another dataset has no tars of its own; make it anew with the verb that made it"
+        )
     names = [entry["name"] for entry in manifest["shards"]]
     new = sorted({path.name for path in found} - set(names))
     if new:
         some = ", ".join(new[:5]) + (" ..." if len(new) > 5 else "")
         remedy = f"remove {MANIFEST} to index every tar in the folder (columns must then be joined again)"
-        print(f"{folder}: {len(new)} tars that {MANIFEST} does not name are passed over: {some}; {remedy}", file=sys.stderr)
+        print(
+            f"{folder}: {len(new)} tars that {MANIFEST} does not name are passed over: {some}; {remedy}",
+            file=sys.stderr,
+        )
     return paths, names
 
 
@@ -132,12 +151,21 @@ def main(argv: list[str]) -> int | None:
         for name in names if old is None else ():
             output.remove(index_name(name))
         output.finish()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(line["reason"] for line in lines).most_common(3)) or "empty"
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in Counter(line["reason"] for line in lines).most_common(3))
+            or "empty"
+        )
         sample = "a sample is KEY.jpg|png|webp with KEY.txt or KEY.json"
-        raise DataError(f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them again")
+        raise DataError(
+            f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them "
+            f"again"
+        )
     if empty:
         some = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
-        print(f"{folder}: no whole sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why", file=sys.stderr)
+        print(
+            f"{folder}: no whole sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why",
+            file=sys.stderr,
+        )
     manifest = old
     if manifest is None or manifest["shards"] != entries:
         manifest = _manifest(entries, lines, max_captions, still_true(output, old))
@@ -148,7 +176,9 @@ def main(argv: list[str]) -> int | None:
     return 0
 
 
-def _manifest(entries: list[dict[str, Any]], lines: list[dict[str, Any]], max_captions: int, columns: Entries) -> dict[str, Any]:
+def _manifest(
+    entries: list[dict[str, Any]], lines: list[dict[str, Any]], max_captions: int, columns: Entries
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,

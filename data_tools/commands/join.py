@@ -3,9 +3,10 @@
     python -m data_tools join DATASET scores.parquet --on uid --columns similarity,recaption
     python -m data_tools join DATASET embeddings.npy --name teacher          # [num_samples, d], in the order of samples
 
-Rows of the table (CSV, TSV, JSONL or Parquet) are matched by --on: a column of the table whose values are those of the samples' --with
-("key" unless said otherwise; or any column of the .json members). A sample without a row gets NaN or "". `Dataset.column(NAME)` then
-gives the values; `filter` and `cat` know them too. This is how scores, new captions or a teacher's embeddings join a dataset.
+Rows of the table (CSV, TSV, JSONL or Parquet) are matched by --on: a column of the table whose values are those of the
+samples' --with ("key" unless said otherwise; or any column of the .json members). A sample without a row gets NaN or
+"". `Dataset.column(NAME)` then gives the values; `filter` and `cat` know them too. This is how scores, new captions or
+a teacher's embeddings join a dataset.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.arguments import Parser, add_processes
-from data_tools.errors import DataError
-from data_tools.index import MANIFEST, Dataset, load_array
-from data_tools.output import Output
+from data_tools.commands.arguments import Parser, add_processes
+from data_tools.format.fields import values_of
+from data_tools.format.index import MANIFEST, Dataset, load_array
+from data_tools.format.map_shards import open_local
+from data_tools.format.view import write_column
+from data_tools.io.errors import DataError
+from data_tools.io.output import Output
 from data_tools.sources.base import refuse_twice
-from data_tools.values import values_of
-from data_tools.view import write_column
-from data_tools.workers import open_local
 
 csv.field_size_limit(2**31 - 1)
 
@@ -56,7 +57,8 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    """Its rows by the names of the header. As `shard` reads them: a carriage return in a field is not the end of a row."""
+    """Its rows by the names of the header. As `shard` reads them: a carriage return in a field is not the end of a
+    row."""
     rows = []
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -64,7 +66,9 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
             refuse_twice(str(path), list(reader.fieldnames or ()))
             for row in reader:
                 if None in row:
-                    raise DataError(f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it")
+                    raise DataError(
+                        f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it"
+                    )
                 rows.append(row)
         except csv.Error as error:
             raise DataError(f"{path}: line {reader.reader.line_num} is not readable ({error}); mend it") from None
@@ -72,7 +76,8 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
 
 
 def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
-    """Values with None where there is none -> integers, floats (NaN for none), rows of floats, or texts ("" for none)."""
+    """Values with None where there is none -> integers, floats (NaN for none), rows of floats, or texts ("" for
+    none)."""
     given = [value for value in values if value is not None]
     if any(isinstance(value, list) for value in given):
         widths = {len(value) if isinstance(value, list) else -1 for value in given}
@@ -85,11 +90,15 @@ def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
     try:
         return np.array([np.nan if value is None or value == "" else float(value) for value in values], np.float64)
     except (TypeError, ValueError):
-        return ["" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+        return [
+            "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ]
 
 
 def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.int64]:
-    """The row of the table for each sample's key, -1 where there is none [num_samples]. The last of several rows counts."""
+    """The row of the table for each sample's key, -1 where there is none [num_samples]. The last of several rows
+    counts."""
     rows = {str(value): row for row, value in enumerate(table[on])}
     return np.fromiter((rows.get(str(key), -1) for key in keys), np.int64, len(keys))
 
@@ -99,7 +108,9 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("table", metavar="TABLE")
     parser.add_argument("--on", metavar="COLUMN", help="column of the table that names the sample")
-    parser.add_argument("--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")')
+    parser.add_argument(
+        "--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")'
+    )
     parser.add_argument("--columns", metavar="A,B,...", help="columns to join (default: all others)")
     parser.add_argument("--name", metavar="NAME", help="name of the column of a .npy file (default: that of the file)")
     add_processes(parser)
@@ -123,14 +134,22 @@ def main(argv: list[str]) -> int | None:
         rows = match(values_of(dataset, [arguments.key], arguments.processes)[arguments.key], table, arguments.on)
         matched = int((rows >= 0).sum())
         if not matched:
-            raise DataError(f"{path}: no value of {arguments.on!r} is the {arguments.key!r} of a sample; see `python -m data_tools cat`")
+            raise DataError(
+                f"{path}: no value of {arguments.on!r} is the {arguments.key!r} of a sample; see `python -m "
+                f"data_tools cat`"
+            )
         for name in wanted:
-            columns[name] = as_column([table[name][row] if row >= 0 else None for row in rows.tolist()], f"{path}: column {name!r}")
+            columns[name] = as_column(
+                [table[name][row] if row >= 0 else None for row in rows.tolist()], f"{path}: column {name!r}"
+            )
     bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
     if bad:
         raise DataError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
     _add(dataset, columns)
-    print(f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples", file=sys.stderr)
+    print(
+        f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples",
+        file=sys.stderr,
+    )
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python -m data_tools merge OUT
 
-Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm. Side-car columns stay when a lost
-shard has been written again.
+Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm. Side-car columns
+stay when a lost shard has been written again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from collections import Counter
 from typing import Any
 
-from data_tools.arguments import Parser
-from data_tools.columns import put_aside, taken_up
-from data_tools.errors import DataError
-from data_tools.index import FORMAT, MANIFEST, VERSION, index_name
-from data_tools.output import PARTS, Output
+from data_tools.commands.arguments import Parser
+from data_tools.format.columns import put_aside, taken_up
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name
+from data_tools.io.errors import DataError
+from data_tools.io.output import PARTS, Output
 
 PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
@@ -32,7 +32,8 @@ def record_of(output: Output, name: str) -> dict[str, Any] | None:
 
 
 def reopen_if_damaged(output: Output) -> None:
-    """Takes a manifest back when a shard it names is missing or has another size, so that a rerun writes that shard again.
+    """Takes a manifest back when a shard it names is missing or has another size, so that a rerun writes that shard
+    again.
 
     The records of the sound shards are made anew from the manifest and rejects.jsonl; its columns are put aside.
     """
@@ -49,7 +50,9 @@ def reopen_if_damaged(output: Output) -> None:
         return
     print(f"{output.root}: writing again what is missing or cut: {', '.join(sorted(damaged))}", file=sys.stderr)
     rejects: dict[int, list[dict[str, Any]]] = {}
-    for line in output.read_text(REJECTS).split("\n")[:-1]:  # splitlines() would also cut at what a name may hold, such as U+2028
+    for line in output.read_text(REJECTS).split("\n")[
+        :-1
+    ]:  # splitlines() would also cut at what a name may hold, such as U+2028
         reject = json.loads(line)
         if "shard" in reject:
             rejects.setdefault(reject.pop("shard"), []).append(reject)
@@ -71,16 +74,26 @@ def merge(output: Output) -> dict[str, Any]:
         output.finish()
         return dict(manifest)
     if manifest is not None:
-        remedy = "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take another folder"
-        raise DataError(f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}")
+        remedy = (
+            "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take "
+            "another folder"
+        )
+        raise DataError(
+            f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}"
+        )
     names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
     records = [record_of(output, name) for name in names]
     missing = [name for name, record in zip(names, records, strict=True) if record is None]
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise DataError(f"{output.root}: {len(missing)} of {len(names)} shards are not written ({some}); run their `shard --task` again")
+        raise DataError(
+            f"{output.root}: {len(missing)} of {len(names)} shards are not written ({some}); run their `shard "
+            f"--task` again"
+        )
     whole = [record for record in records if record is not None]
-    lines = plan["problems"] + [{**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]]
+    lines = plan["problems"] + [
+        {**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]
+    ]
     rejected = Counter(line["reason"] for line in lines)
     shards = [record["entry"] for record in whole]
     columns = taken_up(output, shards)
@@ -96,7 +109,9 @@ def merge(output: Output) -> dict[str, Any]:
         "options": plan["options"],
         **({"columns": columns} if columns else {}),
     }
-    output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+    output.write(
+        REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
+    )
     output.write_json(MANIFEST, manifest)
     output.finish()
     return manifest
@@ -106,7 +121,10 @@ def summary(root: str, manifest: dict[str, Any]) -> str:
     """One line for people."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items()) or "none"
     size = sum(entry["bytes"] for entry in manifest["shards"])
-    return f"{root}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, {size / 1e6:,.1f} MB; left out: {rejected}"
+    return (
+        f"{root}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, {size / 1e6:,.1f} MB; "
+        f"left out: {rejected}"
+    )
 
 
 def main(argv: list[str]) -> int | None:

@@ -2,11 +2,11 @@
 
     python -m data_tools shard pairs.csv OUT --image image --caption caption --processes 8
     python -m data_tools shard pairs.csv OUT --image image --caption caption --resize 224
-    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16      # then: python -m data_tools merge OUT
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16  # then: python -m data_tools merge OUT
 
-OUT then holds 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row left out, with the reason)
-and, written last, manifest.json. The bytes depend on the input and the options alone, not on --processes or --task. A run that was
-stopped or killed continues when it is started again with the same options.
+OUT then holds 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row left out,
+with the reason) and, written last, manifest.json. The bytes depend on the input and the options alone, not on
+--processes or --task. A run that was stopped or killed continues when it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.arguments import Parser, add_processes, number, whole
-from data_tools.errors import DataError
-from data_tools.images import ImageOptions
-from data_tools.index import MANIFEST
-from data_tools.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
-from data_tools.on_ray import shard_on_ray
-from data_tools.output import Output
-from data_tools.plan import Plan, ShardOptions
-from data_tools.pool import write_shards
-from data_tools.progress import EXAMPLES, Progress
-from data_tools.reject import explain
-from data_tools.remote import require_backend
+from data_tools.commands.arguments import Parser, add_processes, number, whole
+from data_tools.commands.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
+from data_tools.format.index import MANIFEST
+from data_tools.io.errors import DataError
+from data_tools.io.output import Output
+from data_tools.io.progress import EXAMPLES, Progress
+from data_tools.io.remote import require_backend
+from data_tools.samples.images import ImageOptions
+from data_tools.samples.reject import explain
+from data_tools.sharding.counts import Tally
+from data_tools.sharding.plan import Plan, ShardOptions
+from data_tools.sharding.ray import shard_on_ray
+from data_tools.sharding.workers import write_shards
 from data_tools.sources import KINDS, SourceOptions, open_source
-from data_tools.tally import Tally
 
 _FEW = 1000
 """Rows to see before the share of rejected ones means anything."""
@@ -46,11 +46,17 @@ def make_parser() -> argparse.ArgumentParser:
     _add_input(parser.add_argument_group("input"))
     _add_pictures(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("shards")
-    group.add_argument("--shard-size", type=whole(1), default=5000, metavar="N", help="input rows a shard (default 5000)")
+    group.add_argument(
+        "--shard-size", type=whole(1), default=5000, metavar="N", help="input rows a shard (default 5000)"
+    )
     group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order of samples (default 0)")
     group.add_argument("--keep-order", action="store_true", help="keep the order of the input instead of permuting it")
     group.add_argument(
-        "--max-caption", type=whole(1), default=4096, metavar="N", help="characters of a caption that are kept (default 4096)"
+        "--max-caption",
+        type=whole(1),
+        default=4096,
+        metavar="N",
+        help="characters of a caption that are kept (default 4096)",
     )
     group = parser.add_argument_group("running (these do not change what is written)")
     add_processes(group)
@@ -61,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="write only every N-th shard, from the I-th (0 .. N - 1); `merge` ends the run",
     )
-    group.add_argument("--ray", type=whole(1), metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them")
+    group.add_argument(
+        "--ray", type=whole(1), metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them"
+    )
     group.add_argument("--strict", action="store_true", help="end at the first row that cannot be used")
     group.add_argument(
         "--max-rejected",
@@ -77,18 +85,33 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", metavar="COLUMN", help="column with the picture's path, URL or bytes")
     group.add_argument(
-        "--caption", metavar="COLUMN", action="append", default=[], help="column with the caption, or a list of them; may be repeated"
+        "--caption",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="column with the caption, or a list of them; may be repeated",
     )
     group.add_argument("--input", choices=KINDS, help="kind of PAIRS, where its name does not tell")
     group.add_argument("--columns", metavar="A,B,...", help="names of the columns of a table without a header line")
-    group.add_argument("--no-quotes", action="store_true", help="double quotes in a CSV or TSV file are letters, not enclosures of fields")
-    group.add_argument("--images", metavar="DIR", help="folder or URL where relative paths start (default: that of the file they stand in)")
+    group.add_argument(
+        "--no-quotes",
+        action="store_true",
+        help="double quotes in a CSV or TSV file are letters, not enclosures of fields",
+    )
+    group.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder or URL where relative paths start (default: that of the file they stand in)",
+    )
 
 
 def _add_pictures(group: argparse._ArgumentGroup) -> None:
     defaults = ImageOptions()
     group.add_argument(
-        "--resize", type=whole(1), metavar="PIXELS", help="shrink to this side; without it sound pictures keep their bytes. Never enlarges"
+        "--resize",
+        type=whole(1),
+        metavar="PIXELS",
+        help="shrink to this side; without it sound pictures keep their bytes. Never enlarges",
     )
     group.add_argument(
         "--resize-mode",
@@ -100,7 +123,8 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         "--filter",
         choices=("hamming", "bicubic", "lanczos"),
         default=defaults.filter,
-        help=f"how --resize averages pixels, fastest first; bicubic is what most models' image processors do (default {defaults.filter})",
+        help=f"how --resize averages pixels, fastest first; bicubic is what most models' image processors do "
+        f"(default {defaults.filter})",
     )
     group.add_argument(
         "--encode",
@@ -155,7 +179,9 @@ def _task(text: str) -> tuple[int, int]:
 def options_of(arguments: argparse.Namespace) -> ShardOptions:
     """What the arguments say that decides bytes."""
     columns = tuple(arguments.columns.split(",")) if arguments.columns else ()
-    source = SourceOptions(arguments.image, tuple(arguments.caption), columns, not arguments.no_quotes, arguments.images)
+    source = SourceOptions(
+        arguments.image, tuple(arguments.caption), columns, not arguments.no_quotes, arguments.images
+    )
     images = ImageOptions(
         resize=arguments.resize,
         resize_mode=arguments.resize_mode,
@@ -167,7 +193,9 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
         max_pixels=arguments.max_pixels,
         max_bytes=arguments.max_bytes,
     )
-    return ShardOptions(source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption)
+    return ShardOptions(
+        source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption
+    )
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
@@ -181,7 +209,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     plan = Plan(source, options, root, pairs.name)
     first = next(source.rows(np.arange(1))).image
     if isinstance(first, str) and first.startswith(("http://", "https://")):
-        raise DataError(f"{arguments.pairs}: pictures are web addresses; fetch them with img2dataset, then shard the folder it writes")
+        raise DataError(
+            f"{arguments.pairs}: pictures are web addresses; fetch them with img2dataset, then shard the folder it "
+            f"writes"
+        )
     return plan
 
 
@@ -197,7 +228,9 @@ def refuse_other(plan: Plan, output: Output) -> None:
         ):  # of a run that found no picture, most often for the mistake that is mended now
             output.remove(PLAN)
             return
-        raise DataError(f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one")
+        raise DataError(
+            f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one"
+        )
 
 
 def _difference(found: dict[str, object], plan: Plan) -> str:
@@ -206,7 +239,9 @@ def _difference(found: dict[str, object], plan: Plan) -> str:
         return "another input"
     flat_found, flat_mine = _flatten(found["options"]), _flatten(mine["options"])
     changed = [
-        f"{key}={flat_found.get(key)!r} (now {value!r})" for key, value in flat_mine.items() if str(flat_found.get(key)) != str(value)
+        f"{key}={flat_found.get(key)!r} (now {value!r})"
+        for key, value in flat_mine.items()
+        if str(flat_found.get(key)) != str(value)
     ]
     return ", ".join(changed) or "another version of this tool"
 
@@ -246,12 +281,19 @@ def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.N
 
 def _refusal(pairs: str, output: Output, counts: Counter[str], seen: int, lines: list[dict[str, str]]) -> str:
     """Too many rows are left out: why, with the first of the commonest reason; the others are in rejects.jsonl."""
-    output.write(REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace"))
+    output.write(
+        REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
+    )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     first = next((line for line in lines if line["reason"] == counts.most_common(1)[0][0]), lines[0])
     example = f"{first['source']}, key {first['key']}: {explain(first['reason'], first.get('path'))}"
-    named = f"{output.root}/{REJECTS} names " + ("them" if counts.total() <= len(lines) else f"the first {len(lines):,}")
-    return f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); mend them, or raise --max-rejected; {named} ({example})"
+    named = f"{output.root}/{REJECTS} names " + (
+        "them" if counts.total() <= len(lines) else f"the first {len(lines):,}"
+    )
+    return (
+        f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); mend them, or raise "
+        f"--max-rejected; {named} ({example})"
+    )
 
 
 def run_task(arguments: argparse.Namespace) -> Output:
@@ -280,7 +322,10 @@ def main(argv: list[str]) -> int | None:
         output = run_task(arguments)
     index, count = arguments.task
     if count > 1:
-        print(f"task {index} of {count} is done; when all are: python -m data_tools merge {arguments.out}", file=sys.stderr)
+        print(
+            f"task {index} of {count} is done; when all are: python -m data_tools merge {arguments.out}",
+            file=sys.stderr,
+        )
         return 0
     print(summary(arguments.out, merge(output)), file=sys.stderr)
     return 0

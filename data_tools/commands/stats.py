@@ -4,7 +4,8 @@
     python -m data_tools stats DATASET --out REPORT      # to another folder
     python -m data_tools stats DATASET --captions 0      # looks at every caption, not at a random 50,000
 
-Sizes in pixels and bytes, formats and exact duplicates are those of all samples (from the index); captions are those of a random choice.
+Sizes in pixels and bytes, formats and exact duplicates are those of all samples (from the index); captions are those of
+a random choice.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.arguments import Parser, add_processes, whole
-from data_tools.errors import DataError
-from data_tools.index import Dataset
-from data_tools.languages import guess_language
-from data_tools.order import permute
-from data_tools.output import make_folder
-from data_tools.stats_page import Picture, render
-from data_tools.workers import TarReader, open_local, over_shards
+from data_tools.commands.arguments import Parser, add_processes, whole
+from data_tools.format.index import Dataset
+from data_tools.format.map_shards import TarReader, open_local, over_shards
+from data_tools.io.errors import DataError
+from data_tools.io.output import make_folder
+from data_tools.io.permutation import permute
+from data_tools.samples.languages import guess_language
+from data_tools.samples.page import Picture, render
 
 _WORD = re.compile(r"[^\W_]+")
 _FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}
@@ -50,7 +51,9 @@ def describe_numbers(values: NDArray[Any]) -> dict[str, Any]:
     else:
         edges = np.array([low, low + 1])
     counts, _ = np.histogram(values, edges)
-    quantiles = dict(zip([f"{share:g}" for share in _QUANTILES], np.quantile(values, _QUANTILES).round(3).tolist(), strict=True))
+    quantiles = dict(
+        zip([f"{share:g}" for share in _QUANTILES], np.quantile(values, _QUANTILES).round(3).tolist(), strict=True)
+    )
     return {
         "count": int(values.size),
         "mean": round(float(values.mean()), 3),
@@ -99,7 +102,10 @@ def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
 def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, Any]:
     """All figures, as JSON can hold them."""
     rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
-    fields = {name: np.concatenate([part[name] for part in rows]) for name in ("width", "height", "image_size", "image_format", "digest")}
+    fields = {
+        name: np.concatenate([part[name] for part in rows])
+        for name in ("width", "height", "image_size", "image_format", "digest")
+    }
     known = (fields["width"] > 0) & (fields["height"] > 0)
     width, height = fields["width"][known].astype(np.int64), fields["height"][known].astype(np.int64)
     _, copies = np.unique(fields["digest"], return_counts=True)
@@ -155,8 +161,12 @@ def main(argv: list[str]) -> int | None:
     parser = Parser("stats", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
-    parser.add_argument("--captions", type=whole(0), default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)")
-    parser.add_argument("--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)")
+    parser.add_argument(
+        "--captions", type=whole(0), default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)"
+    )
+    parser.add_argument(
+        "--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)"
+    )
     add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)

@@ -3,7 +3,8 @@
     python -m data_tools verify DATASET            # digests, counts, members, columns, and every picture decoded
     python -m data_tools verify DATASET --quick    # digests and counts alone
 
-One line on stdout for each damage: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exit code 1 if there is any.
+One line on stdout for each damage: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exit code 1 if
+there is any.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from functools import partial
 import numpy as np
 import xxhash
 
-from data_tools import walk
-from data_tools.arguments import Parser, add_processes
-from data_tools.errors import DataError
-from data_tools.headers import read_header
-from data_tools.images import check_pixels
-from data_tools.index import Dataset, hash_key, read_key
-from data_tools.reject import REASONS, Reject
+from data_tools.commands.arguments import Parser, add_processes
+from data_tools.format import tar_reader
+from data_tools.format.index import Dataset, hash_key, read_key
+from data_tools.format.map_shards import TarReader, open_local, over_shards
+from data_tools.io.errors import DataError
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import check_pixels
+from data_tools.samples.reject import REASONS, Reject
 from data_tools.sources.base import read_pieces
-from data_tools.workers import TarReader, open_local, over_shards
 
 Damage = tuple[str, str]
 """(Key or "-", what is wrong)."""
@@ -51,13 +52,17 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
         for row in rows:
             found += [(key, fault) for key, fault in _check_sample(tar, row, not quick)]
     if changed:
-        problems: list[walk.Problem] = []
-        for _ in walk.walk(path, problems):
+        problems: list[tar_reader.Problem] = []
+        for _ in tar_reader.walk(path, problems):
             pass
         found += [("-", f"{REASONS[problem.reason]} (byte {problem.offset})") for problem in problems]
         size = os.path.getsize(path)
         found.append(
-            ("-", f"the tar's digest is {digest.hexdigest()}, the manifest says {entry['digest']} ({size} of {entry['bytes']} bytes)")
+            (
+                "-",
+                f"the tar's digest is {digest.hexdigest()}, the manifest says {entry['digest']} ({size} of "
+                f"{entry['bytes']} bytes)",
+            )
         )
     return found
 
@@ -104,7 +109,9 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
 def main(argv: list[str]) -> int | None:
     parser = Parser("verify", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
-    parser.add_argument("--quick", action="store_true", help="compare digests and counts; look at samples only where they differ")
+    parser.add_argument(
+        "--quick", action="store_true", help="compare digests and counts; look at samples only where they differ"
+    )
     add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
@@ -118,5 +125,7 @@ def main(argv: list[str]) -> int | None:
         total += 1
         print(f"{file}\t-\t{fault}")
     state = f"{total} damages" if total else "sound"
-    print(f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr)
+    print(
+        f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr
+    )
     return 1 if total else 0

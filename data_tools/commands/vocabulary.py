@@ -2,9 +2,9 @@
 
     python -m data_tools vocabulary demo/shards/train demo/tokenizer
 
-writes ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers.AutoTokenizer.from_pretrained`` loads. A token is a word or
-a mark of punctuation, lower-cased; id 0 is padding, 1 the end of every caption, 2 an unknown word (not the end token: transformers' CLIP
-takes an end token 2 for that of old configs).
+writes ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers.AutoTokenizer.from_pretrained`` loads. A
+token is a word or a mark of punctuation, lower-cased; id 0 is padding, 1 the end of every caption, 2 an unknown word
+(not the end token: transformers' CLIP takes an end token 2 for that of old configs).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.arguments import Parser, whole
-from data_tools.errors import DataError
-from data_tools.index import Dataset
-from data_tools.output import make_folder, refuse_file
-from data_tools.workers import open_local
+from data_tools.commands.arguments import Parser, whole
+from data_tools.format.index import Dataset
+from data_tools.format.map_shards import open_local
+from data_tools.io.errors import DataError
+from data_tools.io.output import make_folder, refuse_file
 
 SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
 
@@ -40,7 +40,9 @@ def train(texts: Iterator[str], size: int, num_tokens: int) -> tuple[str, dict[s
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", SPECIAL.index("[EOS]"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", SPECIAL.index("[EOS]"))]
+    )
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=size, special_tokens=list(SPECIAL)))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,8 +59,12 @@ def main(argv: list[str]) -> int:
     parser = Parser("vocabulary", __doc__)
     parser.add_argument("shards", metavar="SHARDS", help="a dataset written by `data_tools shard`")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer")
-    parser.add_argument("--size", type=whole(1), default=8192, help="words kept, the most frequent first (default 8192)")
-    parser.add_argument("--num-tokens", type=whole(2), default=16, help="context length, end token included (default 16)")
+    parser.add_argument(
+        "--size", type=whole(1), default=8192, help="words kept, the most frequent first (default 8192)"
+    )
+    parser.add_argument(
+        "--num-tokens", type=whole(2), default=16, help="context length, end token included (default 16)"
+    )
     options = parser.parse_args(argv)
     if options.size <= len(SPECIAL):
         raise DataError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")

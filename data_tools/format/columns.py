@@ -1,7 +1,8 @@
-"""What becomes of side-car columns (of `join` and of `python -m trainer.embed`) when a dataset's manifest is written anew.
+"""What becomes of side-car columns (of `join` and of `python -m trainer.embed`) when a dataset's manifest is written
+anew.
 
-A column is one value a sample, in the order of samples: it stays true while they are the same samples in the same order, and is left out,
-with a line that says so, when they are not. Its files stay in columns/ either way.
+A column is one value a sample, in the order of samples: it stays true while they are the same samples in the same
+order, and is left out, with a line that says so, when they are not. Its files stay in columns/ either way.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.index import Dataset
-from data_tools.output import PARTS, Output
+from data_tools.format.index import Dataset
+from data_tools.io.errors import DataError
+from data_tools.io.output import PARTS, Output
 
 Entries = dict[str, dict[str, Any]]
 """Name -> what the manifest says of the column."""
@@ -43,7 +44,8 @@ def taken_up(output: Output, shards: list[dict[str, Any]]) -> Entries:
 
 
 def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: NDArray[np.void]) -> None:
-    """Before an index is written over: remembers it if ``rows`` are other keys or pictures, or in another order, than those it names.
+    """Before an index is written over: remembers it if ``rows`` are other keys or pictures, or in another order, than
+    those it names.
 
     In a file, as a run that is killed before its manifest leaves no old index to compare with.
     """
@@ -83,7 +85,8 @@ def say_left_out(root: str, columns: Iterable[str], why: str) -> None:
 
 
 def say_unnamed(output: Output) -> None:
-    """Where files of columns lie there and the manifest that named them is gone, so that nobody can tell what they are."""
+    """Where files of columns lie there and the manifest that named them is gone, so that nobody can tell what they
+    are."""
     files = [] if output.is_remote else sorted(path.name for path in Path(output.root, "columns").glob("*.npy"))
     if files:
         say_left_out(output.root, files, "no manifest names what lies in columns/")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.index import Dataset, Strings, read_key
-from data_tools.workers import TarReader, over_shards
+from data_tools.format.index import Dataset, Strings, read_key
+from data_tools.format.map_shards import TarReader, over_shards
+from data_tools.io.errors import DataError
 
 _FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}
 FROM_INDEX = ("width", "height", "min_side", "aspect", "image_bytes", "caption_bytes", "format")
@@ -34,7 +34,9 @@ def values_of(dataset: Dataset, names: list[str], processes: int) -> dict[str, l
             found[name] = [value for shard in shards for value in shard[place]]
             if all(value is None for value in found[name]):
                 known = ", ".join([*FROM_INDEX, *dataset.columns, "caption", "key"])
-                raise DataError(f"{dataset.root}: no sample has {name!r} in its .json member; besides those there are: {known}")
+                raise DataError(
+                    f"{dataset.root}: no sample has {name!r} in its .json member; besides those there are: {known}"
+                )
     return found
 
 
@@ -44,7 +46,8 @@ def _column(dataset: Dataset, name: str) -> list[Any]:
         return [values[sample] for sample in range(len(values))]
     if values.ndim != 1:
         raise DataError(
-            f"{dataset.root}: side-car column {name!r} has {values.shape[1:]} numbers a sample; only single values can be compared"
+            f"{dataset.root}: side-car column {name!r} has {values.shape[1:]} numbers a sample; only single values "
+            f"can be compared"
         )
     return [None if isinstance(value, float) and value != value else value for value in values.tolist()]
 

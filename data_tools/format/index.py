@@ -6,8 +6,9 @@
     with open(dataset.tar_path(int(shard[0])), "rb") as tar:
         picture = os.pread(tar.fileno(), int(entry["image_size"]), int(entry["image_offset"]))
 
-The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption; the first where there are several) and KEY.json: the
-columns of the input, and "captions", the list of all captions, where there is more than one (`Dataset.max_captions` says if any has).
+The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption; the first where there are several)
+and KEY.json: the columns of the input, and "captions", the list of all captions, where there is more than one
+(`Dataset.max_captions` says if any has).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.remote import require_backend
-from data_tools.walk import BLOCK, Member, Problem, names_before, walk
+from data_tools.format.tar_reader import BLOCK, Member, Problem, names_before, walk
+from data_tools.io.errors import DataError
+from data_tools.io.remote import require_backend
 
 FORMAT, VERSION = "ringlip-shards", 1
 MANIFEST = "manifest.json"
@@ -47,10 +48,22 @@ ROW = np.dtype(
         ("height", "<u2"),
     ]
 )
-"""One sample. Offsets are of member DATA in the tar, a size of 0 means that the member is absent, ``key_hash`` is xxh3_64 of the key and
-``digest`` xxh3_64 of the picture's bytes, ``width`` and ``height`` are 0 where unknown."""
+"""One sample. Offsets are of member DATA in the tar, a size of 0 means that the member is absent, ``key_hash`` is
+xxh3_64 of the key and ``digest`` xxh3_64 of the picture's bytes, ``width`` and ``height`` are 0 where unknown."""
 
-IMAGE_FORMATS = {"jpg": 1, "jpeg": 1, "png": 2, "webp": 3, "gif": 0, "bmp": 0, "tif": 0, "tiff": 0, "avif": 0, "ppm": 0, "jp2": 0}
+IMAGE_FORMATS = {
+    "jpg": 1,
+    "jpeg": 1,
+    "png": 2,
+    "webp": 3,
+    "gif": 0,
+    "bmp": 0,
+    "tif": 0,
+    "tiff": 0,
+    "avif": 0,
+    "ppm": 0,
+    "jp2": 0,
+}
 """Extension -> ``image_format``: 1 JPEG, 2 PNG, 3 WebP, 0 any other that Pillow may know."""
 _MAX_MEMBER = 2**32 - 1
 _KINDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "text", "json": "json"}
@@ -70,7 +83,8 @@ class Strings:
 
 
 class Dataset:
-    """A folder (or fsspec URL) of shards with its manifest; indexes are mapped when first used. Opening reads the manifest alone."""
+    """A folder (or fsspec URL) of shards with its manifest; indexes are mapped when first used. Opening reads the
+    manifest alone."""
 
     def __init__(self, root: str, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest
@@ -81,7 +95,8 @@ class Dataset:
 
     @classmethod
     def open(cls, root: str | Path) -> Dataset:
-        """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not one of ours."""
+        """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not
+        one of ours."""
         root = str(root).rstrip("/") or "/"
         path = f"{root}/{MANIFEST}"
         if "://" in root:
@@ -89,16 +104,23 @@ class Dataset:
         try:
             manifest = json.loads(read_bytes(path))
         except FileNotFoundError:
-            remedy = "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for tars of other makers"
+            remedy = (
+                "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for "
+                "tars of other makers"
+            )
             raise DataError(f"{path}: no such file; {remedy}") from None
         except NotADirectoryError:
             raise DataError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
         except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`") from None
+            raise DataError(
+                f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`"
+            ) from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise DataError(f"{path}: not a manifest of {FORMAT}; make one with `python -m data_tools index`")
         if manifest["version"] != VERSION:
-            raise DataError(f"{path}: version {manifest['version']}, this reader knows {VERSION}; install the RingLIP that wrote it")
+            raise DataError(
+                f"{path}: version {manifest['version']}, this reader knows {VERSION}; install the RingLIP that wrote it"
+            )
         return cls(root, manifest)
 
     @property
@@ -120,7 +142,8 @@ class Dataset:
         return "://" in self.root
 
     def tar_path(self, shard: int) -> str:
-        """Path or URL of a shard's tar. A filtered view keeps no tars of its own: its paths point into the dataset it was made from."""
+        """Path or URL of a shard's tar. A filtered view keeps no tars of its own: its paths point into the dataset it
+        was made from."""
         entry = self.manifest["shards"][shard]
         path = str(entry.get("path", entry["name"]))
         if "://" in path or path.startswith("/"):
@@ -132,7 +155,8 @@ class Dataset:
         return f"{self.root}/{index_name(self.manifest['shards'][shard]['name'])}"
 
     def shard(self, shard: int) -> NDArray[np.void]:
-        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises DataError when missing or short."""
+        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises DataError when
+        missing or short."""
         rows = self._maps.get(shard)
         if rows is None:
             rows = self._maps[shard] = self._load(shard)
@@ -153,7 +177,8 @@ class Dataset:
         return rows
 
     def locate(self, samples: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample numbers [n] -> (shard numbers [n], rows in those shards [n]), int64. Raises IndexError outside 0 .. num_samples - 1."""
+        """Sample numbers [n] -> (shard numbers [n], rows in those shards [n]), int64. Raises IndexError outside 0 ..
+        num_samples - 1."""
         samples = np.asarray(samples, np.int64)
         if samples.size and (samples.min() < 0 or samples.max() >= self.num_samples):
             raise IndexError(f"{self.root}: samples are 0 .. {self.num_samples - 1}")
@@ -166,8 +191,8 @@ class Dataset:
         return sorted(self.manifest.get("columns", {}))
 
     def column(self, name: str) -> NDArray[Any] | Strings:
-        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or `Strings`.
-        Raises DataError where there is none or its file cannot be read."""
+        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or
+        `Strings`. Raises DataError where there is none or its file cannot be read."""
         if name not in self.columns:
             raise DataError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
         entry = self.manifest["columns"][name]
@@ -184,12 +209,14 @@ class Dataset:
             raise DataError(f"{path}: not a column ({error}); {remedy}") from None
 
 
-# NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython below 3.12).
+# NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython
+# below 3.12).
 _parsing = Lock()
 
 
 def load_array(path: str) -> NDArray[Any]:
-    """A .npy file: mapped where local, read where remote. Raises FileNotFoundError, or ValueError when it is not a whole .npy file."""
+    """A .npy file: mapped where local, read where remote. Raises FileNotFoundError, or ValueError when it is not a
+    whole .npy file."""
     local = "://" not in path
     source: Any = path if local else io.BytesIO(read_bytes(path))
     try:
@@ -215,8 +242,9 @@ def index_name(tar_name: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name as (key, extension): "a/b.jpg" -> ("a/b", "jpg"). A known last extension ends the key, so that "x.v1.jpg" and
-    "x.v2.jpg" stay two samples; otherwise the key ends at the first dot as in webdataset. Without a dot the extension is empty.
+    """A member's name as (key, extension): "a/b.jpg" -> ("a/b", "jpg"). A known last extension ends the key, so that
+    "x.v1.jpg" and "x.v2.jpg" stay two samples; otherwise the key ends at the first dot as in webdataset. Without a dot
+    the extension is empty.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, last = base.rpartition(".")
@@ -227,8 +255,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, dict[str, Member]]]:
-    """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), by the position of their picture. A sample
-    has a picture and a text or json; others are counted in ``problems`` as missing_image or missing_text and left out.
+    """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), by the position of their
+    picture. A sample has a picture and a text or json; others are counted in ``problems`` as missing_image or
+    missing_text and left out.
     """
     open_samples: dict[str, dict[str, Member]] = {}
     closed: list[tuple[str, dict[str, Member]]] = []
@@ -260,7 +289,8 @@ def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, d
 
 
 def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[Problem]]:
-    """Rows [n] of dtype ROW for any tar, by raw header walk, with pictures hashed; and what is wrong with it. Sizes in pixels stay 0."""
+    """Rows [n] of dtype ROW for any tar, by raw header walk, with pictures hashed; and what is wrong with it. Sizes in
+    pixels stay 0."""
     problems: list[Problem] = []
     samples = scan_samples(path, problems)
     rows = np.zeros(len(samples), ROW)
@@ -281,8 +311,9 @@ def hash_key(key: str) -> int:
 
 
 def read_key(descriptor: int, row: np.void) -> str:
-    """The key of one sample, from the headers that stand before its picture in the tar open at ``descriptor``. Where none of them has
-    the key that was indexed, what the nearest one says: that header is damaged, or another than the index means.
+    """The key of one sample, from the headers that stand before its picture in the tar open at ``descriptor``. Where
+    none of them has the key that was indexed, what the nearest one says: that header is damaged, or another than the
+    index means.
     """
     return find_key(descriptor, int(row["image_offset"]), int(row["key_hash"]))
 

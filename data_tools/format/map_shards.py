@@ -1,4 +1,5 @@
-"""One function over every shard of a dataset, in several processes: what verify, stats, dedup and filter have in common."""
+"""One function over every shard of a dataset, in several processes: what verify, stats, dedup and filter have in
+common."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from data_tools.errors import DataError
-from data_tools.index import Dataset
+from data_tools.format.index import Dataset
+from data_tools.io.errors import DataError
 
 R = TypeVar("R")
 

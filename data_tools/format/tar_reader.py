@@ -1,7 +1,7 @@
 """Walks the headers of any tar: yields its regular files, notices what is broken and reads on where that is possible.
 
-Python's ``tarfile`` and every streaming reader stop silently at the first bad header or at the first end marker; here a bad header, a
-cut file, a second archive behind the first, links and unsafe names are each a `Problem` with an offset.
+Python's ``tarfile`` and every streaming reader stop silently at the first bad header or at the first end marker; here a
+bad header, a cut file, a second archive behind the first, links and unsafe names are each a `Problem` with an offset.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a tar at byte ``offset``. ``reason`` is one word, ``name`` the member or sample concerned where known."""
+    """Something wrong in a tar at byte ``offset``. ``reason`` is one word, ``name`` the member or sample concerned
+    where known."""
 
     offset: int
     reason: str
@@ -37,7 +38,8 @@ class Problem:
 
 
 def walk(path: str | Path, problems: list[Problem]) -> Iterator[Member]:
-    """The regular files of a tar in order; what is wrong is appended to ``problems``. Raises OSError if the file cannot be read."""
+    """The regular files of a tar in order; what is wrong is appended to ``problems``. Raises OSError if the file cannot
+    be read."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _Walk(descriptor, os.fstat(descriptor).st_size, problems).members()
@@ -93,7 +95,12 @@ class _Walk:
         if kind not in b"07\0":
             self.problems.append(Problem(data - BLOCK, "link" if kind in b"12" else "special_file", name))
             return False
-        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name or name[1:2] == ":":
+        if (
+            name.startswith(("/", "\\"))
+            or ".." in name.replace("\\", "/").split("/")
+            or "\0" in name
+            or name[1:2] == ":"
+        ):
             self.problems.append(Problem(data - BLOCK, "unsafe_name", name))
             return False
         return True
@@ -126,9 +133,11 @@ class _Walk:
 
 
 def names_before(descriptor: int, offset: int) -> Iterator[str]:
-    """What the member whose data stand at ``offset`` may be called: by its header, then by each long-name or pax record in front of it.
+    """What the member whose data stand at ``offset`` may be called: by its header, then by each long-name or pax record
+    in front of it.
 
-    Stepping back is cheap but may be led astray by data that look like a header: the caller knows the name when it sees it.
+    Stepping back is cheap but may be led astray by data that look like a header: the caller knows the name when it sees
+    it.
     """
     yield _parse_name(os.pread(descriptor, BLOCK, offset - BLOCK))
     for reach in (16 * BLOCK, 2 * _MAX_META):  # records are short as a rule
@@ -136,7 +145,9 @@ def names_before(descriptor: int, offset: int) -> Iterator[str]:
 
 
 def _names_in(before: bytes) -> Iterator[str]:
-    ends = {len(before)}  # where a record must end to belong to the member: at its header, or at the next of its records
+    ends = {
+        len(before)
+    }  # where a record must end to belong to the member: at its header, or at the next of its records
     for at in range(len(before) - BLOCK, -1, -BLOCK):
         header = before[at : at + BLOCK]
         kind = header[156:157]

@@ -1,7 +1,7 @@
 """Writes ustar archives fast: headers of our own, data gathered into large ``writev`` calls, hashed on the way.
 
-Python's ``tarfile`` spends most of its time building headers. Names are short, sizes are known and nothing else varies (no time, owner
-or mode), so that the same samples give the same bytes on every machine.
+Python's ``tarfile`` spends most of its time building headers. Names are short, sizes are known and nothing else varies
+(no time, owner or mode), so that the same samples give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 import xxhash
 
-from data_tools.walk import BLOCK
+from data_tools.format.tar_reader import BLOCK
 
 MAX_NAME = 100
 MAX_SIZE = 8**11 - 1
@@ -35,7 +35,8 @@ def header(name: bytes, size: int) -> bytes:
 
 
 class TarWriter:
-    """Appends members to a new file; ``close`` ends the archive, syncs it to disk and leaves ``bytes`` and ``digest`` (xxh3_64, hex)."""
+    """Appends members to a new file; ``close`` ends the archive, syncs it to disk and leaves ``bytes`` and ``digest``
+    (xxh3_64, hex)."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -50,7 +51,9 @@ class TarWriter:
         size = len(data)
         offset = self.bytes + BLOCK
         padding = _PADDING[size % BLOCK]
-        self._pending += (header(name.encode(), size), data, padding) if padding else (header(name.encode(), size), data)
+        self._pending += (
+            (header(name.encode(), size), data, padding) if padding else (header(name.encode(), size), data)
+        )
         added = BLOCK + size + len(padding)
         self.bytes += added
         self._pending_bytes += added

@@ -1,6 +1,7 @@
 """A view: a folder with a manifest and indexes whose rows point into the tars of another dataset. No picture is copied.
 
-The loader reads a view like any dataset. `filter` and `dedup` make them; the dataset they came from must stay where it is.
+The loader reads a view like any dataset. `filter` and `dedup` make them; the dataset they came from must stay where it
+is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.index import FORMAT, MANIFEST, VERSION, Dataset, Strings, index_name
-from data_tools.output import Output
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, Dataset, Strings, index_name
+from data_tools.io.errors import DataError
+from data_tools.io.output import Output
 from data_tools.sources.base import hash_text
 
 
@@ -31,7 +32,8 @@ def open_view(root: str, dataset: Dataset) -> Output:
 
 
 def write_view(output: Output, dataset: Dataset, keep: NDArray[np.bool_], made_by: dict[str, Any]) -> dict[str, Any]:
-    """Writes the samples of ``dataset`` where ``keep`` [num_samples] is True, side-car columns too, and returns the manifest."""
+    """Writes the samples of ``dataset`` where ``keep`` [num_samples] is True, side-car columns too, and returns the
+    manifest."""
     if not keep.any():
         raise DataError(f"{dataset.root}: no sample is left; nothing was written")
     output.start()
@@ -56,7 +58,10 @@ def write_view(output: Output, dataset: Dataset, keep: NDArray[np.bool_], made_b
     if dataset.columns:
         # An entry may say more than what the values are: who made them stays true of a part of them.
         manifest["columns"] = {
-            name: {**dataset.manifest["columns"][name], **write_column(output, name, _chosen(dataset.column(name), keep))}
+            name: {
+                **dataset.manifest["columns"][name],
+                **write_column(output, name, _chosen(dataset.column(name), keep)),
+            }
             for name in dataset.columns
         }
     output.write_json(MANIFEST, manifest)
@@ -71,7 +76,8 @@ def _chosen(values: NDArray[Any] | Strings, keep: NDArray[np.bool_]) -> NDArray[
 
 
 def write_column(output: Output, name: str, values: NDArray[Any] | list[str]) -> dict[str, Any]:
-    """Writes a side-car column (columns/NAME.npy, for texts also NAME.text.npy) and returns its entry for the manifest."""
+    """Writes a side-car column (columns/NAME.npy, for texts also NAME.text.npy) and returns its entry for the
+    manifest."""
     os.makedirs(f"{output.root}/columns", exist_ok=True)
     file = f"columns/{name}.npy"
     if isinstance(values, list):

@@ -9,7 +9,8 @@ AGAIN = "mend that and run again to continue"
 
 
 class DataError(ValueError):
-    """A mistake the user can mend. One line: what is wrong (the file or key) and the remedy. Verbs print it without a traceback."""
+    """A mistake the user can mend. One line: what is wrong (the file or key) and the remedy. Verbs print it without a
+    traceback."""
 
 
 def run_verb(main: Callable[[list[str]], int | None], argv: list[str]) -> int:

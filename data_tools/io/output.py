@@ -1,4 +1,5 @@
-"""Where shards go: a local folder, by rename, or any fsspec URL, by upload of finished files. A final name is always a whole file."""
+"""Where shards go: a local folder, by rename, or any fsspec URL, by upload of finished files. A final name is always a
+whole file."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ from typing import Any
 
 import fsspec
 
-from data_tools.errors import DataError
-from data_tools.remote import require_backend
-from data_tools.walk import BLOCK
+from data_tools.format.tar_reader import BLOCK
+from data_tools.io.errors import DataError
+from data_tools.io.remote import require_backend
 
 PARTS = ".parts"
-"""Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them all."""
+"""Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them
+all."""
 
 
 class Output:
@@ -42,7 +44,8 @@ class Output:
 
     @property
     def _fs(self) -> Any:
-        # Asked for anew each time: fsspec keeps one for each process, and those of a parent do not work in its children.
+        # Asked for anew each time: fsspec keeps one for each process, and those of a parent do not work in its
+        # children.
         return fsspec.core.url_to_fs(self.root)[0]
 
     def _reach(self) -> None:
@@ -53,7 +56,9 @@ class Output:
             return
         except Exception as error:  # each backend has its own: botocore's, gcsfs' HttpError are no OSErrors
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise DataError(f"{self.root}: cannot be reached ({said}); look at the address, the credentials and the network") from error
+            raise DataError(
+                f"{self.root}: cannot be reached ({said}); look at the address, the credentials and the network"
+            ) from error
 
     def start(self) -> None:
         """Makes the folders."""
@@ -63,7 +68,8 @@ class Output:
     def locked(self, task: str) -> Iterator[None]:
         """Keeps a second run of the same task away for as long as this process or a child of it lives.
 
-        A killed run's children notice within a sample or two; they are waited for, so that nobody writes the same file twice.
+        A killed run's children notice within a sample or two; they are waited for, so that nobody writes the same file
+        twice.
         """
         if self.is_remote:
             yield
@@ -77,7 +83,8 @@ class Output:
 
     @contextmanager
     def amending(self, folder: str) -> Iterator[None]:
-        """Waits until no other process is adding to a finished local dataset's ``folder`` (a lock file in it says so), and keeps them away.
+        """Waits until no other process is adding to a finished local dataset's ``folder`` (a lock file in it says so),
+        and keeps them away.
 
         Not in the scratch folder, which each of them removes when it ends.
         """
@@ -90,7 +97,10 @@ class Output:
                 print(f"{self.root}: waiting for another process that is writing here", file=sys.stderr, flush=True)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
-                print(f"{self.root}: this file system has no locks ({error.strerror}); add one thing at a time", file=sys.stderr)
+                print(
+                    f"{self.root}: this file system has no locks ({error.strerror}); add one thing at a time",
+                    file=sys.stderr,
+                )
             yield
         finally:
             os.close(descriptor)
@@ -103,18 +113,24 @@ class Output:
             except BlockingIOError:
                 time.sleep(0.1)
             except OSError as error:
-                print(f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice", file=sys.stderr)
+                print(
+                    f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice",
+                    file=sys.stderr,
+                )
                 return
         raise DataError(f"{self.root}: another run is writing here; wait for it or end it")
 
     def take_back(self) -> bool:
-        """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says whether that was so.
+        """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says
+        whether that was so.
 
         Never of a remote place, which has no locks that would tell.
         """
         if self.is_remote:
             return False
-        empty = [path for path in Path(self.root).glob("*.tar") if path.stat().st_size == 2 * BLOCK]  # its end marker alone
+        empty = [
+            path for path in Path(self.root).glob("*.tar") if path.stat().st_size == 2 * BLOCK
+        ]  # its end marker alone
         records = [self.scratch / f"{path.name}.json" for path in empty]
         if set(Path(self.root).glob("*.tar")) - set(empty) or set(self.scratch.glob("*.json")) - set(records):
             return False
@@ -131,13 +147,19 @@ class Output:
     def size(self, name: str) -> int | None:
         """Bytes of a finished file, None where there is none."""
         try:
-            return int(self._fs.info(f"{self._base}/{name}")["size"]) if self.is_remote else os.stat(f"{self.root}/{name}").st_size
+            return (
+                int(self._fs.info(f"{self._base}/{name}")["size"])
+                if self.is_remote
+                else os.stat(f"{self.root}/{name}").st_size
+            )
         except FileNotFoundError:
             return None
 
     def read_text(self, name: str) -> str:
         """A finished UTF-8 file. Raises FileNotFoundError."""
-        data: bytes = self._fs.cat_file(f"{self._base}/{name}") if self.is_remote else Path(self.root, name).read_bytes()
+        data: bytes = (
+            self._fs.cat_file(f"{self._base}/{name}") if self.is_remote else Path(self.root, name).read_bytes()
+        )
         return data.decode()
 
     def read_json(self, name: str) -> Any | None:
@@ -195,7 +217,9 @@ def refuse_file(path: str | Path) -> None:
     """Raises DataError where a file stands in the place of a folder, or of one above it."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not there.is_dir():
-        raise DataError(f"{path}: {'a file' if there == Path(path).absolute() else f'{there} is a file'}; name a folder")
+        raise DataError(
+            f"{path}: {'a file' if there == Path(path).absolute() else f'{there} is a file'}; name a folder"
+        )
 
 
 def make_folder(path: str | Path) -> Path:

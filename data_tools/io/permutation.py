@@ -1,7 +1,7 @@
 """The order of samples as arithmetic: a keyed permutation, any part of which can be asked for without holding the rest.
 
-A Feistel network over the next power of four, walked until it falls inside the range (Black and Rogaway 2002, "Ciphers with arbitrary
-finite domains"). It depends on nothing but integers, so that no library's new release changes an order.
+A Feistel network over the next power of four, walked until it falls inside the range (Black and Rogaway 2002, "Ciphers
+with arbitrary finite domains"). It depends on nothing but integers, so that no library's new release changes an order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _MASK = 2**64 - 1
 
 
 def permute(positions: NDArray[np.integer], count: int, key: int) -> NDArray[np.int64]:
-    """Positions [n] in 0 .. count - 1 -> the numbers in 0 .. count - 1 that stand there, int64 [n]. One-to-one for every key."""
+    """Positions [n] in 0 .. count - 1 -> the numbers in 0 .. count - 1 that stand there, int64 [n]. One-to-one for
+    every key."""
     half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
     keys = [np.uint64(_mix_int((key + (turn + 1) * _GOLDEN) & _MASK)) for turn in range(_ROUNDS)]
     values = _feistel(np.asarray(positions).astype(np.uint64), half, keys)

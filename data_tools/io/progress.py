@@ -1,4 +1,5 @@
-"""A line that says how fast it goes, what is left out and when it ends; redrawn on a terminal, every few seconds in a log."""
+"""A line that says how fast it goes, what is left out and when it ends; redrawn on a terminal, every few seconds in a
+log."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 
-from data_tools.tally import Tally
+from data_tools.sharding.counts import Tally
 
 EXAMPLES = 1000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fsspec
 from fsspec.registry import known_implementations
 
-from data_tools.errors import DataError
+from data_tools.io.errors import DataError
 
 
 def require_backend(url: str) -> None:
@@ -19,6 +19,10 @@ def require_backend(url: str) -> None:
                 f"{url}: unknown protocol {protocol}://; known are s3://, gs://, hf://, https:// and others of fsspec"
             ) from None
         except ImportError as error:
-            package = known_implementations[protocol]["class"].partition(".")[0] if protocol in known_implementations else "fsspec"
+            package = (
+                known_implementations[protocol]["class"].partition(".")[0]
+                if protocol in known_implementations
+                else "fsspec"
+            )
             remedy = f": pip install {package}" if package != "fsspec" else ""
             raise DataError(f"{url}: a package for {protocol}:// is not installed ({error}){remedy}") from None

@@ -1,18 +1,21 @@
-"""Captions as models can use them: UTF-8, one line, no control characters, of bounded length. Scripts, direction marks and emoji stay."""
+"""Captions as models can use them: UTF-8, one line, no control characters, of bounded length. Scripts, direction marks
+and emoji stay."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from data_tools.reject import Reject
+from data_tools.samples.reject import Reject
 
-# C0, C1 and DEL, lone surrogates, byte order marks, interlinear annotations and the two non-characters of the basic plane.
+# C0, C1 and DEL, lone surrogates, byte order marks, interlinear annotations and the two non-characters of the basic
+# plane.
 _UNWANTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]+")
 
 
 def clean(text: str, max_length: int) -> tuple[str, bool]:
-    """(The cleaned caption of at most ``max_length`` characters, whether it was cut). Cut between words where there is a space."""
+    """(The cleaned caption of at most ``max_length`` characters, whether it was cut). Cut between words where there is
+    a space."""
     # No caption needs more than this many raw characters, and cleaning a megabyte of them costs time.
     text = " ".join(_UNWANTED.sub(" ", text[: 8 * max_length]).split())
     if len(text) <= max_length:
@@ -22,8 +25,8 @@ def clean(text: str, max_length: int) -> tuple[str, bool]:
 
 
 def clean_all(values: list[Any], max_length: int) -> tuple[list[str], bool]:
-    """(The captions of one picture, cleaned, without empty and repeated ones, whether any was cut). Raises Reject when none is left:
-    ``caption_missing`` when all were null, else ``caption_empty``."""
+    """(The captions of one picture, cleaned, without empty and repeated ones, whether any was cut). Raises Reject when
+    none is left: ``caption_missing`` when all were null, else ``caption_empty``."""
     given = [value for value in values if value is not None]
     if not given:
         raise Reject("caption_missing")

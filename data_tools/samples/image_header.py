@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from data_tools.reject import Reject
+from data_tools.samples.reject import Reject
 
 _TEXT_START = b"\xef\xbb\xbf \t\r\n"
 _MAGIC = (b"GIF8", b"II*\0", b"MM\0*")
@@ -112,10 +112,15 @@ def _png(data: bytes) -> Header:
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         if at + 12 + length > len(data):
             break
-        if zlib.crc32(memoryview(data)[at + 4 : at + 8 + length]) != int.from_bytes(data[at + 8 + length : at + 12 + length], "big"):
+        if zlib.crc32(memoryview(data)[at + 4 : at + 8 + length]) != int.from_bytes(
+            data[at + 8 + length : at + 12 + length], "big"
+        ):
             raise Reject("corrupt")
         if kind == b"IHDR" and length == 13:
-            width, height = int.from_bytes(data[at + 8 : at + 12], "big"), int.from_bytes(data[at + 12 : at + 16], "big")
+            width, height = (
+                int.from_bytes(data[at + 8 : at + 12], "big"),
+                int.from_bytes(data[at + 12 : at + 16], "big"),
+            )
             depth, color = data[at + 16], data[at + 17]
             if depth == 16:
                 changes.append("16_bit")
@@ -161,4 +166,6 @@ def _inspect(image: Image.Image, known: str) -> Header:
         changes.append("cmyk")
     orientation = image.getexif().get(0x0112, 1)
     lossless = name not in ("webp", "avif", "jpeg2000")
-    return Header(name, *image.size, lossless, orientation=orientation if orientation in range(1, 9) else 1, changes=changes)
+    return Header(
+        name, *image.size, lossless, orientation=orientation if orientation in range(1, 9) else 1, changes=changes
+    )

@@ -2,8 +2,8 @@
 
     prepared = prepare(data, ImageOptions(resize=224))      # .data .extension .width .height .changed; raises Reject
 
-Kept byte for byte: JPEG, PNG and WebP that decode without a warning to upright 8-bit RGB, grey or palette pixels. Everything else that
-can be understood is encoded anew, and ``changed`` says why.
+Kept byte for byte: JPEG, PNG and WebP that decode without a warning to upright 8-bit RGB, grey or palette pixels.
+Everything else that can be understood is encoded anew, and ``changed`` says why.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.headers import Header, read_header
-from data_tools.reject import Reject
+from data_tools.samples.image_header import Header, read_header
+from data_tools.samples.reject import Reject
 
 Image.MAX_IMAGE_PIXELS = None  # our own cap is read from the header, and does not warn but reject
 
@@ -33,7 +33,8 @@ class ImageOptions:
     resize_mode: Literal["shorter", "longer", "crop"] = "shorter"
     """Which side becomes ``resize``; ``crop`` makes the shorter side so and cuts the centre square. Never enlarges."""
     filter: Literal["hamming", "bicubic", "lanczos"] = "hamming"
-    """Pillow's antialiased filters: hamming takes three fifths of the time of bicubic, which most image processors use."""
+    """Pillow's antialiased filters: hamming takes three fifths of the time of bicubic, which most image processors
+    use."""
     encode: Literal["auto", "jpg", "png", "webp"] = "auto"
     """Format of pictures that are encoded anew; auto: PNG for what was lossless, JPEG for the rest."""
     quality: int = 95
@@ -59,7 +60,10 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     header = read_header(data)
     _check_size(header, options)
     changed = list(header.changes)
-    shrink = options.resize is not None and _target(header.width, header.height, options) != (header.width, header.height)
+    shrink = options.resize is not None and _target(header.width, header.height, options) != (
+        header.width,
+        header.height,
+    )
     if not changed and not shrink:
         check_pixels(data, header)
         return Prepared(data, header.format, header.width, header.height, changed)
@@ -86,7 +90,8 @@ def check_pixels(data: bytes, header: Header) -> None:
     """Decodes everything that can be wrong, and as few pixels as possible. Raises Reject."""
     if header.format == "jpg":
         try:
-            # All entropy-coded data is read, which is where damage shows; the pixels themselves are made at 1/8 of the size and grey.
+            # All entropy-coded data is read, which is where damage shows; the pixels themselves are made at 1/8 of the
+            # size and grey.
             simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=8)
         except ValueError:
             _decode_jpeg(data, 0)  # RGB-coded files have no grey to take: decide by the whole picture
@@ -95,8 +100,8 @@ def check_pixels(data: bytes, header: Header) -> None:
 
 
 def decode(data: bytes, header: Header, resize: int | None = None) -> NDArray[np.uint8]:
-    """Upright RGB pixels [height, width, 3], alpha on white. With ``resize``, a large JPEG may come at a fraction of its size, but
-    no side shorter than twice ``resize``."""
+    """Upright RGB pixels [height, width, 3], alpha on white. With ``resize``, a large JPEG may come at a fraction of
+    its size, but no side shorter than twice ``resize``."""
     if header.format == "jpg" and header.components != 4:
         pixels = _decode_jpeg(data, 2 * resize if resize else 0)
         return _upright(pixels, header.orientation)
@@ -111,7 +116,9 @@ def _decode_jpeg(data: bytes, min_side: int) -> NDArray[np.uint8]:
 
 def _strict(data: bytes, colorspace: str, min_side: int) -> NDArray[np.uint8]:
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace=colorspace, min_height=min_side, min_width=min_side)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, colorspace=colorspace, min_height=min_side, min_width=min_side
+        )
     except ValueError as error:
         raise Reject("truncated" if "Premature end" in str(error) else "corrupt") from None
     return pixels
@@ -126,14 +133,16 @@ def open_image(data: bytes, header: Header) -> Image.Image:
             image.load()
     except Image.DecompressionBombError:
         raise Reject("too_many_pixels") from None
-    # Pillow's plugins raise almost anything on damaged data (OSError, SyntaxError, struct.error, IndexError, zlib.error ...).
+    # Pillow's plugins raise almost anything on damaged data (OSError, SyntaxError, struct.error, IndexError, zlib.error
+    # ...).
     except Exception as error:
         raise Reject("truncated" if "truncated" in str(error) else "corrupt") from None
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as 8-bit RGB: transparency on white, 16 bits rescaled. Raises Reject for float and 32-bit pixels."""
+    """Any Pillow mode as 8-bit RGB: transparency on white, 16 bits rescaled. Raises Reject for float and 32-bit
+    pixels."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):

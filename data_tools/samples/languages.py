@@ -1,6 +1,7 @@
 """A rough guess at a caption's language: its script, and for Latin letters its commonest small words.
 
-Made for an overview of a dataset, where thousands of captions average out; short captions without small words are "latin, unclear".
+Made for an overview of a dataset, where thousands of captions average out; short captions without small words are
+"latin, unclear".
 """
 
 from __future__ import annotations

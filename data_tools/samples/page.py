@@ -1,4 +1,5 @@
-"""The page that `stats` writes: one HTML file with its plots and pictures inside, light or dark as the reader has it."""
+"""The page that `stats` writes: one HTML file with its plots and pictures inside, light or dark as the reader has
+it."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_tools.headers import read_header
-from data_tools.images import decode
-from data_tools.reject import Reject
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import decode
+from data_tools.samples.reject import Reject
 
 _THUMB = 160
 
@@ -75,7 +76,9 @@ def render(name: str, figures: dict[str, Any], pictures: list[Picture]) -> str:
         meters("Left out", "rows of the input that could not be used", figures["rejected"]),
         meters("Repeated captions", "the commonest", dict(captions["repeated"][:12])),
     ]
-    words = " ".join(f"<span>{escape(word)} <small>{count:,}</small></span>" for word, count in captions["common_words"])
+    words = " ".join(
+        f"<span>{escape(word)} <small>{count:,}</small></span>" for word, count in captions["common_words"]
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(name)}: what is in it</title><style>{_STYLE}</style></head><body><main>
@@ -123,10 +126,18 @@ def histogram(title: str, unit: str, numbers: dict[str, Any]) -> str:
     ticks = []
     for place in sorted({0, len(counts) // 2, len(counts)}):
         anchor = "start" if place == 0 else "end" if place == len(counts) else "middle"
-        ticks.append(f'<text x="{place * step:.1f}" y="{high + 24:.0f}" text-anchor="{anchor}">{short(edges[place])}</text>')
-    about = f"{unit}; median {short(quantiles['0.5'])}, 90% between {short(quantiles['0.05'])} and {short(quantiles['0.95'])}"
+        ticks.append(
+            f'<text x="{place * step:.1f}" y="{high + 24:.0f}" text-anchor="{anchor}">{short(edges[place])}</text>'
+        )
+    about = (
+        f"{unit}; median {short(quantiles['0.5'])}, 90% between {short(quantiles['0.05'])} and "
+        f"{short(quantiles['0.95'])}"
+    )
     axis = f'<line class="axis" x1="0" x2="{wide:.0f}" y1="{high + 8.5}" y2="{high + 8.5}"/>'
-    svg = f'<svg viewBox="0 0 {wide:.0f} {high + 30:.0f}" role="img" aria-label="{title}">{axis}{"".join(bars)}{"".join(ticks)}</svg>'
+    svg = (
+        f'<svg viewBox="0 0 {wide:.0f} {high + 30:.0f}" role="img" '
+        f'aria-label="{title}">{axis}{"".join(bars)}{"".join(ticks)}</svg>'
+    )
     return f'<div class="plot"><h3>{title}</h3><p>{about}</p>{svg}</div>'
 
 
@@ -150,7 +161,10 @@ def figure(picture: Picture) -> str:
         source = thumbnail(picture.image)
     except Reject as reject:
         return f"<figure><div>{reject.reason}</div><figcaption>{escape(caption)}{about}</figcaption></figure>"
-    return f'<figure><div><img alt="" src="{source}"></div><figcaption dir="auto">{escape(caption)}{about}</figcaption></figure>'
+    return (
+        f'<figure><div><img alt="" src="{source}"></div><figcaption '
+        f'dir="auto">{escape(caption)}{about}</figcaption></figure>'
+    )
 
 
 def thumbnail(image: bytes) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 REASONS = {
-    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an object)",
+    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an "
+    "object)",
     "not_utf8": "a row, caption or .json that is not UTF-8 (Latin-1 perhaps: iconv -f LATIN1 -t UTF-8)",
     "not_json": "a row or .json that is broken JSON",
     "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted comma perhaps)",
@@ -39,7 +40,8 @@ REASONS = {
 
 
 class Reject(Exception):
-    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on. ``path`` was looked for, if any."""
+    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on. ``path`` was
+    looked for, if any."""
 
     def __init__(self, reason: str, path: str | None = None) -> None:
         assert reason in REASONS, reason

@@ -25,7 +25,8 @@ class Tally:
 
 
 class Reporter:
-    """Gathers a worker's counts. With ``parent``, ends the process as soon as it has another parent: the run was killed."""
+    """Gathers a worker's counts. With ``parent``, ends the process as soon as it has another parent: the run was
+    killed."""
 
     def __init__(self, send: Callable[[Tally], None], parent: int | None = None) -> None:
         self._send, self._parent = send, parent

@@ -1,7 +1,9 @@
-"""What a run will write, decided before anything is written: the order of rows, the shard each row goes to, and a hash of all of it.
+"""What a run will write, decided before anything is written: the order of rows, the shard each row goes to, and a hash
+of all of it.
 
-Two runs with one plan hash write the same bytes, whatever the number of processes or tasks. Which rows go to which shard depends on
-the input alone, so that shards are independent: a rejected row makes its shard shorter and moves no other row.
+Two runs with one plan hash write the same bytes, whatever the number of processes or tasks. Which rows go to which
+shard depends on the input alone, so that shards are independent: a rejected row makes its shard shorter and moves no
+other row.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.images import ImageOptions
-from data_tools.order import permute
+from data_tools.io.permutation import permute
+from data_tools.samples.images import ImageOptions
 from data_tools.sources import Source, SourceOptions
 from data_tools.sources.base import hash_text
 
@@ -54,7 +56,8 @@ class Plan:
         return f"{shard:05d}.tar"
 
     def key(self, row: int) -> str:
-        """The key of an input row: its number, so that it is short, unique and without dots whatever the file was called."""
+        """The key of an input row: its number, so that it is short, unique and without dots whatever the file was
+        called."""
         return f"{row:0{self._key_digits}d}"
 
     def rows_of(self, shard: int) -> NDArray[np.int64]:
@@ -85,8 +88,8 @@ class Plan:
 
 
 def _windows(blocks: list[int], options: ShardOptions) -> list[list[tuple[int, int]]]:
-    """The blocks in permuted order, gathered into windows of at least a shard's rows, as (first row, rows): a block that must be read
-    as a whole is then read for few shards, and every shard mixes several blocks."""
+    """The blocks in permuted order, gathered into windows of at least a shard's rows, as (first row, rows): a block
+    that must be read as a whole is then read for few shards, and every shard mixes several blocks."""
     starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
     windows: list[list[tuple[int, int]]] = [[]]
     held = 0

@@ -1,4 +1,5 @@
-"""Writes the shards of a plan in several processes. A worker takes the next unwritten shard; shards depend on nothing but the plan.
+"""Writes the shards of a plan in several processes. A worker takes the next unwritten shard; shards depend on nothing
+but the plan.
 
 Workers die with their parent: each looks for it at every row, so that a killed run leaves nobody writing.
 """
@@ -13,18 +14,21 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_tools.errors import AGAIN, DataError
-from data_tools.output import Output
-from data_tools.plan import Plan
-from data_tools.tally import Reporter, Tally
-from data_tools.write import write_shard
+from data_tools.io.errors import AGAIN, DataError
+from data_tools.io.output import Output
+from data_tools.sharding.counts import Reporter, Tally
+from data_tools.sharding.plan import Plan
+from data_tools.sharding.write_shard import write_shard
 
 
-def write_shards(plan: Plan, output: Output, shards: list[int], processes: int, strict: bool, on_tally: Callable[[Tally], None]) -> None:
-    """Writes all ``shards``. ``on_tally`` hears what happened and may raise to end the run; unfinished shards are then dropped.
+def write_shards(
+    plan: Plan, output: Output, shards: list[int], processes: int, strict: bool, on_tally: Callable[[Tally], None]
+) -> None:
+    """Writes all ``shards``. ``on_tally`` hears what happened and may raise to end the run; unfinished shards are then
+    dropped.
 
-    Raises DataError at the first reject when ``strict``, when a worker dies and when the output cannot be written; RuntimeError with the
-    worker's traceback for anything that nobody foresaw.
+    Raises DataError at the first reject when ``strict``, when a worker dies and when the output cannot be written;
+    RuntimeError with the worker's traceback for anything that nobody foresaw.
     """
     processes = min(processes, len(shards))
     if processes <= 1:
@@ -40,7 +44,9 @@ def write_shards(plan: Plan, output: Output, shards: list[int], processes: int, 
     try:
         for _ in range(processes):
             mine, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(plan, output, shards, turn, strict, theirs, os.getpid()), daemon=True)
+            worker = context.Process(
+                target=_work, args=(plan, output, shards, turn, strict, theirs, os.getpid()), daemon=True
+            )
             worker.start()
             theirs.close()
             pipes.append(mine)
@@ -73,7 +79,9 @@ def _listen(pipes: list[Connection], on_tally: Callable[[Tally], None]) -> None:
                 raise RuntimeError(f"a worker failed; run again to continue\n{value}")
 
 
-def _work(plan: Plan, output: Output, shards: list[int], turn: Any, strict: bool, pipe: Connection, parent: int) -> None:
+def _work(
+    plan: Plan, output: Output, shards: list[int], turn: Any, strict: bool, pipe: Connection, parent: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
     try:
         reporter = Reporter(lambda tally: pipe.send(("tally", tally)), parent)

@@ -1,4 +1,5 @@
-"""Writes one shard of a plan: reads its rows, checks them, and leaves a tar, an index and a record of what was left out."""
+"""Writes one shard of a plan: reads its rows, checks them, and leaves a tar, an index and a record of what was left
+out."""
 
 from __future__ import annotations
 
@@ -10,23 +11,24 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.captions import clean_all
-from data_tools.errors import DataError
-from data_tools.images import prepare
-from data_tools.index import IMAGE_FORMATS, ROW, hash_key, index_name
-from data_tools.output import PARTS, Output
-from data_tools.plan import Plan
-from data_tools.reject import Reject, explain
+from data_tools.format.index import IMAGE_FORMATS, ROW, hash_key, index_name
+from data_tools.format.tar_writer import TarWriter
+from data_tools.io.errors import DataError
+from data_tools.io.output import PARTS, Output
+from data_tools.samples.captions import clean_all
+from data_tools.samples.images import prepare
+from data_tools.samples.reject import Reject, explain
+from data_tools.sharding.counts import Reporter
+from data_tools.sharding.plan import Plan
 from data_tools.sources.base import Row, read_image
-from data_tools.tally import Reporter
-from data_tools.tar import TarWriter
 
 RESERVED = ("captions", "sample")
 """Names in the .json member that are ours; a column of the same name is stored as column_NAME."""
 
 
 def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, strict: bool = False) -> dict[str, Any]:
-    """Writes shard number ``shard`` and returns its record. Raises DataError at the first row left out when ``strict``."""
+    """Writes shard number ``shard`` and returns its record. Raises DataError at the first row left out when
+    ``strict``."""
     name = plan.shard_name(shard)
     numbers = plan.rows_of(shard)
     local = output.scratch / f"{name}.tmp"
@@ -59,7 +61,13 @@ def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, stri
 
 
 def _publish(
-    output: Output, name: str, local: Path, writer: TarWriter, index: Any, rejects: list[dict[str, Any]], max_captions: int
+    output: Output,
+    name: str,
+    local: Path,
+    writer: TarWriter,
+    index: Any,
+    rejects: list[dict[str, Any]],
+    max_captions: int,
 ) -> dict[str, Any]:
     """Tar, then index, then the record: where the record is, the others are whole."""
     aside = output.scratch / f"{index_name(name)}.tmp"
@@ -76,7 +84,8 @@ def _publish(
 
 
 def _write_sample(plan: Plan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
-    """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is written."""
+    """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is
+    written."""
     if row.fault is not None:
         raise Reject(row.fault)
     captions, cut = clean_all(row.captions, plan.options.max_caption)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from data_tools.errors import DataError
-from data_tools.reject import REASONS
+from data_tools.io.errors import DataError
+from data_tools.samples.reject import REASONS
 from data_tools.sources.base import Problem, Row, Source, SourceOptions, read_image
 
 __all__ = ["KINDS", "Problem", "Row", "Source", "SourceOptions", "open_source", "read_image"]
@@ -36,9 +36,12 @@ _NO_ROWS = {
 
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
-    """The reader of an input, opened and counted. Raises DataError naming what is missing, or the input that has no rows."""
+    """The reader of an input, opened and counted. Raises DataError naming what is missing, or the input that has no
+    rows."""
     if "://" in path:
-        raise DataError(f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)")
+        raise DataError(
+            f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)"
+        )
     paths = [Path(path)]
     if not paths[0].exists():
         paths = [Path(found) for found in sorted(glob.glob(path))]
@@ -47,7 +50,9 @@ def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
     kind = kind or guess_kind(paths[0])
     if kind in ("tars", "folder", "coco") and options.image is not None:
         what = {"tars": "tars", "folder": "a folder of pictures", "coco": "COCO captions"}[kind]
-        raise DataError(f"{path}: --image names a column of a table, and this is {what}; leave it out, or name the table")
+        raise DataError(
+            f"{path}: --image names a column of a table, and this is {what}; leave it out, or name the table"
+        )
     source = _open(path, paths, kind, options)
     if not sum(source.blocks):
         raise DataError(f"{path}: {_NO_ROWS['csv' if kind == 'tsv' else kind]}{_hint(paths[0], source)}")
@@ -58,7 +63,11 @@ def _hint(path: Path, source: Source) -> str:
     """What an input without rows may be instead."""
     if path.is_dir():
         tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower().lstrip(".") in _SUFFIXES)
-        return f"; it holds tables, name one of them: {', '.join(tables[:3])}{' ...' if len(tables) > 3 else ''}" if tables else ""
+        return (
+            f"; it holds tables, name one of them: {', '.join(tables[:3])}{' ...' if len(tables) > 3 else ''}"
+            if tables
+            else ""
+        )
     first = next(iter(source.problems), None)
     return f"; the first of what is wrong with it: {REASONS[first.reason]} ({first.source})" if first else ""
 

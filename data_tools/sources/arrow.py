@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
+from data_tools.io.errors import DataError
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, image_value, require_columns, split_columns
 
 _CACHE_BYTES = 512 << 20
 
 
 class ParquetSource:
-    """One or several Parquet files of one schema. A row group is a block: it is read as a whole, for one shard or a few."""
+    """One or several Parquet files of one schema. A row group is a block: it is read as a whole, for one shard or a
+    few."""
 
     def __init__(self, paths: list[Path], options: SourceOptions) -> None:
         self.paths, self.options = paths, options
@@ -74,7 +75,8 @@ class ParquetSource:
 
 
 class ArrowSource:
-    """A folder written by ``Dataset.save_to_disk`` of Hugging Face datasets, or single Arrow files; mapped, not read."""
+    """A folder written by ``Dataset.save_to_disk`` of Hugging Face datasets, or single Arrow files; mapped, not
+    read."""
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.options = path, options
@@ -101,7 +103,9 @@ class ArrowSource:
 def _files_of(folder: Path) -> list[Path]:
     state = json.loads((folder / "state.json").read_text())
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: holds a selection of rows; write it out with dataset.flatten_indices() before save_to_disk")
+        raise DataError(
+            f"{folder}: holds a selection of rows; write it out with dataset.flatten_indices() before save_to_disk"
+        )
     return [folder / entry["filename"] for entry in state["_data_files"]]
 
 
@@ -145,6 +149,8 @@ class _explained:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (pa.ArrowException, OSError)) and not isinstance(error, FileNotFoundError):
-            raise DataError(f"{self._path}: not readable ({' '.join(str(error).split())[:200]}); fetch or write it again") from error
+            raise DataError(
+                f"{self._path}: not readable ({' '.join(str(error).split())[:200]}); fetch or write it again"
+            ) from error
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{self._path}: no such file; copy the whole dataset") from error

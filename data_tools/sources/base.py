@@ -15,9 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.reject import Reject
-from data_tools.remote import require_backend
+from data_tools.io.errors import DataError
+from data_tools.io.remote import require_backend
+from data_tools.samples.reject import Reject
 
 
 class Problem(NamedTuple):
@@ -47,7 +47,8 @@ class Source(Protocol):
     """An input, opened and counted. Rows are numbered 0 .. num_rows - 1 as they stand in it."""
 
     blocks: list[int]
-    """Rows in each part that must be read as a whole (a Parquet row group); one number where any row can be read alone."""
+    """Rows in each part that must be read as a whole (a Parquet row group); one number where any row can be read
+    alone."""
     columns: list[str]
     """Names of all columns, as far as they are known beforehand."""
     problems: list[Problem]
@@ -84,22 +85,33 @@ def split_columns(record: dict[str, Any], options: SourceOptions) -> tuple[Any, 
         value = record.get(name)
         captions.extend(value if isinstance(value, list) else [value])
     used = {options.image, *options.captions}
-    return record.get(options.image or ""), captions, {name: value for name, value in record.items() if name not in used}
+    return (
+        record.get(options.image or ""),
+        captions,
+        {name: value for name, value in record.items() if name not in used},
+    )
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them, or a name is there twice."""
-    for flag, what, names in (("--image", "picture", (options.image,)), ("--caption", "caption", options.captions or (None,))):
+    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them, or a name is
+    there twice."""
+    for flag, what, names in (
+        ("--image", "picture", (options.image,)),
+        ("--caption", "caption", options.captions or (None,)),
+    ):
         for name in names:
             if name is None:
-                raise DataError(f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}")
+                raise DataError(
+                    f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}"
+                )
             if name not in columns:
                 raise DataError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
     refuse_twice(place, columns)
 
 
 def refuse_twice(place: str, columns: list[str]) -> None:
-    """Raises DataError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's empty ones."""
+    """Raises DataError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's
+    empty ones."""
     for name, count in Counter(columns).items():
         if name and count > 1:
             raise DataError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
@@ -119,7 +131,9 @@ def read_image(row: Row, root: str, max_bytes: int) -> bytes:
         return image
     if not image:
         raise Reject("image_missing")
-    path = image if "://" in image else os.path.join(root, image) if "://" not in root else f"{root.rstrip('/')}/{image}"
+    path = (
+        image if "://" in image else os.path.join(root, image) if "://" not in root else f"{root.rstrip('/')}/{image}"
+    )
     try:
         if "://" in path:
             with fsspec.open(path, "rb") as remote:

@@ -1,7 +1,7 @@
 """CSV, TSV and JSONL: text files of one row a line, read by position.
 
-Where each row starts is found once (8 bytes a row); workers then read any row without holding the file in memory. Quoted fields may
-hold line breaks, so a file with quotes is split by the ``csv`` module itself, not by its line breaks.
+Where each row starts is found once (8 bytes a row); workers then read any row without holding the file in memory.
+Quoted fields may hold line breaks, so a file with quotes is split by the ``csv`` module itself, not by its line breaks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.reject import fault_of
+from data_tools.io.errors import DataError
+from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
 
 csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
@@ -93,7 +93,8 @@ class TableSource:
         return {**self.__dict__, "_file": None}
 
     def _split(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(Where each row starts, with the end of the last [n + 1]; the line it starts on, counted from 1 [n]), blank lines left out."""
+        """(Where each row starts, with the end of the last [n + 1]; the line it starts on, counted from 1 [n]), blank
+        lines left out."""
         size = self.path.stat().st_size
         if size <= start:
             raise DataError(f"{self.path}: the file is empty")
@@ -121,12 +122,16 @@ class TableSource:
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             reader = self._reader(file)
             while True:
-                with suppress(csv.Error):  # this row is malformed, which `_parse` will say; the reader goes on behind it
+                with suppress(
+                    csv.Error
+                ):  # this row is malformed, which `_parse` will say; the reader goes on behind it
                     if next(reader, None) is None:
                         break
                 if reader.line_num - last > _MAX_LINES:
                     remedy = "--no-quotes reads quotes as letters"
-                    raise DataError(f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}")
+                    raise DataError(
+                        f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}"
+                    )
                 starts.append(last)
                 last = reader.line_num
         return np.array(starts, np.int64)

@@ -12,16 +12,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools import walk
-from data_tools.index import find_key, hash_key, scan_samples
-from data_tools.reject import fault_of
+from data_tools.format import tar_reader
+from data_tools.format.index import find_key, hash_key, scan_samples
+from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, split_columns
 
-_PLACE = np.dtype([("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))])
+_PLACE = np.dtype(
+    [("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))]
+)
 
 
 class TarSource:
-    """Samples of one or several tars. Whatever is broken in them is a problem with its offset; whole samples behind it are read."""
+    """Samples of one or several tars. Whatever is broken in them is a problem with its offset; whole samples behind it
+    are read."""
 
     def __init__(self, paths: list[Path], options: SourceOptions) -> None:
         self.paths, self.options = paths, options
@@ -29,7 +32,7 @@ class TarSource:
         self.columns: list[str] = []
         found, hashes = [], []
         for number, path in enumerate(paths):
-            problems: list[walk.Problem] = []
+            problems: list[tar_reader.Problem] = []
             samples = scan_samples(path, problems)
             places = np.zeros(len(samples), _PLACE)
             places["tar"] = number
@@ -38,7 +41,9 @@ class TarSource:
                     place[f"{kind}_offset"], place[f"{kind}_size"] = member.offset, member.size
             found.append(places)
             hashes.append(np.array([hash_key(key) for key, _ in samples], np.uint64))
-            self.problems += [Problem(problem.name, problem.reason, f"{path.name}@{problem.offset}") for problem in problems]
+            self.problems += [
+                Problem(problem.name, problem.reason, f"{path.name}@{problem.offset}") for problem in problems
+            ]
         self._places = np.concatenate(found)
         self._hashes = np.concatenate(hashes)
         self.blocks = [len(self._places)]
@@ -46,7 +51,9 @@ class TarSource:
 
     def fingerprint(self) -> str:
         sizes = [(path.name, path.stat().st_size) for path in self.paths]
-        return hash_text(sizes, xxhash.xxh3_128_hexdigest(self._places.tobytes()), [problem._asdict() for problem in self.problems])
+        return hash_text(
+            sizes, xxhash.xxh3_128_hexdigest(self._places.tobytes()), [problem._asdict() for problem in self.problems]
+        )
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
         for place, key_hash in zip(self._places[numbers], self._hashes[numbers].tolist(), strict=True):
@@ -67,7 +74,8 @@ class TarSource:
             yield Row(source, image, captions, columns)
 
     def _captions(self, record: dict[str, Any], texts: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """(Captions, other columns): the columns named by --caption, else the list that `shard` writes, else the text."""
+        """(Captions, other columns): the columns named by --caption, else the list that `shard` writes, else the
+        text."""
         record.pop("sample", None)
         if self.options.captions:
             _, captions, record = split_columns(record, self.options)
@@ -80,7 +88,8 @@ class TarSource:
         return texts, record
 
     def _open(self, tar: int) -> int:
-        # Descriptors stay open: a permuted order returns to every tar. Thousands of tars are more than most limits allow.
+        # Descriptors stay open: a permuted order returns to every tar. Thousands of tars are more than most limits
+        # allow.
         descriptor = self._descriptors.get(tar)
         if descriptor is None:
             if len(self._descriptors) >= 200:

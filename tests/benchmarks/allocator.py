@@ -1,4 +1,5 @@
-"""Live and peak bytes of CPU tensors, counted by the allocator itself: every thread, every kernel's scratch space, exactly.
+"""Live and peak bytes of CPU tensors, counted by the allocator itself: every thread, every kernel's scratch space,
+exactly.
 
     from tests.benchmarks import allocator
     allocator.install()
@@ -6,8 +7,9 @@
     ...
     allocator.peak_bytes()
 
-A counting allocator takes the place of PyTorch's (``c10::SetCPUAllocator``) and hands every request on. torch.profiler's memory events
-miss what other threads free (gloo's, the autograd engine's), and a dispatch mode misses scratch space inside kernels.
+A counting allocator takes the place of PyTorch's (``c10::SetCPUAllocator``) and hands every request on.
+torch.profiler's memory events miss what other threads free (gloo's, the autograd engine's), and a dispatch mode misses
+scratch space inside kernels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What a checkpoint costs: seconds to save, to save in the background (what training waits, and the rest), to verify and to load; and the
-share of training time that one background checkpoint in ``--steps`` steps takes, waiting and slower steps together.
+"""What a checkpoint costs: seconds to save, to save in the background (what training waits, and the rest), to verify
+and to load; and the share of training time that one background checkpoint in ``--steps`` steps takes, waiting and
+slower steps together.
 
     python -m tests.benchmarks.checkpoint_cost --millions 50 --ranks 2 --stage 1
 
@@ -22,7 +23,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
 from trainer.checkpoint import Checkpointer, CheckpointSettings, load, newest_good, save, verify
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -31,7 +32,11 @@ WIDTH = 1024
 
 def engine_of(layers: int, stage: int) -> Any:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": stage}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
     train(engine, 1, 1)
     return SimpleNamespace(ds_engine=engine, module=engine.module, zero_stage=stage)
@@ -102,7 +107,9 @@ def main() -> None:
         print(
             json.dumps(
                 vars(options)
-                | run_ranks(measure, options.ranks, layers, options.stage, run_dir, options.steps, options.rows, timeout=600.0)[0]
+                | run_ranks(
+                    measure, options.ranks, layers, options.stage, run_dir, options.steps, options.rows, timeout=600.0
+                )[0]
             )
         )
 

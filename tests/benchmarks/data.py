@@ -3,9 +3,10 @@
     python -m tests.benchmarks.data                       # the table, in Markdown; about a minute on two idle cores
     python -m tests.benchmarks.data --images 4000 --rounds 5 --workers 2
 
-Pictures are synthetic JPEGs of about 69 KB (512 x 384), batches are 64 pairs at 224 x 224 with 64 tokens. Rounds of the contenders
-take turns and medians are compared, so that a busy machine slows all alike: read the ratios, not the rates. Where others use the same
-cores the ratio of processor time says more than that of time on the clock; on an idle machine the two agree.
+Pictures are synthetic JPEGs of about 69 KB (512 x 384), batches are 64 pairs at 224 x 224 with 64 tokens. Rounds of the
+contenders take turns and medians are compared, so that a busy machine slows all alike: read the ratios, not the rates.
+Where others use the same cores the ratio of processor time says more than that of time on the clock; on an idle machine
+the two agree.
 """
 
 from __future__ import annotations
@@ -28,16 +29,39 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import trainer.data.reader as reader_module
-from data_tools.index import FORMAT, MANIFEST, VERSION, Dataset
-from tests.shards import write_shards
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, Dataset
+from tests.support.shards import write_shards
+from trainer.core.types import Preprocess
 from trainer.data import DataSettings, SourceSettings, build_loader
-from trainer.data.opening import open_source
+from trainer.data.open import open_source
 from trainer.data.order import FullOrder
 from trainer.data.reader import Reader, Rows
-from trainer.types import Preprocess
 
 BATCH, SIDE, NUM_TOKENS = 64, 224, 64
-WORDS = "a photo of the old new red green blue cat dog house tree river under over beside with small large bright dark".split()  # noqa: SIM905
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "old",
+    "new",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "under",
+    "over",
+    "beside",
+    "with",
+    "small",
+    "large",
+    "bright",
+    "dark",
+]
 MEAN = STD = (0.5, 0.5, 0.5)
 BILLION = 1_000_000_000
 
@@ -53,7 +77,9 @@ def tokenizer() -> Tokenizer:
 
 def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = tokenizer().encode_batch_fast(captions)
-    return torch.tensor([one.ids for one in encoded]), torch.tensor([one.attention_mask for one in encoded], dtype=torch.bool)
+    return torch.tensor([one.ids for one in encoded]), torch.tensor(
+        [one.attention_mask for one in encoded], dtype=torch.bool
+    )
 
 
 def preprocess(side: int) -> Preprocess:
@@ -81,12 +107,16 @@ def photo_sample(number: int) -> dict[str, bytes]:
 
 def glyph_sample(number: int) -> dict[str, bytes]:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number % 500).integers(0, 2, (32, 32), dtype=np.uint8) * 255).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(number % 500).integers(0, 2, (32, 32), dtype=np.uint8) * 255).save(
+        buffer, "PNG"
+    )
     return {"png": buffer.getvalue(), "txt": f"a photo of the {WORDS[number % len(WORDS)]}".encode()}
 
 
 def ours(folder: Path, workers: int, side: int = SIDE) -> Iterator[int]:
-    with build_loader(DataSettings(train=str(folder), workers=workers, cache_decoded=0), preprocess(side), BATCH, 0, 1, 0, 0) as loader:
+    with build_loader(
+        DataSettings(train=str(folder), workers=workers, cache_decoded=0), preprocess(side), BATCH, 0, 1, 0, 0
+    ) as loader:
         for batch in loader:
             yield batch.rows
 
@@ -101,11 +131,17 @@ def to_uint8(image: Image.Image) -> torch.Tensor:
 
 
 def peer(folder: Path, workers: int, transform: Callable[[Image.Image], torch.Tensor]) -> Iterator[int]:
-    """The pipeline of webdataset's own documentation: PIL pictures, a transform, a caption tokenized, batches by the workers."""
+    """The pipeline of webdataset's own documentation: PIL pictures, a transform, a caption tokenized, batches by the
+    workers."""
     import webdataset
 
     shards = sorted(map(str, folder.glob("*.tar")))
-    dataset = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(1000).decode("pilrgb").to_tuple("jpg", "txt")
+    dataset = (
+        webdataset.WebDataset(shards, resampled=True, shardshuffle=False)
+        .shuffle(1000)
+        .decode("pilrgb")
+        .to_tuple("jpg", "txt")
+    )
     dataset = dataset.map_tuple(transform, lambda caption: tokenize([caption])[0][0]).batched(BATCH, partial=False)
     for pixels, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
         yield len(pixels)
@@ -147,7 +183,9 @@ def race(folder: Path, images: int, rounds: int, workers: int) -> dict[str, Rate
             contender = start()
             rates[name].append(rate(contender, images))
             del contender
-    return {name: Rate(*(statistics.median(column) for column in zip(*found, strict=True))) for name, found in rates.items()}
+    return {
+        name: Rate(*(statistics.median(column) for column in zip(*found, strict=True))) for name, found in rates.items()
+    }
 
 
 def shares(folder: Path, images: int) -> dict[str, float]:
@@ -197,8 +235,12 @@ def cached_cost(folder: Path) -> tuple[float, float]:
 
 
 def resume_seconds(folder: Path) -> float:
-    """Opening a dataset of a billion samples in 100,000 (artificial) shards and finding the next batch in the midst of its third epoch."""
-    shards = [{"name": f"{number:06d}.tar", "samples": 10_000, "bytes": 1, "digest": "0" * 32} for number in range(BILLION // 10_000)]
+    """Opening a dataset of a billion samples in 100,000 (artificial) shards and finding the next batch in the midst of
+    its third epoch."""
+    shards = [
+        {"name": f"{number:06d}.tar", "samples": 10_000, "bytes": 1, "digest": "0" * 32}
+        for number in range(BILLION // 10_000)
+    ]
     folder.mkdir()
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "version": VERSION, "shards": shards}))
     began = time.perf_counter()
@@ -231,7 +273,9 @@ def main() -> None:
         parts = shares(folder, 640)
         print(f"\nWhere RingLIP's time goes: {', '.join(f'{name} {part:.1%}' for name, part in parts.items())}; ")
         print(f"decode and resize together {parts['decode'] + parts['resize']:.1%}.")
-        print(f"\n32 x 32 PNGs kept decoded: {first:.3f} ms a pair in the first epoch, {later:.4f} ms later (limit 0.05).")
+        print(
+            f"\n32 x 32 PNGs kept decoded: {first:.3f} ms a pair in the first epoch, {later:.4f} ms later (limit 0.05)."
+        )
         resumed = resume_seconds(Path(temporary) / "billion")
         print(f"A billion samples in 100,000 shards, opened and entered in the third epoch: {resumed * 1000:.0f} ms.")
 

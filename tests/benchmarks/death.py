@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.death --ranks 4 --rounds 5
 
-Real ranks over gloo under trainer.watchdog, no launcher that would kill siblings: a rank is killed (SIGKILL) or stopped (SIGSTOP: what the
-others see of a machine that is gone) while they are in a collective, or where nothing tells them of each other. One line of JSON a case.
+Real ranks over gloo under trainer.runtime.watchdog, no launcher that would kill siblings: a rank is killed (SIGKILL) or
+stopped (SIGSTOP: what the others see of a machine that is gone) while they are in a collective, or where nothing tells
+them of each other. One line of JSON a case.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.test_watchdog import apart, collect, collectives, ranks, started, wait_for
+from tests.test_runtime_watchdog import apart, collect, collectives, ranks, started, wait_for
 from trainer.config import RunSettings
-from trainer.watchdog import Watchdog
+from trainer.runtime.watchdog import Watchdog
 
 
 def measure(world: int, victim: int, work: Callable[[Watchdog], None], number: signal.Signals, silence: float) -> float:

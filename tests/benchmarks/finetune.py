@@ -3,10 +3,11 @@
     python -m tests.benchmarks.finetune                                        # about five minutes on two idle cores
     python -m tests.benchmarks.finetune --pretrain 2048 --finetune 1024 --out /tmp/finetune      # does it run?
 
-The quickstart's model is pretrained from nothing on the glyph pairs of one half of the scripts (OLD) and finetuned on the other half
-(NEW), each time from the exported Hugging Face directory, by the real verbs on two ranks. Retrieval is measured on unseen (character,
-face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is the peak of tensor memory of a rank from before the
-model is built (tests/benchmarks/allocator.py). What is there already is not done again.
+The quickstart's model is pretrained from nothing on the glyph pairs of one half of the scripts (OLD) and finetuned on
+the other half (NEW), each time from the exported Hugging Face directory, by the real verbs on two ranks. Retrieval is
+measured on unseen (character, face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is the
+peak of tensor memory of a rank from before the model is built (tests/benchmarks/allocator.py). What is there already is
+not done again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ OLD = ("latin", "cyrillic", "georgian", "hebrew")
 NEW = ("greek", "canadian", "arabic", "armenian", "lao")
 RECIPE = "trainer/recipes/glyphs.yaml"
 ALWAYS = ["data.validation=''", "eval.every=0", "checkpoint.every=1000000000", "loss.name=softmax", "batch.size=64"]
-"""Small batches and CLIP's loss: in the few hundred steps that there is time for, SigLIP's hardly begins to learn from nothing."""
+"""Small batches and CLIP's loss: in the few hundred steps that there is time for, SigLIP's hardly begins to learn from
+nothing."""
 PEAK = "peak_bytes"
 
 
@@ -45,7 +47,12 @@ def embed_images(bench: Bench) -> list[str]:
     """Stores the locked image tower's embeddings of the NEW half beside its shards."""
     from trainer import embed
 
-    keys = [f"data.train={bench.shards('train', NEW)}", *bench.pretrained(), "model.lock.image=true", "model.stored.image=base"]
+    keys = [
+        f"data.train={bench.shards('train', NEW)}",
+        *bench.pretrained(),
+        "model.lock.image=true",
+        "model.stored.image=base",
+    ]
     embed.main([RECIPE, f"run.directory={bench.out / 'runs' / 'embed'}", *keys])
     return ["model.stored.image=base"]
 
@@ -69,12 +76,13 @@ class Bench:
     ranks: int
 
     def pretrained(self) -> list[str]:
-        """The keys that start from the pretrained model: its path takes the place of the recipe's config, and its tokenizer."""
+        """The keys that start from the pretrained model: its path takes the place of the recipe's config, and its
+        tokenizer."""
         return ["model.config=null", "model.tokenizer=null", f"model.path={self.out / 'base'}"]
 
     def shards(self, part: str, scripts: tuple[str, ...]) -> Path:
         """A view of the glyph pairs of some scripts."""
-        from data_tools import filter as filter_verb
+        from data_tools.commands import filter as filter_verb
 
         view = self.out / "shards" / part / ("old" if scripts == OLD else "new")
         if not (view / "manifest.json").is_file():
@@ -93,7 +101,15 @@ class Bench:
             f"model.tokenizer={self.data / 'tokenizer'}",
             *overrides,
         ]
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}", "-m", __spec__.name, "--as-rank"]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={self.ranks}",
+            "-m",
+            __spec__.name,
+            "--as-rank",
+        ]
         subprocess.run([sys.executable, *command, RECIPE, *keys], check=True)
         return run
 
@@ -113,7 +129,7 @@ def as_rank(argv: list[str]) -> int:
 
 def make_data(folder: Path) -> None:
     """The quickstart's shards and tokenizer, where it has not left them."""
-    from data_tools import glyphs, shard, vocabulary
+    from data_tools.commands import glyphs, shard, vocabulary
 
     glyphs.main([str(folder / "pairs")])
     for part in ("train", "test"):
@@ -132,7 +148,9 @@ def recall(bench: Bench, model: Path) -> dict[str, float]:
     loaded, _ = load_model(str(model))
     paths = [str(bench.shards("test", scripts)) for scripts in (OLD, NEW)]
     metrics = evaluate(loaded, EvalSettings(data=paths, limit=0), loaded.preprocess, 0, 1).metrics
-    return {half: (metrics[f"{half}/image_to_text_r1"] + metrics[f"{half}/text_to_image_r1"]) / 2 for half in ("old", "new")}
+    return {
+        half: (metrics[f"{half}/image_to_text_r1"] + metrics[f"{half}/text_to_image_r1"]) / 2 for half in ("old", "new")
+    }
 
 
 def trained_millions(run: Path) -> float:
@@ -146,7 +164,9 @@ def trained_millions(run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="where the quickstart keeps its pairs, shards and tokenizer")
+    parser.add_argument(
+        "--data", type=Path, default=Path("demo"), help="where the quickstart keeps its pairs, shards and tokenizer"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--pretrain", type=int, default=64_000, metavar="PAIRS")
     parser.add_argument("--finetune", type=int, default=24_000, metavar="PAIRS")
@@ -163,7 +183,8 @@ def main() -> None:
     lines = [
         "| | trained M | NEW scripts, R@1 | OLD scripts, R@1 | peak MiB a rank | pairs/s |",
         "|---|---:|---:|---:|---:|---:|",
-        f"| pretrained on OLD | {trained_millions(pretrained):.2f} | {100 * before['new']:.1f}% | {100 * before['old']:.1f}% | | |",
+        f"| pretrained on OLD | {trained_millions(pretrained):.2f} | {100 * before['new']:.1f}% | "
+        f"{100 * before['old']:.1f}% | | |",
     ]
     for row in ROWS:
         keys = [*bench.pretrained(), *row.overrides, *(row.prepare(bench) if row.prepare else [])]
@@ -172,7 +193,9 @@ def main() -> None:
         steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"loss"' in line]
         memory, last = int((run / PEAK).read_text()) / 2**20, steps[-1]
         speed = f"{last['samples_seen'] / last['seconds']:.0f}"
-        halves = " | ".join(f"{100 * after[half]:.1f}% ({100 * (after[half] - before[half]):+.1f})" for half in ("new", "old"))
+        halves = " | ".join(
+            f"{100 * after[half]:.1f}% ({100 * (after[half] - before[half]):+.1f})" for half in ("new", "old")
+        )
         lines.append(f"| {row.name} | {trained_millions(run):.2f} | {halves} | {memory:.0f} | {speed} |")
     print("\n".join(lines))
     (bench.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

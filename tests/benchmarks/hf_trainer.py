@@ -1,4 +1,5 @@
-"""A real Hugging Face Trainer run under DeepSpeed, timed step by step: the peer in tests/benchmarks/step.py that brings its own loop.
+"""A real Hugging Face Trainer run under DeepSpeed, timed step by step: the peer in tests/benchmarks/step.py that brings
+its own loop.
 
 Its loss can only contrast each micro-batch with itself, because a Trainer calls the loss once per micro-batch.
 """
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.tensors import TensorMemory
-from trainer.types import Batch
+from tests.support.tensor_memory import TensorMemory
+from trainer.core.types import Batch
 
 
 class LocalLoss(nn.Module):
@@ -42,11 +43,18 @@ class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = index % len(self.batch.pixels)
-        return {"pixels": self.batch.pixels[row], "tokens": self.batch.tokens[row], "token_mask": self.batch.token_mask[row]}
+        return {
+            "pixels": self.batch.pixels[row],
+            "tokens": self.batch.tokens[row],
+            "token_mask": self.batch.token_mask[row],
+        }
 
 
-def measure(encoder: nn.Module, batch: Batch, micro_batches: int, rounds: int, stage: int) -> tuple[list[float], list[float], int]:
-    """On one rank of several: (processor seconds, wall seconds, peak bytes) of ``rounds`` steps on ``batch``, after one to warm up."""
+def measure(
+    encoder: nn.Module, batch: Batch, micro_batches: int, rounds: int, stage: int
+) -> tuple[list[float], list[float], int]:
+    """On one rank of several: (processor seconds, wall seconds, peak bytes) of ``rounds`` steps on ``batch``, after one
+    to warm up."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -84,7 +92,9 @@ def measure(encoder: nn.Module, batch: Batch, micro_batches: int, rounds: int, s
             deepspeed={
                 "zero_optimization": {"stage": stage},
                 "zero_allow_untested_optimizer": True,
-                **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"),
+                **dict.fromkeys(
+                    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"
+                ),
             },
         )
         pairs = Pairs(batch, rows * ranks * (rounds + 1))

@@ -5,10 +5,10 @@
     python -m tests.benchmarks.loss --quick               # small shapes, seconds
     python -m tests.benchmarks.loss --case 2,4096,768,float32 --repeats 7
 
-Peers are the variants of open_clip's SigLipLoss where open_clip_torch is installed (pip install --no-deps open_clip_torch; its loss module
-is loaded alone), and a plain loss over all-gathered embeddings. One step is forward and backward on embeddings that take gradients.
-The floor is what any exact loss computes: for each tile the logits and both gradients, three matrix products, with no exchange and nothing
-between them.
+Peers are the variants of open_clip's SigLipLoss where open_clip_torch is installed (pip install --no-deps
+open_clip_torch; its loss module is loaded alone), and a plain loss over all-gathered embeddings. One step is forward
+and backward on embeddings that take gradients. The floor is what any exact loss computes: for each tile the logits and
+both gradients, three matrix products, with no exchange and nothing between them.
 
 time     median over repeats of the slowest rank's wall time; variants take turns within each repeat
 CPU      median of the processor seconds of all ranks together, transport included: other load on the machine shows less in it
@@ -40,11 +40,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import dense
-from tests.ranks import run_ranks
+from tests.support import dense_losses
+from tests.support.forked_ranks import run_ranks
+from trainer.core.types import Embeddings
 from trainer.losses import SigmoidLoss, SigmoidSettings
-from trainer.losses.ring import SLICE_ROWS
-from trainer.types import Embeddings
+from trainer.losses.topology import SLICE_ROWS
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # the peers' collectives have newer names
 Step = Callable[[Embeddings], Tensor]
@@ -133,7 +133,9 @@ def products_alone(z: Embeddings) -> Tensor:
     image, text, world = z.image.detach().float(), z.text.detach().float(), dist.get_world_size()
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     for texts, d_texts in zip(text.split(SLICE_ROWS), d_text.split(SLICE_ROWS), strict=True):
-        for images, d_images in zip(image.split(SigmoidSettings().rows), d_image.split(SigmoidSettings().rows), strict=True):
+        for images, d_images in zip(
+            image.split(SigmoidSettings().rows), d_image.split(SigmoidSettings().rows), strict=True
+        ):
             logits = images.new_empty(len(images), len(texts))
             for _ in range(world):
                 torch.mm(images, texts.t(), out=logits)
@@ -144,8 +146,10 @@ def products_alone(z: Embeddings) -> Tensor:
 
 def inputs(case: Case) -> Embeddings:
     """This rank's part, seeded by rank: no rank makes the global batch."""
-    part = dense.batch(case.rows, case.width, seed=dist.get_rank() + 1)
-    leaves = [value.requires_grad_() for value in (part.image.to(case.dtype), part.text.to(case.dtype), part.scale, part.bias)]
+    part = dense_losses.batch(case.rows, case.width, seed=dist.get_rank() + 1)
+    leaves = [
+        value.requires_grad_() for value in (part.image.to(case.dtype), part.text.to(case.dtype), part.scale, part.bias)
+    ]
     return Embeddings(*leaves)
 
 
@@ -229,9 +233,11 @@ def times(case: Case, names: list[str], repeats: int) -> dict[str, list[tuple[fl
 def gradient_error(case: Case, variant: str) -> float:
     """Against float64 on the embeddings as they are (rounded, for bf16)."""
     rows = min(case.rows, 256)
-    z = dense.batch(rows * case.ranks, case.width, near=0.35)
+    z = dense_losses.batch(rows * case.ranks, case.width, near=0.35)
     z = z._replace(image=z.image.to(case.dtype), text=z.text.to(case.dtype), groups=None)
-    return max(dense.errors(lambda: Counted(make(variant)), dense.sigmoid, [z], [rows] * case.ranks)[0].values())
+    return max(
+        dense_losses.errors(lambda: Counted(make(variant)), dense_losses.sigmoid, [z], [rows] * case.ranks)[0].values()
+    )
 
 
 class Counted(torch.nn.Module):
@@ -279,15 +285,18 @@ def summary(rows: list[Row]) -> list[str]:
         floor = next((row for row in rows if row.case == case and row.variant == FLOOR), None)
         if floor and ours:
             said.append(
-                f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / floor.seconds:.2f}x the time of the matrix products alone, "
+                f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / floor.seconds:.2f}x the time of the "
+                f"matrix products alone, "
                 f"{ours.cpu / floor.cpu:.2f}x their CPU seconds"
             )
         if peers and ours:
             wall, cpu = (min(peers, key=lambda row, key=key: getattr(row, key)) for key in ("seconds", "cpu"))
             least = min(row.tensors for row in peers)
             said.append(
-                f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / wall.seconds:.2f}x the time of {wall.variant}, "
-                f"{ours.cpu / cpu.cpu:.2f}x the CPU seconds of {cpu.variant}, {ours.tensors / least:.2f}x the memory of the leanest peer"
+                f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / wall.seconds:.2f}x the time of "
+                f"{wall.variant}, "
+                f"{ours.cpu / cpu.cpu:.2f}x the CPU seconds of {cpu.variant}, {ours.tensors / least:.2f}x the memory "
+                f"of the leanest peer"
             )
     return said
 
@@ -301,12 +310,18 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     for variant in dict.fromkeys(row.variant for row in rows):
         mine = sorted((row for row in rows if row.variant == variant), key=lambda row: row.case.ranks)
-        style = {"linewidth": 2.4, "marker": "o"} if variant in OURS else {"linewidth": 1.2, "marker": "x", "linestyle": "--"}
+        style = (
+            {"linewidth": 2.4, "marker": "o"}
+            if variant in OURS
+            else {"linewidth": 1.2, "marker": "x", "linestyle": "--"}
+        )
         for panel, key in zip(panels, ("tensors", "seconds"), strict=True):
             panel.plot([row.case.ranks for row in mine], [getattr(row, key) for row in mine], label=variant, **style)
     case = rows[0].case
     for panel, title in zip(panels, ("peak extra memory of one rank, MiB", "forward + backward, seconds"), strict=True):
-        panel.set(title=title, xlabel="ranks", xscale="log", yscale="log", xticks=sorted({row.case.ranks for row in rows}))
+        panel.set(
+            title=title, xlabel="ranks", xscale="log", yscale="log", xticks=sorted({row.case.ranks for row in rows})
+        )
         panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         panel.grid(alpha=0.3, which="both")
@@ -320,12 +335,20 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument(
-        "--case", action="append", default=[], metavar="RANKS,ROWS,WIDTH,DTYPE", help="instead of the usual ones; may repeat"
+        "--case",
+        action="append",
+        default=[],
+        metavar="RANKS,ROWS,WIDTH,DTYPE",
+        help="instead of the usual ones; may repeat",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="PNG of memory and time against ranks")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="VARIANT", help="these variants, as the table names them; may repeat"
+        "--only",
+        action="append",
+        default=[],
+        metavar="VARIANT",
+        help="these variants, as the table names them; may repeat",
     )
     options = parser.parse_args(argv)
     cases = [Case(*map(int, text.split(",")[:3]), getattr(torch, text.split(",")[3])) for text in options.case]
@@ -334,10 +357,15 @@ def main(argv: list[str]) -> None:
     print("|--:|--:|--:|---|---|--:|--:|--:|--:|--:|")
     rows = [row for case in cases for row in measure(case, 1 if options.quick else options.repeats, options.only)]
     print("\n" + "\n".join(summary(rows)))
-    print("The Triton kernel (trainer/losses/kernel.py) is checked by Triton's interpreter and unmeasured: no GPU here.")
+    print(
+        "The Triton kernel (trainer/losses/kernel.py) is checked by Triton's interpreter and unmeasured: no GPU here."
+    )
     if options.out:
         size = 128 if options.quick else 512
-        series = [Case(ranks, size, 64 if options.quick else 768, torch.float32) for ranks in ((1, 2) if options.quick else (1, 2, 4, 8))]
+        series = [
+            Case(ranks, size, 64 if options.quick else 768, torch.float32)
+            for ranks in ((1, 2) if options.quick else (1, 2, 4, 8))
+        ]
         plot([row for case in series for row in measure(case, 1 if options.quick else 3, options.only)], options.out)
 
 

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.plan [--only zero3] [--table /tmp/table_plan.md]
 
-Every setting runs three real training steps (DeepSpeed, ``trainer.step``, two passes) on real ranks. The peak is counted by the CPU
-allocator itself (tests/benchmarks/allocator.py: a c10 allocator that counts every request of every thread), from before the model is
-built; the local batch and offloaded states live in the same memory and count too. The third step is compared: by then the optimizer has
-its moments.
+Every setting runs three real training steps (DeepSpeed, ``trainer.step``, two passes) on real ranks. The peak is
+counted by the CPU allocator itself (tests/benchmarks/allocator.py: a c10 allocator that counts every request of every
+thread), from before the model is built; the local batch and offloaded states live in the same memory and count too. The
+third step is compared: by then the optimizer has its moments.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  ranks are forke
 import torch
 
 from tests.benchmarks import allocator
-from tests.ranks import run_ranks
-from tests.tiny import tiny_tokenizer
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import tiny_tokenizer
+from trainer.core.types import Batch
 from trainer.engine import EngineSettings
-from trainer.engine.build import Engine, build_engine
+from trainer.engine.engine import Engine, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
 from trainer.optim import OptimSettings, build_optimizer
-from trainer.planning.memory import Job, Peak, forecast
-from trainer.planning.search import zero_section
-from trainer.planning.survey import Survey, look
+from trainer.plan.memory import Job, Peak, forecast
+from trainer.plan.profile import Survey, look
+from trainer.plan.search import zero_section
 from trainer.step import train_step
-from trainer.types import Batch
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ SETTINGS = [
     Setting("CLIP", kind="clip", width=320),
     Setting("recomputation", model=RECOMPUTE, **MANY),
     Setting("every 2nd layer", model={"recompute": {"image": 2, "text": "none"}}, **NARROW),
-    Setting("recomputation, parked on the host", model={"recompute": {"image": "all", "text": "all", "offload": True}}, **MANY),
+    Setting(
+        "recomputation, parked on the host",
+        model={"recompute": {"image": "all", "text": "all", "offload": True}},
+        **MANY,
+    ),
     Setting("LoRA", model={"lora": {"rank": 8}}, **NARROW),
     Setting("locked image tower", model={"lock": {"image": True}}, micro_batch=8),
     Setting("bf16", precision="bf16", **NARROW),
@@ -104,7 +108,12 @@ SETTINGS = [
     Setting("2 ranks, offload", ranks=2, ds_config="zero3_offload"),
     Setting("2 ranks, offload parameters", ranks=2, ds_config="zero3_offload_params"),
     Setting(
-        "2 ranks, bf16 recomputation LoRA", ranks=2, ds_config="zero2", precision="bf16", model={**RECOMPUTE, "lora": {}}, micro_batch=16
+        "2 ranks, bf16 recomputation LoRA",
+        ranks=2,
+        ds_config="zero2",
+        precision="bf16",
+        model={**RECOMPUTE, "lora": {}},
+        micro_batch=16,
     ),
 ]
 
@@ -117,7 +126,8 @@ def predicted(setting: Setting) -> tuple[Peak, Survey]:
 
 
 def train_three_steps(setting: Setting) -> Engine:
-    """The engine after them, in a rank of its own; ``allocator`` has counted from before the model was built, its peak is the third's."""
+    """The engine after them, in a rank of its own; ``allocator`` has counted from before the model was built, its peak
+    is the third's."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     allocator.install()
@@ -150,7 +160,13 @@ def batch_of(setting: Setting) -> Batch:
 
 
 def describe(setting: Setting) -> str:
-    cells = [setting.name, f"{setting.kind} {setting.width}x{setting.layers}", setting.ranks, setting.ds_config, setting.precision]
+    cells = [
+        setting.name,
+        f"{setting.kind} {setting.width}x{setting.layers}",
+        setting.ranks,
+        setting.ds_config,
+        setting.precision,
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + f" | {setting.rows} / {setting.micro_batch} |"
 
 
@@ -163,7 +179,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     tiny_tokenizer()  # made once, before ranks are forked
     lines = [
-        "| setting | model (width x layers) | ranks | ds_config | precision | local / micro-batch | forecast MiB | measured MiB | error |",
+        "| setting | model (width x layers) | ranks | ds_config | precision | local / micro-batch | forecast MiB | "
+        "measured MiB | error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
@@ -172,11 +189,15 @@ def main() -> None:
             continue
         peak, _ = predicted(setting)
         guess, truth = peak.total + peak.host, measured(setting)
-        lines.append(f"{describe(setting)} {guess / 2**20:.0f} | {truth / 2**20:.0f} | {100 * (guess / truth - 1):+.1f}% |")
+        lines.append(
+            f"{describe(setting)} {guess / 2**20:.0f} | {truth / 2**20:.0f} | {100 * (guess / truth - 1):+.1f}% |"
+        )
         print(lines[-1], flush=True)
         if options.parts:
             parts = {**peak.parts, "host": peak.host}
-            print("    ", peak.phase, {name: round(size / 2**20, 1) for name, size in parts.items() if size}, flush=True)
+            print(
+                "    ", peak.phase, {name: round(size / 2**20, 1) for name, size in parts.items() if size}, flush=True
+            )
     if options.table:
         options.table.write_text("\n".join(lines) + "\n")
 

@@ -2,12 +2,12 @@
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install img2dataset       # a throw-away environment for the peer
     python -m tests.benchmarks.shard --img2dataset /tmp/peer/bin/python     # the table, in Markdown
-    python -m tests.benchmarks.shard                                        # without the peer; the writers alone still have theirs
+    python -m tests.benchmarks.shard  # without the peer; the writers alone still have theirs
 
-Pictures are synthetic JPEGs of about 69 KB (512 x 384). Every tool starts as a process of its own with two workers. "End to end" is all
-of its time over the larger set; "steady" is the difference between two sizes of set, which takes start-up out of both. Rounds of the
-contenders take turns and medians are compared, so that a busy machine slows all alike: read the ratios, not the rates; those of CPU
-seconds depend least on who else is at work.
+Pictures are synthetic JPEGs of about 69 KB (512 x 384). Every tool starts as a process of its own with two workers.
+"End to end" is all of its time over the larger set; "steady" is the difference between two sizes of set, which takes
+start-up out of both. Rounds of the contenders take turns and medians are compared, so that a busy machine slows all
+alike: read the ratios, not the rates; those of CPU seconds depend least on who else is at work.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import simplejpeg
 import webdataset
 from PIL import Image
 
-from data_tools.captions import clean_all
-from data_tools.headers import read_header
-from data_tools.images import ImageOptions, check_pixels, prepare
+from data_tools.format.tar_writer import TarWriter
+from data_tools.samples.captions import clean_all
+from data_tools.samples.image_header import read_header
+from data_tools.samples.images import ImageOptions, check_pixels, prepare
 from data_tools.sources.base import Row, read_image
-from data_tools.tar import TarWriter
 
 RESIZE = 224
 
@@ -46,7 +46,9 @@ def make_pictures(folder: Path, count: int) -> Path:
     noise = rng.normal(0, 16, (384, 512, 3))
     lines = ["image,url,caption"]
     for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((512, 384), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            (512, 384), Image.Resampling.BICUBIC
+        )
         pixels = np.clip(np.asarray(coarse) + np.roll(noise, number * 7, 1), 0, 255).astype(np.uint8)
         path = folder / f"{number:06d}.jpg"
         path.write_bytes(simplejpeg.encode_jpeg(pixels, quality=83, colorsubsampling="420"))
@@ -64,7 +66,17 @@ def first_rows(table: Path, count: int) -> Path:
 
 def ours(table: Path, out: Path, processes: int, *options: str) -> list[str]:
     """The command that shards a table with RingLIP."""
-    columns = ["--image", "image", "--caption", "caption", "--shard-size", "250", "--processes", str(processes), "--quiet"]
+    columns = [
+        "--image",
+        "image",
+        "--caption",
+        "caption",
+        "--shard-size",
+        "250",
+        "--processes",
+        str(processes),
+        "--quiet",
+    ]
     return [sys.executable, "-m", "data_tools", "shard", str(table), str(out), *columns, *options]
 
 
@@ -89,7 +101,8 @@ def peer(python: str, table: Path, out: Path, processes: int) -> list[str]:
 
 
 def timed(command: list[str], out: Path, expected: int) -> tuple[float, float]:
-    """(Seconds, CPU seconds) a command takes to write ``expected`` samples into ``out``, which is removed afterwards."""
+    """(Seconds, CPU seconds) a command takes to write ``expected`` samples into ``out``, which is removed
+    afterwards."""
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -131,10 +144,19 @@ def write_tarfile(path: Path, samples: list[dict[str, Any]]) -> None:
 def compare_writers(pictures: list[bytes], folder: Path, rounds: int) -> list[str]:
     """Rows of the table: samples written a second, all in memory before."""
     samples = [
-        {"__key__": f"{number:09d}", "jpg": pictures[number % len(pictures)], "txt": b"a caption of some length", "json": b'{"a": 1}'}
+        {
+            "__key__": f"{number:09d}",
+            "jpg": pictures[number % len(pictures)],
+            "txt": b"a caption of some length",
+            "json": b'{"a": 1}',
+        }
         for number in range(2000)
     ]
-    contenders = {"RingLIP TarWriter (synced)": write_ours, "webdataset ShardWriter": write_webdataset, "Python tarfile": write_tarfile}
+    contenders = {
+        "RingLIP TarWriter (synced)": write_ours,
+        "webdataset ShardWriter": write_webdataset,
+        "Python tarfile": write_tarfile,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, write in contenders.items():
@@ -166,7 +188,9 @@ def profile(pictures: list[bytes], folder: Path) -> list[str]:
         "strict check (bytes kept)": lambda n: check_pixels(pictures[n], headers[n]),
         "strict decode (resize)": lambda n: simplejpeg.decode_jpeg(pictures[n]),
         "resize, hamming": lambda n: Image.fromarray(pixels[n]).resize(shape, Image.Resampling.HAMMING),
-        "resize, bicubic (--filter bicubic)": lambda n: Image.fromarray(pixels[n]).resize(shape, Image.Resampling.BICUBIC),
+        "resize, bicubic (--filter bicubic)": lambda n: Image.fromarray(pixels[n]).resize(
+            shape, Image.Resampling.BICUBIC
+        ),
         "encode": lambda n: simplejpeg.encode_jpeg(thumbs[n], quality=95, colorsubsampling="420"),
         "write (bytes kept)": lambda n: writer.add(f"{n:09d}.jpg", pictures[n]),
     }
@@ -189,8 +213,12 @@ def compare_tools(table: Path, folder: Path, arguments: argparse.Namespace) -> l
         "RingLIP, strict check, bytes kept": lambda rows, out: ours(rows, out, arguments.processes),
     }
     if arguments.img2dataset:
-        contenders[f"img2dataset, resize {RESIZE}"] = lambda rows, out: peer(arguments.img2dataset, rows, out, arguments.processes)
-    taken: dict[tuple[str, int], list[tuple[float, float]]] = {(name, size): [] for name in contenders for size in sizes}
+        contenders[f"img2dataset, resize {RESIZE}"] = lambda rows, out: peer(
+            arguments.img2dataset, rows, out, arguments.processes
+        )
+    taken: dict[tuple[str, int], list[tuple[float, float]]] = {
+        (name, size): [] for name in contenders for size in sizes
+    }
     for _ in range(arguments.rounds):
         for size in sizes:
             for name, command in contenders.items():
@@ -229,7 +257,13 @@ def main() -> None:
         stages = profile(pictures, folder)
     about = f"{arguments.images} JPEGs of 512 x 384, {size / 1000:.0f} KB each, {arguments.processes} processes"
     print(f"{about}, medians of {arguments.rounds} rounds\n")
-    heads = ["tool", "images/s steady", "images/s end to end", "images a CPU second steady", "images a CPU second end to end"]
+    heads = [
+        "tool",
+        "images/s steady",
+        "images/s end to end",
+        "images a CPU second steady",
+        "images a CPU second end to end",
+    ]
     print("| " + " | ".join(heads) + " |\n|---|---:|---:|---:|---:|", *tools, sep="\n")
     print("\n| writer alone | samples/s | ratio |\n|---|---:|---:|", *writers, sep="\n")
     print("\n| stage of ours | CPU us a sample |\n|---|---:|", *stages, sep="\n")

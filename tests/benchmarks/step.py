@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.step                       # 2 CPU ranks; prints a markdown table
     OMP_NUM_THREADS=1 python -m tests.benchmarks.step --rows 256 512 1024 --micro-batches 8 --rounds 7 --plot step.png
 
-Contenders take turns within a round, so that a busy machine is busy for all of them; the table holds medians of each rank's processor time
-(waiting for other programs does not count) and of wall time.
+Contenders take turns within a round, so that a busy machine is busy for all of them; the table holds medians of each
+rank's processor time (waiting for other programs does not count) and of wall time.
 
     plain            one pass over the local batch, our step: the fastest there is, where it fits
     two-pass         our step in micro-batches: exact
@@ -27,17 +27,17 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks import hf_trainer
-from tests.exact import Case
-from tests.ranks import run_ranks
-from tests.tensors import TensorMemory
-from tests.tiny import tiny_tokenizer
-from trainer import distributed
+from tests.support.dense_step import Case
+from tests.support.forked_ranks import run_ranks
+from tests.support.tensor_memory import TensorMemory
+from tests.support.tiny_models import tiny_tokenizer
+from trainer.core import collectives, distributed
+from trainer.core.types import Batch, Embeddings
 from trainer.engine import Engine, EngineSettings, build_engine
 from trainer.losses import SigmoidLoss
 from trainer.models import ModelSettings, build
 from trainer.optim import OptimSettings, build_optimizer
 from trainer.step import train_step
-from trainer.types import Batch, Embeddings
 
 TOKENS, SIDE = 16, 32
 Step = Callable[[Engine, Batch, int], Any]
@@ -96,7 +96,12 @@ def local_loss(engine: Engine, batch: Batch, micro_batch: int) -> None:
     engine.step()
 
 
-CONTENDERS: dict[str, Step] = {"plain": plain, "two-pass": two_pass, "feature cache": feature_cache, "local loss": local_loss}
+CONTENDERS: dict[str, Step] = {
+    "plain": plain,
+    "two-pass": two_pass,
+    "feature cache": feature_cache,
+    "local loss": local_loss,
+}
 Times = dict[str, tuple[list[float], list[float], int]]
 
 
@@ -113,7 +118,7 @@ def measure(rows: int, micro_batches: int, rounds: int, ds_config: str) -> Times
         found[name] = ([], [], memory.peak)
     for _ in range(rounds):
         for name, step in CONTENDERS.items():
-            distributed.barrier()
+            collectives.barrier()
             wall, processor = time.perf_counter(), time.process_time()
             step(engine, batch, micro_batch)
             found[name][0].append(time.process_time() - processor)
@@ -149,7 +154,11 @@ def main() -> None:
                 seconds = statistics.median(processor)
                 curves.setdefault(name, []).append((rows, rows / seconds, peak / 2**20))
                 cells = [rows, micro_batches, name, f"{rows / seconds:.0f}", f"{seconds:.3f}", f"{seconds / base:.2f}"]
-                print("|", *[f"{cell} |" for cell in [*cells, f"{statistics.median(wall):.3f}", f"{peak / 2**20:.1f}"]], flush=True)
+                print(
+                    "|",
+                    *[f"{cell} |" for cell in [*cells, f"{statistics.median(wall):.3f}", f"{peak / 2**20:.1f}"]],
+                    flush=True,
+                )
     if options.plot:
         plot(curves, options.plot)
 
@@ -161,7 +170,10 @@ def plot(curves: dict[str, list[tuple[int, float, float]]], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, column, label in ((axes[0], 1, "pairs per processor second"), (axes[1], 2, "peak tensor memory of a step (MiB)")):
+    for axis, column, label in (
+        (axes[0], 1, "pairs per processor second"),
+        (axes[1], 2, "peak tensor memory of a step (MiB)"),
+    ):
         for name, points in curves.items():
             by_rows = sorted({point[0]: point for point in points}.values())
             axis.plot([point[0] for point in by_rows], [point[column] for point in by_rows], marker="o", label=name)

@@ -1,10 +1,12 @@
-"""What an adapter or a locked tower saves against full finetuning: the planner's forecast beside what a real step holds.
+"""What an adapter or a locked tower saves against full finetuning: the planner's forecast beside what a real step
+holds.
 
-    python -m tests.benchmarks.trainable                    # a SigLIP of 8 + 8 layers of width 256, one rank, ZeRO-0, fp32: a minute
+    python -m tests.benchmarks.trainable  # a SigLIP of 8 + 8 layers of width 256, one rank, ZeRO-0, fp32: a minute
     python -m tests.benchmarks.trainable --precision bf16
 
-Trainable parameters; bytes of AdamW's moments (measured: the tensors in the optimizer's state); bytes that a micro-batch leaves alive for
-its backward pass (measured: live tensor memory after the forward less before it, tests/benchmarks/allocator.py); the peak of a step.
+Trainable parameters; bytes of AdamW's moments (measured: the tensors in the optimizer's state); bytes that a
+micro-batch leaves alive for its backward pass (measured: live tensor memory after the forward less before it,
+tests/benchmarks/allocator.py); the peak of a step.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import torch
 
 from tests.benchmarks import allocator
 from tests.benchmarks.plan import Setting, batch_of, predicted, train_three_steps
-from tests.ranks import run_ranks
-from tests.tiny import tiny_tokenizer
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import tiny_tokenizer
 
 MIB = 1 << 20
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,5 @@
-"""Several "nodes" on this machine for tests: an sshd on loopback addresses, and a Slurm of two nodes. Debian's packages, no system service.
+"""Several "nodes" on this machine for tests: an sshd on loopback addresses, and a Slurm of two nodes. Debian's
+packages, no system service.
 
     with ssh_nodes(folder) as (names, environment): ...
     with slurm_nodes(folder) as environment: ...
@@ -75,13 +76,19 @@ def ssh_nodes(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
         (folder / private).chmod(0o600)
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.2\nListenAddress 127.0.0.3\nHostKey {folder}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nPasswordAuthentication no\nUsePAM no\nMaxStartups 50\n"
+        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nPasswordAuthentication no\nUsePAM no\nMaxStartups "
+        f"50\n"
     )
     (folder / "config").write_text(
-        f"Host 127.0.0.2 127.0.0.3\nPort {port}\nUser {getpass.getuser()}\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
+        f"Host 127.0.0.2 127.0.0.3\nPort {port}\nUser {getpass.getuser()}\nIdentityFile "
+        f"{folder}/user\nIdentitiesOnly yes\n"
         "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nBatchMode yes\n"
     )
-    environment = os.environ | {"PATH": PATH, "PDSH_SSH_ARGS_APPEND": f"-F {folder}/config", "RINGLIP_SSH": f"-F {folder}/config"}
+    environment = os.environ | {
+        "PATH": PATH,
+        "PDSH_SSH_ARGS_APPEND": f"-F {folder}/config",
+        "RINGLIP_SSH": f"-F {folder}/config",
+    }
     if os.geteuid() == 0:
         os.makedirs("/run/sshd", exist_ok=True)
     sshd = shutil.which("sshd", path=PATH)
@@ -119,7 +126,12 @@ def slurm_nodes(folder: Path) -> Iterator[dict[str, str]]:
     programs = {name: str(shutil.which(name, path=PATH)) for name in SLURM}
     # A path to a socket is short, and munged wants all that leads to its files to be safe.
     with ExitStack() as stack:
-        files = [f"--socket={munge}/socket", f"--key-file={munge}/key", f"--pid-file={munge}/pid", f"--seed-file={munge}/seed"]
+        files = [
+            f"--socket={munge}/socket",
+            f"--key-file={munge}/key",
+            f"--pid-file={munge}/pid",
+            f"--seed-file={munge}/seed",
+        ]
         command = [programs["munged"], "--foreground", "--force", *files, f"--log-file={munge}/log"]
         stack.enter_context(daemon(command, folder / "munged.out", environment))
         until("munged", ["munge", "-n", f"--socket={munge}/socket"], environment, folder / "munged.out")

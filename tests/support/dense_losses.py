@@ -1,6 +1,8 @@
-"""The losses as one would write them on one machine in float64 with all logits at once: what trainer/losses is tested against.
+"""The losses as one would write them on one machine in float64 with all logits at once: what trainer/losses is tested
+against.
 
-Each takes the global batch, float64 leaves, and returns the global loss; ``check`` runs the real thing on ranks and compares.
+Each takes the global batch, float64 leaves, and returns the global loss; ``check`` runs the real thing on ranks and
+compares.
 """
 
 from __future__ import annotations
@@ -13,15 +15,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ranks import run_ranks
+from tests.support.forked_ranks import run_ranks
+from trainer.core.types import Embeddings
 from trainer.losses import PairLoss
-from trainer.types import Embeddings
 
 Dense = Callable[[Embeddings], Tensor]
 
 
 def batch(
-    rows: int, width: int = 32, t: float = 10.0, b: float = -10.0, dtype: torch.dtype = torch.float32, near: float = 1.0, seed: int = 0
+    rows: int,
+    width: int = 32,
+    t: float = 10.0,
+    b: float = -10.0,
+    dtype: torch.dtype = torch.float32,
+    near: float = 1.0,
+    seed: int = 0,
 ) -> Embeddings:
     """Normalised pairs whose cosine is around ``near`` / sqrt(1 + near^2); groups repeat; scale is [1], bias []."""
     generator = torch.Generator().manual_seed(1000 * seed + rows)
@@ -65,7 +73,9 @@ def take(z: Embeddings, sizes: list[int], rank: int) -> Embeddings:
     return Embeddings(*leaves, None if z.groups is None else z.groups[part])
 
 
-def on_ranks(make: Callable[[], PairLoss], batches: list[Embeddings], sizes: list[int]) -> list[tuple[float, list[Tensor], dict[str, int]]]:
+def on_ranks(
+    make: Callable[[], PairLoss], batches: list[Embeddings], sizes: list[int]
+) -> list[tuple[float, list[Tensor], dict[str, int]]]:
     """[(loss, gradients, traffic) for each batch] of this rank; runs inside ``run_ranks``."""
     results = []
     loss = make()
@@ -79,7 +89,9 @@ def on_ranks(make: Callable[[], PairLoss], batches: list[Embeddings], sizes: lis
     return results
 
 
-def errors(make: Callable[[], PairLoss], dense: Dense, batches: list[Embeddings], sizes: list[int]) -> list[dict[str, float]]:
+def errors(
+    make: Callable[[], PairLoss], dense: Dense, batches: list[Embeddings], sizes: list[int]
+) -> list[dict[str, float]]:
     """Relative errors of the loss and of each gradient (in norm), for each batch, on len(sizes) ranks."""
     ranks = run_ranks(on_ranks, len(sizes), make, batches, sizes)
     world, found = len(sizes), []
@@ -105,6 +117,7 @@ def errors(make: Callable[[], PairLoss], dense: Dense, batches: list[Embeddings]
 
 
 def relative(value: Any, truth: Tensor) -> float:
-    """|value - truth| / |truth|; the absolute error where the truth is zero but for float64 rounding (softmax's bias)."""
+    """|value - truth| / |truth|; the absolute error where the truth is zero but for float64 rounding (softmax's
+    bias)."""
     difference, size = (value.double() - truth).norm().item(), truth.norm().item()
     return difference / size if size > 1e-13 else difference

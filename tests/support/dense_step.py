@@ -1,9 +1,9 @@
 """What a training step must equal: the gradient of one dense float64 computation on the concatenated batch.
 
-    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "each")])     # {parameter: relative error}, on real ranks
+    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "each")])  # {parameter: relative error}, on real ranks
 
-The engine runs with an optimizer that puts gradients aside instead of using them, so that they are read exactly as any optimizer meets
-them, at every ZeRO stage, several steps in a row on the same weights.
+The engine runs with an optimizer that puts gradients aside instead of using them, so that they are read exactly as any
+optimizer meets them, at every ZeRO stage, several steps in a row on the same weights.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from tests.ranks import run_ranks
-from tests.tiny import tiny_batch, tiny_model
-from trainer import distributed
+from tests.support.forked_ranks import run_ranks
+from tests.support.tiny_models import tiny_batch, tiny_model
+from trainer.core import distributed
+from trainer.core.types import Batch, Embeddings
 from trainer.engine import Engine, EngineSettings, build_engine
 from trainer.engine.state import WEIGHT, read_state
-from trainer.models.mask import MaskSettings
-from trainer.models.recompute import Layers, recompute
+from trainer.models.adapt.mask import MaskSettings
+from trainer.models.adapt.recompute import Layers, recompute
 from trainer.step import Reduce, train_step
-from trainer.types import Batch, Embeddings
 
 
 def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> T
 
 
 class GatheredSigmoid(nn.Module):
-    """The loss contract in its plainest form: every rank gathers all embeddings and differentiates the sum over ranks."""
+    """The loss contract in its plainest form: every rank gathers all embeddings and differentiates the sum over
+    ranks."""
 
     def forward(self, z: Embeddings) -> Tensor:
         return _Gathered.apply(*z[:4])
@@ -139,7 +140,11 @@ class Case:
         return model
 
     def engine(
-        self, make_optimizer: Callable[[Any], Any] = Capture, precision: str = "fp32", clip: float = 0.0, model: Any = None
+        self,
+        make_optimizer: Callable[[Any], Any] = Capture,
+        precision: str = "fp32",
+        clip: float = 0.0,
+        model: Any = None,
     ) -> Engine:
         model = model if model is not None else self.model()
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 100_000}
@@ -157,7 +162,8 @@ class Case:
 
 
 def add_lora(model: Any) -> None:
-    """Low-rank adapters on the attention projections, their second factor not zero, everything else but the scale and bias locked."""
+    """Low-rank adapters on the attention projections, their second factor not zero, everything else but the scale and
+    bias locked."""
     head = list(model.head.parameters())
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -197,7 +203,9 @@ def reference(case: Case, world: int, micro_batch: int | None, data_seed: int = 
     loss = dense_sigmoid(torch.cat(image), torch.cat(text), z.scale, z.bias)
     assert loss.dtype == torch.float64
     loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+    gradients = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+    }
     return loss.item(), gradients
 
 
@@ -207,14 +215,17 @@ def steps_of(case: Case, pieces: list[Pieces]) -> list[tuple[float, dict[str, Te
     found = []
     for data_seed, (micro_batch, reduce) in enumerate(pieces):
         seed_rank(distributed.rank())
-        result = train_step(engine, local_slice(global_batch(case.rows, data_seed)), GatheredSigmoid(), micro_batch, reduce=reduce)
+        result = train_step(
+            engine, local_slice(global_batch(case.rows, data_seed)), GatheredSigmoid(), micro_batch, reduce=reduce
+        )
         assert not result.skipped
         found.append((result.loss, captured(engine)))
     return found
 
 
 def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Per parameter, |found - wanted| / |wanted|; what is zero but for rounding (key biases) is measured against the largest gradient."""
+    """Per parameter, |found - wanted| / |wanted|; what is zero but for rounding (key biases) is measured against the
+    largest gradient."""
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     largest = max(float(w.norm()) for w in wanted.values())
     return {n: float((found[n].double() - w).norm()) / max(float(w.norm()), 1e-2 * largest) for n, w in wanted.items()}

@@ -2,8 +2,9 @@
 
     results = run_ranks(work, 4, argument)      # [work(argument) on rank 0, ... on rank 3]
 
-``work`` runs with the process group up (``torch.distributed`` and RANK, WORLD_SIZE, LOCAL_RANK set); what it returns travels back by
-pickle between our own processes. A rank that raises, dies or hangs fails the test with its own traceback instead of hanging the rest.
+``work`` runs with the process group up (``torch.distributed`` and RANK, WORLD_SIZE, LOCAL_RANK set); what it returns
+travels back by pickle between our own processes. A rank that raises, dies or hangs fails the test with its own
+traceback instead of hanging the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def run_ranks(work: Callable[..., Any], world: int, *args: Any, timeout: float =
         pipes, processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(work, rank, world, f"{folder}/meet", timeout, theirs, args), daemon=True)
+            process = context.Process(
+                target=_rank, args=(work, rank, world, f"{folder}/meet", timeout, theirs, args), daemon=True
+            )
             gc.freeze()  # a collection in the rank would otherwise copy every page of the parent's heap
             process.start()
             gc.unfreeze()
@@ -72,10 +75,16 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(work: Callable[..., Any], rank: int, world: int, meet: str, timeout: float, pipe: Connection, args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+def _rank(
+    work: Callable[..., Any], rank: int, world: int, meet: str, timeout: float, pipe: Connection, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
         # Plain pickle: a pipe's own sends tensors through shared memory that dies with this rank.
         pipe.send_bytes(pickle.dumps((True, work(*args))))
     except BaseException:

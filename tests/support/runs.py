@@ -1,4 +1,5 @@
-"""What tests of whole training runs share: shards to read, the verb as a rank calls it, and what a run has written down.
+"""What tests of whole training runs share: shards to read, the verb as a rank calls it, and what a run has written
+down.
 
 shards = make_shards(tmp_path / "pairs", tiny_captions(80))
 run_ranks(call, 2, recipe, "run.samples=32")
@@ -19,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import shard
+from data_tools.commands import shard
 from trainer import train
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 PLAIN = ["model.config.vision_config.attention_dropout=0", "model.config.text_config.attention_dropout=0"]
 
@@ -37,7 +38,19 @@ def make_shards(folder: Path, captions: list[str]) -> Path:
             Image.fromarray(dice.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
             table.writerow([f"{number}.png", caption])
     out = folder / "shards"
-    options = ["--image", "image", "--caption", "caption", "--shard-size", "30", "--processes", "1", "--max-rejected", "1", "--quiet"]
+    options = [
+        "--image",
+        "image",
+        "--caption",
+        "caption",
+        "--shard-size",
+        "30",
+        "--processes",
+        "1",
+        "--max-rejected",
+        "1",
+        "--quiet",
+    ]
     assert shard.main([str(folder / "pairs.csv"), str(out), *options]) == 0
     return out
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_tools.index import FORMAT, VERSION, scan_tar
+from data_tools.format.index import FORMAT, VERSION, scan_tar
+from trainer.core.types import Batch, Preprocess
 from trainer.data import DataSettings, Loader, build_loader
-from trainer.types import Batch, Preprocess
 
 SIZE = 8
 NUM_TOKENS = 6
@@ -57,7 +57,11 @@ Members = dict[str, bytes]
 
 def sample(number: int) -> Members:
     """The members of one sample, by extension."""
-    metadata = {"number": number, "captions": [f"caption {number}", f"other words for {number}"], "title": f"title {number}"}
+    metadata = {
+        "number": number,
+        "captions": [f"caption {number}", f"other words for {number}"],
+        "title": f"title {number}",
+    }
     return {"png": encode(picture(number)), "txt": f"caption {number}".encode(), "json": json.dumps(metadata).encode()}
 
 
@@ -71,9 +75,15 @@ def write_tar(path: Path, samples: dict[str, Members]) -> None:
 
 
 def write_shards(
-    folder: Path, counts: list[int], first: int = 0, make: Callable[[int], Members] = sample, captions: int = 1, index: bool = True
+    folder: Path,
+    counts: list[int],
+    first: int = 0,
+    make: Callable[[int], Members] = sample,
+    captions: int = 1,
+    index: bool = True,
 ) -> Path:
-    """Shards of ``counts`` samples numbered from ``first``; ``captions`` is what the manifest says of several per sample."""
+    """Shards of ``counts`` samples numbered from ``first``; ``captions`` is what the manifest says of several per
+    sample."""
     folder.mkdir(parents=True)
     number, entries = first, []
     for shard, count in enumerate(counts):
@@ -85,7 +95,13 @@ def write_shards(
             np.save(folder / f"{shard:05d}.npy", scan_tar(tar)[0])
             (folder / f"{shard:05d}.npy").rename(folder / f"{shard:05d}.idx")
     if index:
-        manifest = {"format": FORMAT, "version": VERSION, "shards": entries, "samples": sum(counts), "max_captions": captions}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "shards": entries,
+            "samples": sum(counts),
+            "max_captions": captions,
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 
 
 class TensorMemory(TorchDispatchMode):
-    """Bytes of the storages that operations return while this is entered, backward passes included. Inputs made before do not count."""
+    """Bytes of the storages that operations return while this is entered, backward passes included. Inputs made before
+    do not count."""
 
     def __init__(self) -> None:
         super().__init__()

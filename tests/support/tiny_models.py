@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
+from trainer.core.types import Batch
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.types import Batch
 
 KINDS = ("siglip", "clip")
 WORDS = "a an the red green blue small large cat dog house tree of on under with old new bright dark".split()  # noqa: SIM905 (easier to read)
@@ -29,7 +29,8 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 @functools.cache
 def tiny_tokenizer() -> str:
-    """A directory with a word-level tokenizer: [PAD] 0, [UNK] 1, words from 2, [END] last. Removed when the process ends."""
+    """A directory with a word-level tokenizer: [PAD] 0, [UNK] 1, words from 2, [END] last. Removed when the process
+    ends."""
     names = ["[PAD]", "[UNK]", *WORDS, "[END]"]
     core = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
     core.normalizer = normalizers.Lowercase()
@@ -44,8 +45,8 @@ def tiny_tokenizer() -> str:
 
 @functools.cache
 def letter_tokenizer(cls: Any) -> str:
-    """A directory with a tokenizer of SigLIP 2's kind, a token a letter: GemmaTokenizer beside the fixed models, Siglip2Tokenizer (which
-    transformers insists on) beside the NaFlex ones.
+    """A directory with a tokenizer of SigLIP 2's kind, a token a letter: GemmaTokenizer beside the fixed models,
+    Siglip2Tokenizer (which transformers insists on) beside the NaFlex ones.
     """
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
     vocabulary = {letter: number for number, letter in enumerate(letters)}
@@ -67,7 +68,11 @@ def tiny_config(kind: str = "siglip", layers: int = 2, width: int = 32, dropout:
     }
     config: dict[str, Any] = {
         "model_type": kind,
-        "vision_config": {**tower, "patch_size": 8, **({"num_patches": 4} if kind == "siglip2" else {"image_size": IMAGE_SIZE})},
+        "vision_config": {
+            **tower,
+            "patch_size": 8,
+            **({"num_patches": 4} if kind == "siglip2" else {"image_size": IMAGE_SIZE}),
+        },
         "text_config": {**tower, "max_position_embeddings": NUM_TOKENS},
     }
     if kind == "clip":
@@ -75,7 +80,9 @@ def tiny_config(kind: str = "siglip", layers: int = 2, width: int = 32, dropout:
     return config
 
 
-def tiny_settings(kind: str = "siglip", layers: int = 2, width: int = 32, dropout: float = 0.0, **more: Any) -> ModelSettings:
+def tiny_settings(
+    kind: str = "siglip", layers: int = 2, width: int = 32, dropout: float = 0.0, **more: Any
+) -> ModelSettings:
     """``model:`` of a recipe for a tiny model; ``more`` are further keys of that section."""
     return ModelSettings(config=tiny_config(kind, layers, width, dropout), tokenizer=tiny_tokenizer(), **more)
 
@@ -88,14 +95,18 @@ def tiny_model(kind: str = "siglip", seed: int = 0, **more: Any) -> DualEncoder:
 
 
 PRETRAINED = ("clip", "siglip", "siglip2 fixed", "siglip2 naflex")
-"""The families that are finetuned. A fixed SigLIP 2 is SigLIP's model with Gemma's tokenizer; a NaFlex one is a model of its own."""
+"""The families that are finetuned. A fixed SigLIP 2 is SigLIP's model with Gemma's tokenizer; a NaFlex one is a model
+of its own."""
 
 
 def tiny_pretrained(kind: str, folder: Path, seed: int = 7) -> DualEncoder:
-    """Leaves a Hugging Face directory of one of PRETRAINED in ``folder``, as if it had been downloaded, and returns what it holds."""
+    """Leaves a Hugging Face directory of one of PRETRAINED in ``folder``, as if it had been downloaded, and returns
+    what it holds."""
     model_type = {"siglip2 fixed": "siglip", "siglip2 naflex": "siglip2"}.get(kind, kind)
     tokenizer = {"siglip2 fixed": GemmaTokenizer, "siglip2 naflex": Siglip2Tokenizer}.get(kind)
-    settings = ModelSettings(config=tiny_config(model_type), tokenizer=letter_tokenizer(tokenizer) if tokenizer else tiny_tokenizer())
+    settings = ModelSettings(
+        config=tiny_config(model_type), tokenizer=letter_tokenizer(tokenizer) if tokenizer else tiny_tokenizer()
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build(settings).eval()

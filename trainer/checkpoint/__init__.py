@@ -1,4 +1,5 @@
-"""Saving and resuming: one integer (``samples_seen``) is the position, whole tensors by name are the state, and nothing is pickled.
+"""Saving and resuming: one integer (``samples_seen``) is the position, whole tensors by name are the state, and nothing
+is pickled.
 
     keeper = Checkpointer(run_dir, settings)
     resumed = keeper.resume(engine, loss)                        # None, or where to go on
@@ -6,15 +7,15 @@
         keeper.save(engine, samples_seen, {"step": step}, loss)  # every rank calls; rank 0 writes
     keeper.close()
 
-A run may go on with another number of ranks, another ZeRO stage, micro-batch or ds_config. Random states are not saved: a step's randomness
-follows from (seed, samples_seen, rank), see ``seed_step``.
+A run may go on with another number of ranks, another ZeRO stage, micro-batch or ds_config. Random states are not saved:
+a step's randomness follows from (seed, samples_seen, rank), see ``seed_step``.
 """
 
-from trainer.checkpoint.keeper import Checkpointer, CheckpointSettings
-from trainer.checkpoint.lock import RunLock
-from trainer.checkpoint.randomness import seed_step
+from trainer.checkpoint.checkpointer import Checkpointer, CheckpointSettings
+from trainer.checkpoint.state_io import Resumed, load, load_model, load_weights, save
 from trainer.checkpoint.store import MANIFEST, find, newest_good, verify
-from trainer.checkpoint.whole import Resumed, load, load_model, load_weights, save
+from trainer.engine.rng import seed_step
+from trainer.runtime.run_lock import RunLock
 
 __all__ = [
     "MANIFEST",

@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer import distributed
-from trainer.checkpoint import store, whole
-from trainer.settings import Settings
-from trainer.types import RunFailed, UserError
+from trainer.checkpoint import state_io, store
+from trainer.core import distributed
+from trainer.core.collectives import on_main
+from trainer.core.settings import Settings
+from trainer.core.types import RunFailed, UserError
 
 
 class CheckpointSettings(Settings):
@@ -27,17 +28,18 @@ class CheckpointSettings(Settings):
     keep_every: int = Field(default=0, ge=0)
     "Beside them, the first checkpoint in every so many pairs stays for good (0: none)."
     resume: str = "auto"
-    """`auto` goes on from the run's newest good checkpoint; `never` demands a run directory without any; a path (a checkpoint or another
-    run) is where a run that has none of its own yet begins."""
+    """`auto` goes on from the run's newest good checkpoint; `never` demands a run directory without any; a path (a
+    checkpoint or another run) is where a run that has none of its own yet begins."""
     asynchronous: bool = False
     "Write from a copy in the memory of rank 0 (12 bytes a parameter) while training goes on."
     on_failure: Literal["continue", "stop"] = "continue"
-    """A disk that is full or fails: warn and train on with the checkpoints there are, or end the run. The last checkpoint, that of the
-    end or of a signal, ends it in any case with an error."""
+    """A disk that is full or fails: warn and train on with the checkpoints there are, or end the run. The last
+    checkpoint, that of the end or of a signal, ends it in any case with an error."""
 
 
 class Checkpointer:
-    """A run's checkpoints. Every rank makes one and calls its methods at the same points; rank 0 alone touches the disk."""
+    """A run's checkpoints. Every rank makes one and calls its methods at the same points; rank 0 alone touches the
+    disk."""
 
     def __init__(self, run_dir: Path, settings: CheckpointSettings) -> None:
         self._run_dir, self._settings = run_dir, settings
@@ -48,12 +50,12 @@ class Checkpointer:
         """Whether a step from position ``before`` to ``after`` (samples_seen) ends where a checkpoint belongs."""
         return before // self._settings.every != after // self._settings.every
 
-    def resume(self, engine: Any, loss: nn.Module | None = None) -> whole.Resumed | None:
+    def resume(self, engine: Any, loss: nn.Module | None = None) -> state_io.Resumed | None:
         """Loads what the settings say, if there is anything; None for a run that begins."""
-        start = whole.on_main(lambda: {"folder": self._start()})["folder"]
+        start = on_main(lambda: {"folder": self._start()})["folder"]
         if start is None:
             return None
-        resumed = whole.restore(Path(start), engine, loss)
+        resumed = state_io.restore(Path(start), engine, loss)
         self._at = resumed.samples_seen
         return resumed
 
@@ -61,7 +63,9 @@ class Checkpointer:
         own = store.listing(self._run_dir)
         if self._settings.resume == "never":
             if own:
-                raise UserError(f"{own[-1]} exists and checkpoint.resume is never: choose another run.directory, or resume=auto")
+                raise UserError(
+                    f"{own[-1]} exists and checkpoint.resume is never: choose another run.directory, or resume=auto"
+                )
             return None
         newest = store.newest_good(self._run_dir)
         if newest is not None:
@@ -69,33 +73,38 @@ class Checkpointer:
         if self._settings.resume != "auto":
             return str(store.find(Path(self._settings.resume)))
         if own:
-            raise UserError(f"{store.checkpoints_dir(self._run_dir)}: every checkpoint is damaged; remove them to begin anew")
+            raise UserError(
+                f"{store.checkpoints_dir(self._run_dir)}: every checkpoint is damaged; remove them to begin anew"
+            )
         return None
 
     def save(self, engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Module | None = None) -> None:
-        """Saves this position, unless it is saved already. A failing disk warns or raises UserError, as the settings say."""
+        """Saves this position, unless it is saved already. A failing disk warns or raises UserError, as the settings
+        say."""
         self.wait()
         if self._at == samples_seen:
             return
         if self._background is None:
             try:
-                whole.save(self._run_dir, engine, samples_seen, extra, loss, self._settings.keep, self._settings.keep_every)
+                state_io.save(
+                    self._run_dir, engine, samples_seen, extra, loss, self._settings.keep, self._settings.keep_every
+                )
             except OSError as error:
                 self._failed(str(error))
             else:
                 self._at = samples_seen
             return
-        plan = whole.contents(engine, samples_seen, extra, loss)
-        copies = self._background.copy(whole.pieces(engine, loss))
+        plan = state_io.contents(engine, samples_seen, extra, loss)
+        copies = self._background.copy(state_io.pieces(engine, loss))
         self._at = samples_seen
         if distributed.is_main():
             self._background.start(lambda: self._write(plan, copies))
 
-    def _write(self, plan: whole.Contents, tensors: list[whole.Piece]) -> str | None:
+    def _write(self, plan: state_io.Contents, tensors: list[state_io.Piece]) -> str | None:
         try:
-            whole.write(self._run_dir, plan, tensors, self._settings.keep, self._settings.keep_every)
+            state_io.write(self._run_dir, plan, tensors, self._settings.keep, self._settings.keep_every)
         except OSError as error:
-            return whole.explain(error, self._run_dir, plan)
+            return state_io.explain(error, self._run_dir, plan)
         return None
 
     def wait(self) -> None:
@@ -103,7 +112,7 @@ class Checkpointer:
         if self._background is None:
             return
         background = self._background
-        error = whole.on_main(lambda: {"error": background.join()})["error"]
+        error = on_main(lambda: {"error": background.join()})["error"]
         if error is not None:
             self._at = None
             self._failed(error)
@@ -119,7 +128,8 @@ class Checkpointer:
         self.wait()
         if self._at != samples_seen:
             raise RunFailed(
-                f"{store.checkpoints_dir(self._run_dir)}: the last checkpoint, at {samples_seen:,} samples, could not be written (see the "
+                f"{store.checkpoints_dir(self._run_dir)}: the last checkpoint, at {samples_seen:,} samples, could "
+                f"not be written (see the "
                 "warning above): make room and start the same command again, it goes on from the one before"
             )
 
@@ -132,9 +142,9 @@ class Background:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._future: Future[str | None] | None = None
 
-    def copy(self, tensors: Iterable[whole.Piece]) -> list[whole.Piece]:
+    def copy(self, tensors: Iterable[state_io.Piece]) -> list[state_io.Piece]:
         """The tensors in host memory, on rank 0."""
-        copies: list[whole.Piece] = []
+        copies: list[state_io.Piece] = []
         for file, name, tensor in tensors:
             memory = self._memory.get((file, name))
             if memory is None or memory.shape != tensor.shape:

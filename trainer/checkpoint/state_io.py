@@ -1,9 +1,9 @@
 """What is in a checkpoint, and the way of tensors between an engine and its files.
 
-``model.safetensors`` holds weights and buffers in fp32 by the names of ``DualEncoder``, ``optimizer.safetensors`` the moments as
-``NAME.exp_avg`` and ``NAME.exp_avg_sq`` (and ``NAME.ema``, where the run averages its weights), ``loss.safetensors`` the buffers of a
-loss that has some (a queue), ``state.json`` the position, the optimizer's step counts and what the training loop adds. Rank 0 alone
-touches the disk.
+``model.safetensors`` holds weights and buffers in fp32 by the names of ``DualEncoder``, ``optimizer.safetensors`` the
+moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` (and ``NAME.ema``, where the run averages its weights),
+``loss.safetensors`` the buffers of a loss that has some (a queue), ``state.json`` the position, the optimizer's step
+counts and what the training loop adds. Rank 0 alone touches the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from trainer import distributed
 from trainer.checkpoint.store import Draft, find, prune, read_manifest
-from trainer.checkpoint.tensors import Entry, TensorReader, TensorWriter
-from trainer.engine.kinds import AVERAGE, WEIGHT
+from trainer.checkpoint.tensor_file import Entry, TensorReader, TensorWriter
+from trainer.core import distributed
+from trainer.core.collectives import on_main, share
+from trainer.core.types import UserError
+from trainer.engine.state_names import AVERAGE, WEIGHT
 from trainer.models import DualEncoder, ModelSettings, build_to_load
-from trainer.types import PeerLost, RunFailed, UserError
 
 MODEL, OPTIMIZER, LOSS, STATE = "model.safetensors", "optimizer.safetensors", "loss.safetensors", "state.json"
 
@@ -68,7 +69,10 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
         MODEL: [_entry(name, tensor) for name, tensor in buffers.items()]
         + [Entry(name, torch.float32, shape) for name, (shape, _) in layout.items()],
         OPTIMIZER: [
-            Entry(f"{name}.{kind}", torch.float32, shape) for name, (shape, kinds) in layout.items() for kind in kinds if kind != WEIGHT
+            Entry(f"{name}.{kind}", torch.float32, shape)
+            for name, (shape, kinds) in layout.items()
+            for kind in kinds
+            if kind != WEIGHT
         ],
     }
     if loss_state:
@@ -84,7 +88,8 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
 
 
 def pieces(engine: Any, loss: nn.Module | None) -> Iterator[Piece]:
-    """Every tensor in the order of ``contents``, on rank 0 (file by file the order is that of its entries). All ranks exhaust it."""
+    """Every tensor in the order of ``contents``, on rank 0 (file by file the order is that of its entries). All ranks
+    exhaust it."""
     from trainer.engine import state
 
     if distributed.is_main():
@@ -97,8 +102,8 @@ def pieces(engine: Any, loss: nn.Module | None) -> Iterator[Piece]:
 
 
 def write(run_dir: Path, plan: Contents, tensors: Iterable[Piece], keep: int = 0, keep_every: int = 0) -> Path:
-    """Rank 0: puts a checkpoint on the disk and removes those that are over (``keep`` 0: none). A failure (OSError) leaves the others
-    as they were.
+    """Rank 0: puts a checkpoint on the disk and removes those that are over (``keep`` 0: none). A failure (OSError)
+    leaves the others as they were.
     """
     draft = Draft(run_dir, plan.samples_seen)
     try:
@@ -128,7 +133,8 @@ def save(
     keep: int = 0,
     keep_every: int = 0,
 ) -> Path:
-    """Writes a checkpoint of an ``Engine`` and returns its directory; every rank calls. ``extra`` is what JSON can hold.
+    """Writes a checkpoint of an ``Engine`` and returns its directory; every rank calls. ``extra`` is what JSON can
+    hold.
 
     Raises OSError on all ranks when the disk is full or fails; the checkpoints before it are untouched.
     """
@@ -153,7 +159,8 @@ def explain(error: OSError, run_dir: Path, plan: Contents) -> str:
 
 
 def load(where: Path, engine: Any, loss: nn.Module | None = None) -> Resumed:
-    """Puts the newest good checkpoint of a run, or the given one, into an ``Engine`` (and the loss's buffers); every rank calls.
+    """Puts the newest good checkpoint of a run, or the given one, into an ``Engine`` (and the loss's buffers); every
+    rank calls.
 
     Raises UserError, before anything is changed, for a damaged checkpoint or one of another model.
     """
@@ -178,7 +185,11 @@ def restore(folder: Path, engine: Any, loss: nn.Module | None = None) -> Resumed
 
 
 def _open(
-    folder: Path, module: nn.Module, shapes: dict[str, tuple[int, ...]], loss_state: dict[str, Tensor], readers: dict[str, TensorReader]
+    folder: Path,
+    module: nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    loss_state: dict[str, Tensor],
+    readers: dict[str, TensorReader],
 ) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     for name in read_manifest(folder)["files"]:
@@ -192,10 +203,12 @@ def _open(
 
 
 def load_model(settings: ModelSettings, where: Path, average: bool = False) -> tuple[DualEncoder, Path]:
-    """(a run's model as evaluation and export want it, the checkpoint it came from): ``where`` is a run or one of its checkpoints.
+    """(a run's model as evaluation and export want it, the checkpoint it came from): ``where`` is a run or one of its
+    checkpoints.
 
-    An adapter that was trained on a rounded base (``model.lora.base``) is laid on the base itself, which is read from ``model.path``; so
-    is a tower whose embeddings were stored. ``average`` takes the running average of the weights that were trained (``optim.ema``).
+    An adapter that was trained on a rounded base (``model.lora.base``) is laid on the base itself, which is read from
+    ``model.path``; so is a tower whose embeddings were stored. ``average`` takes the running average of the weights
+    that were trained (``optim.ema``).
     """
     rounded = settings != settings.at_rest
     model = build_to_load(settings.at_rest, weights=rounded)
@@ -207,7 +220,11 @@ def load_weights(model: nn.Module, where: Path, only_trained: bool = False, aver
     folder = find(where)
     reader = _reader(folder / MODEL)
     unsaved: frozenset[str] = getattr(model, "unsaved", frozenset())  # trained without: they are what they were
-    targets = {name: target for name, target in {**dict(model.named_parameters()), **_buffers(model)}.items() if name not in unsaved}
+    targets = {
+        name: target
+        for name, target in {**dict(model.named_parameters()), **_buffers(model)}.items()
+        if name not in unsaved
+    }
     saved = reader.shapes()
     if only_trained:
         targets = {name: target for name, target in targets.items() if target.requires_grad}
@@ -218,7 +235,8 @@ def load_weights(model: nn.Module, where: Path, only_trained: bool = False, aver
         ours: str = getattr(model, "tower", "")
         if tower != ours:
             raise UserError(
-                f"{folder} was trained on stored embeddings of another tower (fingerprint {tower[:12]}, that of the recipe's path "
+                f"{folder} was trained on stored embeddings of another tower (fingerprint {tower[:12]}, that of the "
+                f"recipe's path "
                 f"is {ours[:12]} now): put the pretrained tower back"
             )
     averages = _averages(folder) if average else {}
@@ -234,7 +252,10 @@ def _averages(folder: Path) -> dict[str, TensorReader]:
     ending = f".{AVERAGE}"
     found = {name.removesuffix(ending): reader for name in reader.names if name.endswith(ending)}
     if not found:
-        raise UserError(f"{folder}: no running average of the weights there; set optim.ema in the recipe and train, or leave --ema out")
+        raise UserError(
+            f"{folder}: no running average of the weights there; set optim.ema in the recipe and train, or leave "
+            f"--ema out"
+        )
     return found
 
 
@@ -254,7 +275,9 @@ def _same(folder: Path, what: str, saved: dict[str, tuple[int, ...]], wanted: di
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise UserError(f"{folder} is of another {what}: {'; '.join(differ[:3])}{more}; resume with the recipe it was made by")
+        raise UserError(
+            f"{folder} is of another {what}: {'; '.join(differ[:3])}{more}; resume with the recipe it was made by"
+        )
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
@@ -277,41 +300,6 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _loss_state(loss: nn.Module | None) -> dict[str, Tensor]:
     return _buffers(loss) if loss is not None else {}
-
-
-def on_main(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """Rank 0's answer on every rank; its UserError, or OSError as a RunFailed, is raised on every rank, so that none waits for another.
-    Of a bug rank 0 tells the traceback, and the others that they lost it.
-    """
-    answer: dict[str, Any] = {}
-    bug: Exception | None = None
-    if distributed.is_main():
-        try:
-            answer["value"] = work() or {}
-        except (UserError, OSError) as error:
-            answer["error"], answer["again"] = str(error), isinstance(error, OSError | RunFailed)
-        except Exception as error:
-            answer["bug"], bug = f"{type(error).__name__}: {error}", error
-    answer = share(answer)
-    if bug is not None:
-        raise bug
-    if "bug" in answer:
-        raise PeerLost(f"rank 0 failed: {answer['bug']}")
-    if "error" in answer:
-        raise RunFailed(answer["error"]) if answer["again"] else UserError(answer["error"])
-    return answer["value"]
-
-
-def share(value: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's dict on every rank, as JSON."""
-    if distributed.world_size() == 1:
-        return value
-    text = json.dumps(value).encode() if distributed.is_main() else b""
-    size = torch.tensor([len(text)], device=distributed.device())
-    dist.broadcast(size, src=0)
-    data = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8).to(distributed.device())
-    dist.broadcast(data, src=0)
-    return json.loads(data.cpu().numpy().tobytes())
 
 
 def _broadcast_into(target: Tensor, value: Tensor | None) -> None:

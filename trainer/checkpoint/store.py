@@ -3,9 +3,10 @@
     <run>/checkpoints/samples-000123456/{model.safetensors, optimizer.safetensors, state.json, checkpoint.json}
     <run>/checkpoints/latest                                         the name of the newest: resuming begins there
 
-A checkpoint is written under another name, each file synced, the manifest (``checkpoint.json``: sizes and digests) last; then the
-directory is renamed, and then ``latest`` moves. To go back to an older one, write its name into ``latest``: what comes after it belongs
-to a course the run has left, and is removed at the next save. Everything here happens on rank 0 alone.
+A checkpoint is written under another name, each file synced, the manifest (``checkpoint.json``: sizes and digests)
+last; then the directory is renamed, and then ``latest`` moves. To go back to an older one, write its name into
+``latest``: what comes after it belongs to a course the run has left, and is removed at the next save. Everything here
+happens on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.tensors import DigestFile, digest_of
-from trainer.distributed import say
-from trainer.types import UserError
+from trainer.checkpoint.tensor_file import DigestFile, digest_of
+from trainer.core.distributed import say
+from trainer.core.types import UserError
 
 MANIFEST = "checkpoint.json"
 FORMAT = "ringlip-checkpoint"
@@ -124,7 +125,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest; raises UserError when this is no whole checkpoint."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} there, so it is not a whole checkpoint; name another, or its run directory")
+        raise UserError(
+            f"{folder}: no {MANIFEST} there, so it is not a whole checkpoint; name another, or its run directory"
+        )
     try:
         manifest = json.loads(path.read_bytes())
         files = manifest["files"]
@@ -133,12 +136,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error})") from error
     if manifest["version"] > VERSION:
-        raise UserError(f"{path}: written by a newer RingLIP (format {manifest['version']}, known here: {VERSION}); update this one")
+        raise UserError(
+            f"{path}: written by a newer RingLIP (format {manifest['version']}, known here: {VERSION}); update this one"
+        )
     return manifest
 
 
 def verify(folder: Path, only: str | None = None) -> None:
-    """Raises UserError when a file of the checkpoint is missing, too short or changed (``only`` looks at that one). Reads every byte."""
+    """Raises UserError when a file of the checkpoint is missing, too short or changed (``only`` looks at that one).
+    Reads every byte."""
     for name, entry in read_manifest(folder)["files"].items():
         if only not in (None, name):
             continue
@@ -152,7 +158,8 @@ def verify(folder: Path, only: str | None = None) -> None:
 
 
 def newest_good(run_dir: Path, warn: Callable[[str], None] = say) -> Path | None:
-    """The checkpoint to go on from: the one ``latest`` names, or the first before it that is undamaged. None when there is none."""
+    """The checkpoint to go on from: the one ``latest`` names, or the first before it that is undamaged. None when there
+    is none."""
     candidates = listing(run_dir)
     pointer = checkpoints_dir(run_dir) / "latest"
     named = checkpoints_dir(run_dir) / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
@@ -176,12 +183,15 @@ def find(where: Path) -> Path:
     folder = newest_good(where)
     if folder is None:
         hint = "all of them are damaged" if listing(where) else "none there"
-        raise UserError(f"{where}: no checkpoint to load ({hint}); name a run directory or one of its checkpoints/samples-*")
+        raise UserError(
+            f"{where}: no checkpoint to load ({hint}); name a run directory or one of its checkpoints/samples-*"
+        )
     return folder
 
 
 def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Keeps the last ``keep`` up to position ``newest`` and, where ``keep_every`` is not 0, the first one in every so many samples."""
+    """Keeps the last ``keep`` up to position ``newest`` and, where ``keep_every`` is not 0, the first one in every so
+    many samples."""
     folders = listing(run_dir)
     ours = [folder for folder in folders if samples_of(folder) <= newest]
     kept = set(ours[-keep:])

@@ -1,6 +1,8 @@
-"""safetensors files written as a stream (header first, then tensor after tensor as it comes, digested on the way) and read by name.
+"""safetensors files written as a stream (header first, then tensor after tensor as it comes, digested on the way) and
+read by name.
 
-The safetensors library writes from a dict of all tensors at once; a model's optimizer state does not fit beside itself. No pickle.
+The safetensors library writes from a dict of all tensors at once; a model's optimizer state does not fit beside itself.
+No pickle.
 """
 
 from __future__ import annotations
@@ -78,7 +80,11 @@ class TensorWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in entries:
-            header[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + entry.size]}
+            header[entry.name] = {
+                "dtype": DTYPES[entry.dtype],
+                "shape": entry.shape,
+                "data_offsets": [offset, offset + entry.size],
+            }
             offset += entry.size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

@@ -1,4 +1,5 @@
-"""Who am I among the ranks: the same answer under deepspeed, torchrun, accelerate, Slurm and Open MPI, or in one plain process."""
+"""Who am I among the ranks: the same answer under deepspeed, torchrun, accelerate, Slurm and Open MPI, or in one plain
+process."""
 
 from __future__ import annotations
 
@@ -11,26 +12,32 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from trainer.types import RunFailed, UserError
+from trainer.core.types import RunFailed, UserError
 
-# deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their own.
-# A variable that only a started task has comes first: an interactive Slurm shell has the others too.
+# deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their
+# own. A variable that only a started task has comes first: an interactive Slurm shell has the others too.
 FOREIGN_LAUNCHERS = (
     ("SLURM_STEP_ID", {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}),
     (
         "OMPI_COMM_WORLD_RANK",
-        {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"},
+        {
+            "RANK": "OMPI_COMM_WORLD_RANK",
+            "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+            "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+        },
     ),
 )
 RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """torchrun and accelerate; deepspeed; Slurm; Open MPI."""
 
 _launchers: tuple[int, ...] = ()
-"""Process ids of what started this rank, and of the `deepspeed` command above that; none for a plain process, which nobody watches over."""
+"""Process ids of what started this rank, and of the `deepspeed` command above that; none for a plain process, which
+nobody watches over."""
 
 
 def init(timeout_seconds: float = 600.0) -> None:
-    """Joins the process group (nccl on GPUs, gloo on CPUs); one plain process becomes a group of one. Safe to call again.
+    """Joins the process group (nccl on GPUs, gloo on CPUs); one plain process becomes a group of one. Safe to call
+    again.
 
     A peer that hangs ends the run after ``timeout_seconds``, so that no collective waits for ever.
     """
@@ -50,14 +57,18 @@ def init(timeout_seconds: float = 600.0) -> None:
         return
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address of rank 0")
+        raise UserError(
+            f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address "
+            f"of rank 0"
+        )
     try:
         dist.init_process_group(backend, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         raise RunFailed(
-            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken: end the ranks of an earlier start if some are "
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken: end the ranks of an earlier "
+            f"start if some are "
             "left, or take another (deepspeed --master_port N, torchrun --master-port N)"
         ) from error
 
@@ -72,12 +83,14 @@ def _adopt_foreign_launcher() -> None:
 
 
 def orphaned() -> bool:
-    """True when the launcher that started this rank is gone: whoever starts the job again would find it still running."""
+    """True when the launcher that started this rank is gone: whoever starts the job again would find it still
+    running."""
     return bool(_launchers) and _those_above()[: len(_launchers)] != _launchers
 
 
 def _those_above() -> tuple[int, ...]:
-    """The parent, and its own where that is the command `deepspeed`: it dies of a signal without a word to the launcher below it."""
+    """The parent, and its own where that is the command `deepspeed`: it dies of a signal without a word to the launcher
+    below it."""
     try:
         parent = psutil.Process(os.getppid())
         above = parent.parent()
@@ -114,43 +127,11 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes; a launcher that shows each rank its own GPU alone calls it 0 (srun --gpus-per-task=1)."""
+    """Where this rank computes; a launcher that shows each rank its own GPU alone calls it 0 (srun
+    --gpus-per-task=1)."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank() if torch.cuda.device_count() > 1 else 0)
-
-
-def barrier() -> None:
-    """Waits for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def any_rank(flag: bool) -> bool:
-    """True on all ranks when it is true on one: how ranks agree on out-of-memory, a signal or a bad gradient."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([float(flag)], device=device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
-
-
-def stack_over_ranks(mine: torch.Tensor) -> torch.Tensor:
-    """[world, *mine.shape]: the tensors of all ranks, which must be of one shape and dtype, in rank order."""
-    if world_size() == 1:
-        return mine[None]
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone)
-
-
-def mean_over_ranks(values: list[float]) -> list[float]:
-    """Averages of a few numbers for the log."""
-    if world_size() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(total)
-    return (total / world_size()).tolist()
 
 
 def say(text: str) -> None:

@@ -4,8 +4,8 @@
         beta2: float = 0.95
         "Second-moment decay; SigLIP (arXiv 2303.15343, section 4.6) needs 0.95 at large batch."
 
-Attribute docstrings become ``--help``. Unknown keys are errors with their dotted path and the nearest known name. Variants of a
-section are chosen by its ``name:`` (a discriminated union is the registry).
+Attribute docstrings become ``--help``. Unknown keys are errors with their dotted path and the nearest known name.
+Variants of a section are chosen by its ``name:`` (a discriminated union is the registry).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 
 class Settings(BaseModel):
@@ -37,9 +37,13 @@ class Settings(BaseModel):
         """A section with variants that does not say which it is, is the default one."""
         if not isinstance(tree, dict):
             return tree
-        named = {key: getattr(field.default, "name", None) for key, field in cls.model_fields.items() if field.discriminator}
+        named = {
+            key: getattr(field.default, "name", None) for key, field in cls.model_fields.items() if field.discriminator
+        }
         return tree | {
-            key: {"name": name, **tree[key]} for key, name in named.items() if name is not None and isinstance(tree.get(key), dict)
+            key: {"name": name, **tree[key]}
+            for key, name in named.items()
+            if name is not None and isinstance(tree.get(key), dict)
         }
 
 
@@ -90,7 +94,9 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 def as_list(path: str, item: dict[str, Any]) -> str:
     """The override that gives a list of one section."""
-    return f"{path}={shlex.quote(yaml.safe_dump([item], default_flow_style=True, width=1000, allow_unicode=True).strip())}"
+    return (
+        f"{path}={shlex.quote(yaml.safe_dump([item], default_flow_style=True, width=1000, allow_unicode=True).strip())}"
+    )
 
 
 def _copy(tree: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +113,17 @@ def parse(cls: type[S], tree: dict[str, Any], source: str) -> S:
 
 
 def _lines(cls: type[Settings], items: list[Any]) -> list[str]:
-    """One line a mistake. Of a value that may be of several kinds (``str | list``) pydantic tells what each of them misses."""
+    """One line a mistake. Of a value that may be of several kinds (``str | list``) pydantic tells what each of them
+    misses."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for item in items:
         kinds = [place for place, part in enumerate(item["loc"]) if KIND.fullmatch(str(part))]
         groups.setdefault(item["loc"][: kinds[0]] if kinds else item["loc"], []).append(item)
     lines = []
     for where, group in groups.items():
-        inside = [item for item in group if len(item["loc"]) > len(where) + 1]  # the kind that was meant: it fits but for these
+        inside = [
+            item for item in group if len(item["loc"]) > len(where) + 1
+        ]  # the kind that was meant: it fits but for these
         if inside or len(group) == 1:
             lines += [_explain(cls, item) for item in inside or group]
         else:
@@ -134,7 +143,9 @@ def _explain(cls: type[Settings], item: Any) -> str:
         return f"{dotted!r} is required"
     if item["type"] == "union_tag_invalid":
         context = item["ctx"]
-        close = difflib.get_close_matches(str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1)
+        close = difflib.get_close_matches(
+            str(context["tag"]), context["expected_tags"].replace("'", "").split(", "), n=1
+        )
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{dotted + '.name'!r} is {context['tag']!r}, known: {context['expected_tags']}{hint}"
     if item["type"] == "union_tag_not_found":
@@ -156,7 +167,9 @@ def _follow(cls: type[Settings], loc: tuple[Any, ...]) -> tuple[list[str], list[
     for part in loc:
         if KIND.fullmatch(str(part)):
             continue
-        tagged = [v for v in variants if "name" in v.model_fields and part in get_args(v.model_fields["name"].annotation)]
+        tagged = [
+            v for v in variants if "name" in v.model_fields and part in get_args(v.model_fields["name"].annotation)
+        ]
         if tagged and len(variants) > 1:
             variants, known = tagged, list(tagged[0].model_fields)
             continue
@@ -222,7 +235,8 @@ def check_out(out: Path | None) -> None:
 
 
 def run_verb(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a verb's ``main(argv)`` and exits: a UserError is one line on stderr and its exit code, never a traceback."""
+    """Runs a verb's ``main(argv)`` and exits: a UserError is one line on stderr and its exit code, never a
+    traceback."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. One line: what is wrong (the file or key) and the remedy. Verbs print it without a traceback."""
+    """A mistake the user can mend. One line: what is wrong (the file or key) and the remedy. Verbs print it without a
+    traceback."""
 
     code = 2
     """Exit code: the same command would fail again, so that launchers do not try."""
@@ -20,7 +21,8 @@ class UserError(ValueError):
 
 
 class RunFailed(UserError):
-    """Something that failed around the run (a worker, a peer, a disk). One line too, but starting the same command again may help."""
+    """Something that failed around the run (a worker, a peer, a disk). One line too, but starting the same command
+    again may help."""
 
     code = 1
 
@@ -30,21 +32,24 @@ class PeerLost(RuntimeError):
 
 
 class SharedOutOfMemory(torch.OutOfMemoryError):
-    """Some rank ran out of memory in an exchange, which was brought to its end: raised on all ranks, at the same point."""
+    """Some rank ran out of memory in an exchange, which was brought to its end: raised on all ranks, at the same
+    point."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Also what cuBLAS says, whose handles and workspaces are no allocations of torch's."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error)
+    )
 
 
 class Batch(NamedTuple):
     """One rank's part of a global batch, as the loader makes it.
 
-    ``pixels`` [b, 3, h, w] uint8 (normalised on the device, inside the model), ``tokens`` [b, n] int64, ``token_mask`` [b, n] bool
-    (True on real tokens), ``ids`` [b] int64 (the sample's number in its dataset: names it in logs), ``groups`` [b] int64 (a hash of
-    the caption: pairs of one group are never each other's negatives when the loss is told so). Of a tower whose embeddings are stored,
-    ``pixels`` or ``tokens`` are those, [b, k] float16.
+    ``pixels`` [b, 3, h, w] uint8 (normalised on the device, inside the model), ``tokens`` [b, n] int64, ``token_mask``
+    [b, n] bool (True on real tokens), ``ids`` [b] int64 (the sample's number in its dataset: names it in logs),
+    ``groups`` [b] int64 (a hash of the caption: pairs of one group are never each other's negatives when the loss is
+    told so). Of a tower whose embeddings are stored, ``pixels`` or ``tokens`` are those, [b, k] float16.
     """
 
     pixels: Tensor
@@ -70,10 +75,11 @@ class Batch(NamedTuple):
 class Embeddings(NamedTuple):
     """What a dual encoder says of a batch, and all that a loss sees.
 
-    ``image`` [b, d] and ``text`` [b, d] are L2-normalised (a tower that was not run gives [0, d]); ``scale`` is the factor on cosine
-    similarities *after* the exponential (SigLIP's t = exp(t')) and ``bias`` is added to the logits: both one element. ``groups`` [b]
-    int64, where given, marks pairs that must not be each other's negatives. ``teacher``, where given, is what a teacher says of the same
-    pairs, of its own width and without gradient (distillation).
+    ``image`` [b, d] and ``text`` [b, d] are L2-normalised (a tower that was not run gives [0, d]); ``scale`` is the
+    factor on cosine similarities *after* the exponential (SigLIP's t = exp(t')) and ``bias`` is added to the logits:
+    both one element. ``groups`` [b] int64, where given, marks pairs that must not be each other's negatives.
+    ``teacher``, where given, is what a teacher says of the same pairs, of its own width and without gradient
+    (distillation).
     """
 
     image: Tensor
@@ -85,8 +91,8 @@ class Embeddings(NamedTuple):
 
 
 class Loss(Protocol):
-    """The mean over ranks of what this returns is the loss of the global batch; the gradient of each rank's embeddings is that of the
-    SUM over ranks. Data-parallel averaging of parameter gradients then gives the exact global gradient.
+    """The mean over ranks of what this returns is the loss of the global batch; the gradient of each rank's embeddings
+    is that of the SUM over ranks. Data-parallel averaging of parameter gradients then gives the exact global gradient.
     """
 
     def __call__(self, z: Embeddings) -> Tensor: ...
@@ -107,13 +113,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its inputs: made by ``trainer.models``, obeyed by ``trainer.data`` (parts do not import each other)."""
+    """How a model wants its inputs: made by ``trainer.models``, obeyed by ``trainer.data`` (parts do not import each
+    other)."""
 
     image_size: tuple[int, int]
     """Height and width in pixels."""
     resize: Literal["squash", "crop", "patches"]
-    """``squash`` changes the aspect (SigLIP); ``crop`` resizes the shorter side and cuts the centre (CLIP); ``patches`` keeps the aspect
-    and makes a strip of patches (NaFlex, trainer/data/patches.py)."""
+    """``squash`` changes the aspect (SigLIP); ``crop`` resizes the shorter side and cuts the centre (CLIP); ``patches``
+    keeps the aspect and makes a strip of patches (NaFlex, trainer/data/patches.py)."""
     resample: Literal["nearest", "bilinear", "bicubic"]
     mean: tuple[float, float, float]
     """Subtracted from pixels in [0, 1], per channel."""

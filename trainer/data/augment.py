@@ -1,4 +1,5 @@
-"""Random crops, flips and light colour changes. Every draw comes from (seed, position): ranks and workers never change a pixel.
+"""Random crops, flips and light colour changes. Every draw comes from (seed, position): ranks and workers never change
+a pixel.
 
 Random resized crop as in Inception (arXiv 1409.4842); colour operations are those of RandAugment (arXiv 1909.13719).
 """
@@ -12,18 +13,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from trainer.core.types import Preprocess
 from trainer.data.patches import grid_of, pack
 from trainer.data.settings import AugmentSettings
 from trainer.data.transforms import Pixels, fitted_size, resize, resized
-from trainer.types import Preprocess
 
 NUM_DRAWS = 16
-"""Uniform numbers a sample may use: 0 the caption, 1 to 4 the crop, 5 the flip, from 6 two for each colour operation."""
+"""Uniform numbers a sample may use: 0 the caption, 1 to 4 the crop, 5 the flip, from 6 two for each colour
+operation."""
 
 OPERATIONS = ("brightness", "contrast", "saturation", "sharpness", "autocontrast", "posterize")
 
 
-def augment(pixels: Pixels, settings: AugmentSettings, preprocess: Preprocess, draws: NDArray[np.float64]) -> torch.Tensor:
+def augment(
+    pixels: Pixels, settings: AugmentSettings, preprocess: Preprocess, draws: NDArray[np.float64]
+) -> torch.Tensor:
     """[h, w, 3] uint8 and the sample's [NUM_DRAWS] numbers in [0, 1) -> uint8 in the shape that ``fit`` makes."""
     if settings.crops:
         top, left, height, width = _crop_box(pixels.shape[:2], settings, preprocess, draws[1:5])

@@ -1,11 +1,13 @@
-"""Embeddings of a locked tower as a side-car column of a dataset: read row by row in training, written in parts that survive a kill.
+"""Embeddings of a locked tower as a side-car column of a dataset: read row by row in training, written in parts that
+survive a kill.
 
     column = StoredColumn(dataset, preprocess.stored)         # refuses what another tower made
     column.read(17)                                           # [k] float16
 
-A column is what `python -m data_tools join` lays beside the tars, ``columns/NAME.npy`` [num_samples, k] in the order of sample numbers, so
-views keep it and no tar is touched. float16, or int8 with ``NAME.scale`` (float32, a factor a row) beside it. The manifest's entry says
-which tower made it. A row of zeros is a sample that could not be embedded: it counts as damaged, as it would with the tower.
+A column is what `python -m data_tools join` lays beside the tars, ``columns/NAME.npy`` [num_samples, k] in the order of
+sample numbers, so views keep it and no tar is touched. float16, or int8 with ``NAME.scale`` (float32, a factor a row)
+beside it. The manifest's entry says which tower made it. A row of zeros is a sample that could not be embedded: it
+counts as damaged, as it would with the tower.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.index import MANIFEST, Dataset, Strings, load_array
+from data_tools.format.index import MANIFEST, Dataset, Strings, load_array
+from data_tools.io.errors import DataError
+from trainer.core.types import Stored, UserError
 from trainer.data.transforms import Damaged
-from trainer.types import Stored, UserError
 
 Storage = Literal["fp16", "int8"]
 Half = NDArray[np.float16]
@@ -39,15 +41,24 @@ class StoredColumn:
 
     def __init__(self, dataset: Dataset, stored: Stored, captions: list[str]) -> None:
         where = f"{dataset.root}: the stored embeddings {stored.column!r}"
-        again = f"write others with `python -m trainer.embed RECIPE model.stored.{stored.side}=ANOTHER_NAME`, or name the ones that fit"
+        again = (
+            f"write others with `python -m trainer.embed RECIPE model.stored.{stored.side}=ANOTHER_NAME`, or "
+            f"name the ones that fit"
+        )
         entry = dataset.manifest.get("columns", {}).get(stored.column)
         if entry is None:
             there = ", ".join(dataset.columns) or "none"
-            raise UserError(f"{where} are not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`")
+            raise UserError(
+                f"{where} are not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`"
+            )
         if "tower" not in entry:
-            raise UserError(f"{where} do not say which tower made them: a column of `data_tools join` cannot stand for one; {again}")
+            raise UserError(
+                f"{where} do not say which tower made them: a column of `data_tools join` cannot stand for one; {again}"
+            )
         if entry["side"] != stored.side:
-            raise UserError(f"{where} are of the {entry['side']} tower, model.stored.{stored.side} needs the other's; {again}")
+            raise UserError(
+                f"{where} are of the {entry['side']} tower, model.stored.{stored.side} needs the other's; {again}"
+            )
         try:
             values = dataset.column(stored.column)
             scale = dataset.column(f"{stored.column}.scale") if entry["dtype"] == "int8" else None
@@ -56,14 +67,22 @@ class StoredColumn:
         assert not isinstance(values, Strings), "texts have no tower"
         assert not isinstance(scale, Strings), "texts have no tower"
         if values.ndim != 2 or values.shape[1] != stored.width:
-            raise UserError(f"{where} have shape {list(values.shape)}, the tower gives {stored.width} numbers a sample; {again}")
+            raise UserError(
+                f"{where} have shape {list(values.shape)}, the tower gives {stored.width} numbers a sample; {again}"
+            )
         if entry["tower"] != stored.tower:
             made, ours = entry["tower"][:12], stored.tower[:12]
-            raise UserError(f"{where} were made by another tower (fingerprint {made} of {entry['model']}, here it is {ours}); {again}")
+            raise UserError(
+                f"{where} were made by another tower (fingerprint {made} of {entry['model']}, here it is {ours}); "
+                f"{again}"
+            )
         if len(values) != dataset.num_samples or (scale is not None and len(scale) != dataset.num_samples):
             raise UserError(f"{where} are {len(values):,}, the dataset has {dataset.num_samples:,} samples; {again}")
         if stored.side == "text" and entry["captions"] != captions:
-            raise UserError(f"{where} are of the captions {entry['captions'] or 'txt'}, data.caption asks for {captions or 'txt'}; {again}")
+            raise UserError(
+                f"{where} are of the captions {entry['captions'] or 'txt'}, data.caption asks for "
+                f"{captions or 'txt'}; {again}"
+            )
         self.values, self.scale = values, scale
 
     def read(self, sample: int) -> Half:
@@ -82,19 +101,26 @@ def to_int8(rows: Half) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 
 
 class ColumnWriter:
-    """A column on its way: parts in ``.embed``, each written aside, synced and renamed; the manifest last, from one rank.
+    """A column on its way: parts in ``.embed``, each written aside, synced and renamed; the manifest last, from one
+    rank.
 
     A run that finds parts of the same tower and dataset goes on from them.
     """
 
     def __init__(self, dataset: Dataset, stored: Stored, storage: Storage, facts: dict[str, Any]) -> None:
         if dataset.is_remote or not Path(dataset.root, MANIFEST).is_file():
-            remedy = "copy it to a local folder" if dataset.is_remote else f"`python -m data_tools index {dataset.root}` makes a manifest"
+            remedy = (
+                "copy it to a local folder"
+                if dataset.is_remote
+                else f"`python -m data_tools index {dataset.root}` makes a manifest"
+            )
             raise UserError(f"{dataset.root}: columns are written beside a local manifest: {remedy}")
         self.dataset, self.stored, self.storage, self.facts = dataset, stored, storage, facts
         state = [stored.tower, stored.column, facts, [[e["name"], e["samples"]] for e in dataset.manifest["shards"]]]
         key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
-        self.scratch = Path(dataset.root, ".embed")  # not data_tools' .parts: `merge`, `index` and `join` clear that when they end
+        self.scratch = Path(
+            dataset.root, ".embed"
+        )  # not data_tools' .parts: `merge`, `index` and `join` clear that when they end
         self.folder = self.scratch / f"{stored.column}-{key}"
 
     @property
@@ -110,7 +136,8 @@ class ColumnWriter:
         storage = "int8" if entry["dtype"] == "int8" else "fp16"
         if storage != self.storage:
             raise UserError(
-                f"{self.dataset.root}: the column {self.stored.column!r} is there as {storage}; give the {self.storage} another name"
+                f"{self.dataset.root}: the column {self.stored.column!r} is there as {storage}; give the "
+                f"{self.storage} another name"
             )
         return True
 
@@ -122,7 +149,9 @@ class ColumnWriter:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it") from None
+                raise UserError(
+                    f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it"
+                ) from None
             self.folder.mkdir(exist_ok=True)
             yield [part for part in range(self.num_parts) if not self._path(part).is_file()]
 
@@ -130,13 +159,17 @@ class ColumnWriter:
         return range(part * ROWS, min((part + 1) * ROWS, self.dataset.num_samples))
 
     def write(self, part: int, rows: Half) -> None:
-        """One part [n, k], whole under its name or not there. Raises UserError where a number is too large for float16."""
+        """One part [n, k], whole under its name or not there. Raises UserError where a number is too large for
+        float16."""
         if not np.isfinite(rows).all():
-            raise UserError("the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be stored")
+            raise UserError(
+                "the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be stored"
+            )
         _save(self._path(part), [rows], rows.shape, rows.dtype)
 
     def finish(self) -> int:
-        """Joins the parts, names the column in the manifest and clears up; returns how many samples have no embedding."""
+        """Joins the parts, names the column in the manifest and clears up; returns how many samples have no
+        embedding."""
         count, width = self.dataset.num_samples, self.stored.width
         columns = Path(self.dataset.root, "columns")
         columns.mkdir(exist_ok=True)
@@ -175,7 +208,9 @@ class ColumnWriter:
         try:
             rows: Half = load_array(str(self._path(part)))
         except ValueError as error:
-            raise UserError(f"{self._path(part)}: not whole ({error}); remove it and run again to write it anew") from None
+            raise UserError(
+                f"{self._path(part)}: not whole ({error}); remove it and run again to write it anew"
+            ) from None
         assert rows.shape == (len(self.samples(part)), self.stored.width), self._path(part)
         return rows
 

@@ -1,6 +1,7 @@
 """Small sets decoded once: resized pixels, tokens and groups stay in memory and a batch is one gather.
 
-Fills as samples are first drawn. 50,000 pictures of 32 x 32 are 150 MB; a row then costs microseconds instead of a decode.
+Fills as samples are first drawn. 50,000 pictures of 32 x 32 are 150 MB; a row then costs microseconds instead of a
+decode.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.core.types import Preprocess
 from trainer.data.order import Ints, uniforms
 from trainer.data.reader import Reader, Rows, Skip, hash_caption
 from trainer.data.settings import DataSettings
 from trainer.data.source import Source
 from trainer.data.transforms import Damaged
-from trainer.types import Preprocess
 
 UNREAD, WHOLE, DAMAGED = 0, 1, 2
 FEW = 64

@@ -4,9 +4,9 @@
     for batch in loader: ...                                       # Batch of 2048 pairs, for ever
     loader.skipped, loader.wait_seconds; loader.close()
 
-Global batch s is the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice. Worker
-processes fill chunks of it in shared memory; a thread of this process copies them into batches (pinned where there is a GPU) ahead of
-the consumer. Closing, garbage collection and interpreter exit end both.
+Global batch s is the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice.
+Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (pinned where
+there is a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.memory import MemoryReader, fits_memory
-from trainer.data.opening import open_source
+from trainer.core.distributed import say
+from trainer.core.types import Batch, Preprocess, RunFailed, UserError
+from trainer.data.in_memory import MemoryReader, fits_memory
+from trainer.data.open import open_source
 from trainer.data.reader import Reader, Rows, Skip, Skipped
 from trainer.data.remote import FetchAhead
 from trainer.data.settings import DataSettings
 from trainer.data.workers import Pool, shared_array, stalled
-from trainer.distributed import say
-from trainer.types import Batch, Preprocess, RunFailed, UserError
 
 CHUNK = 64
 """Pairs a worker makes at a time: small enough to share a batch among workers, large enough to tokenize together."""
@@ -49,7 +49,8 @@ def build_loader(
 ) -> Loader:
     """The batches of rank ``rank`` of ``world`` from position ``samples_seen`` on; ``batch_size`` is global.
 
-    Raises UserError where the batch does not divide by the ranks, a dataset or shard is missing, or a mixture cannot be drawn.
+    Raises UserError where the batch does not divide by the ranks, a dataset or shard is missing, or a mixture cannot be
+    drawn.
     """
     check_divides(batch_size, world)
     if not settings.sources:
@@ -59,7 +60,10 @@ def build_loader(
     reader = (MemoryReader if in_memory else Reader)(sources, settings, preprocess, seed)
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
-    say(f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a rank{kept}")
+    say(
+        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a "
+        f"rank{kept}"
+    )
     return Loader(reader, batch_size, rank, world, samples_seen, workers)
 
 
@@ -108,7 +112,13 @@ class Loader:
 
 
 Made = tuple[Batch, list[Skip]]
-BATCH_TYPES = {np.uint8: torch.uint8, np.float16: torch.float16, np.int32: torch.int64, np.bool_: torch.bool, np.int64: torch.int64}
+BATCH_TYPES = {
+    np.uint8: torch.uint8,
+    np.float16: torch.float16,
+    np.int32: torch.int64,
+    np.bool_: torch.bool,
+    np.int64: torch.int64,
+}
 """dtype of a reader's rows -> of the batch."""
 
 
@@ -128,7 +138,9 @@ class _Feed:
         if workers:
             shapes = Rows.shapes(self.chunk, reader.preprocess)
             self.shared = [shared_array((self.ahead + 1, *shape), dtype) for shape, dtype in shapes]
-            self.pool = Pool(self._work, workers, settings.stall_seconds, self._describe)  # forks: before any thread starts
+            self.pool = Pool(
+                self._work, workers, settings.stall_seconds, self._describe
+            )  # forks: before any thread starts
         self.fetcher = FetchAhead(reader.fetch) if reader.remote_shards(samples_seen) else None
         # the current device belongs to a thread: without this every rank's pinned memory would open a context on GPU 0
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -192,7 +204,9 @@ class _Feed:
     def _empty_batch(self) -> tuple[Batch, Rows]:
         """A new batch and its tensors as numpy arrays: copying through numpy stays in this thread."""
         shapes = Rows.shapes(self.rows, self.reader.preprocess)
-        tensors = [torch.empty(shape, dtype=BATCH_TYPES[dtype], pin_memory=self.device is not None) for shape, dtype in shapes]
+        tensors = [
+            torch.empty(shape, dtype=BATCH_TYPES[dtype], pin_memory=self.device is not None) for shape, dtype in shapes
+        ]
         return Batch(*tensors), Rows(*(tensor.numpy() for tensor in tensors))
 
     def _put(self, item: Made | BaseException) -> bool:

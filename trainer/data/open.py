@@ -1,7 +1,7 @@
 """From what a recipe names (a folder, a URL, a tar, a pattern of tars) to a Source.
 
-Tars without an index are walked once, header by header, and the index is kept in data.cache_dir: an exact order, exact resume and
-random access then hold for them too. What that costs is said in the log.
+Tars without an index are walked once, header by header, and the index is kept in data.cache_dir: an exact order, exact
+resume and random access then hold for them too. What that costs is said in the log.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.errors import DataError
-from data_tools.index import Dataset, load_array, scan_tar
+from data_tools.format.index import Dataset, load_array, scan_tar
+from data_tools.io.errors import DataError
+from trainer.core.distributed import say
+from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings, SourceSettings
 from trainer.data.source import Source, missing
-from trainer.distributed import say
-from trainer.types import UserError
 
 
 def open_source(source: SourceSettings, settings: DataSettings) -> Source:
@@ -34,7 +34,8 @@ def open_source(source: SourceSettings, settings: DataSettings) -> Source:
     path = os.path.expanduser(source.path) if "://" not in source.path else source.path
     if not path:
         raise UserError(
-            "data: no dataset given; name a folder of shards, for example data.train=shards/train or data.validation=shards/validation"
+            "data: no dataset given; name a folder of shards, for example data.train=shards/train or "
+            "data.validation=shards/validation"
         )
     cache = ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30)) if "://" in path else None
     try:
@@ -95,7 +96,10 @@ class ScannedDataset(Dataset):
 def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:
     tars = cache.persist(path, lambda: _find_tars(path)) if cache else _find_tars(path)
     if not tars:
-        raise UserError(f"{path}: no manifest.json and no .tar there; make shards with `python -m data_tools shard`, or check the path")
+        raise UserError(
+            f"{path}: no manifest.json and no .tar there; make shards with `python -m data_tools shard`, or check "
+            f"the path"
+        )
     keeper = cache or ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30))
     entries, indexes, problems = [], [], Counter[str]()
     said = False
@@ -111,7 +115,9 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
                 problems.update(problem.reason for problem in found)
                 _save(kept, rows)
         rows = load_array(str(kept))
-        entries.append({"name": os.path.basename(tar), "path": tar, "samples": len(rows), "bytes": size or _reach(rows)})
+        entries.append(
+            {"name": os.path.basename(tar), "path": tar, "samples": len(rows), "bytes": size or _reach(rows)}
+        )
         indexes.append(kept)
     if problems:
         listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
@@ -121,7 +127,10 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
 
 def _cost(path: str, count: int, remote: bool) -> str:
     how = "fetching and reading each tar once" if remote else "reading each tar once"
-    return f"data: {path} has no index: making one for {count} tars by {how}; `python -m data_tools index` would keep it beside them"
+    return (
+        f"data: {path} has no index: making one for {count} tars by {how}; `python -m data_tools index` would "
+        f"keep it beside them"
+    )
 
 
 def _save(path: Path, rows: NDArray[np.void]) -> None:
@@ -133,11 +142,15 @@ def _save(path: Path, rows: NDArray[np.void]) -> None:
 
 def _reach(rows: NDArray[np.void]) -> int:
     """Where the last member that the index names ends: a tar's size, nearly, where the server does not tell."""
-    return max((int((rows[f"{kind}_offset"] + rows[f"{kind}_size"]).max()) for kind in ("image", "text", "json") if len(rows)), default=0)
+    return max(
+        (int((rows[f"{kind}_offset"] + rows[f"{kind}_size"]).max()) for kind in ("image", "text", "json") if len(rows)),
+        default=0,
+    )
 
 
 def _size_and_stamp(tar: str) -> tuple[int, str]:
-    """Its bytes (0 where the server does not tell), and what changes when the tar does, so that a kept index is never that of another."""
+    """Its bytes (0 where the server does not tell), and what changes when the tar does, so that a kept index is never
+    that of another."""
     if "://" in tar:
         fs, inner = fsspec.core.url_to_fs(tar)
         info = fs.info(inner)
@@ -177,6 +190,8 @@ def _braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
+    choices = (
+        [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
+    )
     for choice in choices:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])

@@ -3,9 +3,9 @@
     order = FullOrder(sizes=[1_000_000_000], draws=[1_000_000_000], seed=7)
     sources, samples = order(np.arange(4096))
 
-A position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one integer with any number
-of ranks and workers. The permutation is a keyed Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
-Domains", CT-RSA 2002): nothing is stored and nothing is sorted.
+A position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one integer
+with any number of ranks and workers. The permutation is a keyed Feistel network with cycle walking (Black and Rogaway,
+"Ciphers with Arbitrary Finite Domains", CT-RSA 2002): nothing is stored and nothing is sorted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -81,13 +81,16 @@ class Permutation:
 def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsamples: Sequence[float]) -> list[int]:
     """How many pairs an epoch draws from each source.
 
-    With weights, an epoch is as long as the sources together and is shared out in their proportion (largest remainders); else a source
-    of n samples gives upsample * n. What a source gives beyond or below its size continues in the next epoch where it stopped, so over
-    the run every sample of a source is drawn equally often, give or take one.
+    With weights, an epoch is as long as the sources together and is shared out in their proportion (largest
+    remainders); else a source of n samples gives upsample * n. What a source gives beyond or below its size continues
+    in the next epoch where it stopped, so over the run every sample of a source is drawn equally often, give or take
+    one.
     """
     if any(weight is not None for weight in weights):
         if any(weight is None for weight in weights):
-            raise UserError("data.train: either every source has a weight or none has; give the missing ones, or use upsample")
+            raise UserError(
+                "data.train: either every source has a weight or none has; give the missing ones, or use upsample"
+            )
         total, scale = sum(sizes), sum(weight for weight in weights if weight is not None)
         exact = [total * weight / scale for weight in weights if weight is not None]
         draws = [int(share) for share in exact]
@@ -96,7 +99,9 @@ def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsam
     else:
         draws = [round(size * factor) for size, factor in zip(sizes, upsamples, strict=True)]
     if min(draws) < 1:
-        raise UserError(f"data.train: source {draws.index(min(draws))} would give no pair in an epoch; raise its weight or upsample")
+        raise UserError(
+            f"data.train: source {draws.index(min(draws))} would give no pair in an epoch; raise its weight or upsample"
+        )
     return draws
 
 
@@ -124,7 +129,9 @@ class FullOrder:
         slots = np.empty_like(positions)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
-            slots[mask] = Permutation(self.epoch, derive_key(self.seed, "epoch", int(epoch)))(positions[mask] - epoch * self.epoch)
+            slots[mask] = Permutation(self.epoch, derive_key(self.seed, "epoch", int(epoch)))(
+                positions[mask] - epoch * self.epoch
+            )
         sources = np.searchsorted(self.ends, slots, side="right")
         samples = np.empty_like(positions)
         for source in np.unique(sources):
@@ -141,7 +148,9 @@ class FullOrder:
         cycles, samples = stream // size, np.empty_like(stream)
         for cycle in np.unique(cycles):
             mask = cycles == cycle
-            samples[mask] = Permutation(size, derive_key(self.seed, "source", source, int(cycle)))(stream[mask] - cycle * size)
+            samples[mask] = Permutation(size, derive_key(self.seed, "source", source, int(cycle)))(
+                stream[mask] - cycle * size
+            )
         return samples
 
 
@@ -156,10 +165,11 @@ class Segments(NamedTuple):
 
 
 class WindowOrder:
-    """An epoch visits shards in a permuted order and shuffles within ``window`` of them: for remote shards behind a local cache.
+    """An epoch visits shards in a permuted order and shuffles within ``window`` of them: for remote shards behind a
+    local cache.
 
-    Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` holds the first sample of each shard of
-    source i and, last, its size.
+    Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` holds the first sample of
+    each shard of source i and, last, its size.
     """
 
     def __init__(self, starts: Sequence[Ints], draws: Sequence[int], seed: int, window: int):
@@ -182,14 +192,17 @@ class WindowOrder:
         for window in np.unique(windows):
             mask = windows == window
             start = int(parts.window_ends[window - 1]) if window else 0
-            shuffle = Permutation(int(parts.window_ends[window]) - start, derive_key(self.seed, "window", epoch, int(window)))
+            shuffle = Permutation(
+                int(parts.window_ends[window]) - start, derive_key(self.seed, "window", epoch, int(window))
+            )
             inside[mask] = shuffle(slots[mask] - start) + start
         which = np.searchsorted(parts.ends, inside, side="right")
         # ends - inside counts down from the segment's length, so the sample is read from the segment's far end
         return parts.sources[which], parts.firsts[which] + parts.ends[which] - inside - 1
 
     def windows_at(self, position: int, count: int) -> list[tuple[int, int]]:
-        """(source, first sample) of every run of samples in the ``count`` windows from ``position`` on: what to fetch ahead."""
+        """(source, first sample) of every run of samples in the ``count`` windows from ``position`` on: what to fetch
+        ahead."""
         epoch, slot = divmod(position, self.epoch)
         runs: list[tuple[int, int]] = []
         window = int(np.searchsorted(self.segments(epoch).window_ends, slot, side="right"))
@@ -220,7 +233,9 @@ class WindowOrder:
         starts = self.starts[source]
         size, runs = int(starts[-1]), []
         for cycle in range(begin // size, (end - 1) // size + 1):
-            shards = Permutation(len(starts) - 1, derive_key(self.seed, "source", source, cycle))(np.arange(len(starts) - 1))
+            shards = Permutation(len(starts) - 1, derive_key(self.seed, "source", source, cycle))(
+                np.arange(len(starts) - 1)
+            )
             firsts, lengths = starts[shards], starts[shards + 1] - starts[shards]
             ends = np.cumsum(lengths)
             cut = np.clip(begin - cycle * size - (ends - lengths), 0, lengths)  # drawn in the epoch before

@@ -1,9 +1,10 @@
-"""Pictures at their own aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches in place of a rectangle.
+"""Pictures at their own aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches in place of a
+rectangle.
 
-A batch holds tensors of one shape, and its number of pairs is fixed: the global order of samples does not depend on what is in the
-pictures. So it is the patches of a picture that are capped. Each picture is resized to about ``budget`` patches of its own aspect, never
-more, and its patches stand side by side, row by row of the picture, in [3, patch, (budget + 1) patch]. What it does not fill is zero. The
-last patch holds the grid: rows and columns as two bytes each.
+A batch holds tensors of one shape, and its number of pairs is fixed: the global order of samples does not depend on
+what is in the pictures. So it is the patches of a picture that are capped. Each picture is resized to about ``budget``
+patches of its own aspect, never more, and its patches stand side by side, row by row of the picture, in [3, patch,
+(budget + 1) patch]. What it does not fill is zero. The last patch holds the grid: rows and columns as two bytes each.
 
     Preprocess(image_size=(16, (256 + 1) * 16), resize="patches", ...)         # patch 16, budget 256
 """
@@ -14,7 +15,7 @@ import math
 
 import torch
 
-from trainer.types import Preprocess
+from trainer.core.types import Preprocess
 
 PRECISION = 1e-5
 LARGEST = 100.0
@@ -27,8 +28,8 @@ def grid_of(preprocess: Preprocess) -> tuple[int, int]:
 
 
 def native_size(shape: tuple[int, int], patch: int, budget: int) -> tuple[int, int]:
-    """(height, width) in whole patches, at most ``budget`` of them, closest to the aspect of ``shape``: the sizes that SigLIP 2's image
-    processor finds by bisection of the scale, bit for bit.
+    """(height, width) in whole patches, at most ``budget`` of them, closest to the aspect of ``shape``: the sizes that
+    SigLIP 2's image processor finds by bisection of the scale, bit for bit.
     """
     low, high = PRECISION / 10, LARGEST
     while high - low >= PRECISION:
@@ -49,5 +50,7 @@ def pack(planes: torch.Tensor, patch: int, budget: int) -> torch.Tensor:
     strip = torch.zeros(3, patch, (budget + 1) * patch, dtype=torch.uint8)
     patches = planes.reshape(3, rows, patch, columns, patch).permute(0, 2, 1, 3, 4)
     strip[:, :, : rows * columns * patch] = patches.reshape(3, patch, rows * columns * patch)
-    strip[0, 0, budget * patch : budget * patch + 4] = torch.tensor([rows >> 8, rows & 255, columns >> 8, columns & 255])
+    strip[0, 0, budget * patch : budget * patch + 4] = torch.tensor(
+        [rows >> 8, rows & 255, columns >> 8, columns & 255]
+    )
     return strip

@@ -1,7 +1,8 @@
-"""Positions of the run -> rows of a batch: which sample, which caption, which augmentation, and what to do when one is damaged.
+"""Positions of the run -> rows of a batch: which sample, which caption, which augmentation, and what to do when one is
+damaged.
 
-A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide who calls it, which is why
-they never change a batch.
+A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide who calls it,
+which is why they never change a batch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import NUM_DRAWS, augment
+from trainer.data.embedding_column import StoredColumn
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
 from trainer.data.settings import DataSettings
 from trainer.data.source import Source
-from trainer.data.stored import StoredColumn
 from trainer.data.transforms import Damaged, decode, fit, least_size
-from trainer.types import Preprocess, UserError
 
 ATTEMPTS = 100
 """Replacements tried for one damaged sample before the dataset itself is called damaged."""
@@ -95,11 +96,17 @@ class Reader:
         self.draw_key = derive_key(seed, "augment")
         self.stored = preprocess.stored
         if self.stored is not None and self.stored.side == "image" and settings.augment.active:
-            raise UserError("data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or model.stored")
-        self.columns = [StoredColumn(source.dataset, self.stored, source.fields) for source in self.sources] if self.stored else []
+            raise UserError(
+                "data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or "
+                "model.stored"
+            )
+        self.columns = (
+            [StoredColumn(source.dataset, self.stored, source.fields) for source in self.sources] if self.stored else []
+        )
 
     def fill(self, positions: Ints, rows: Rows) -> list[Skip]:
-        """Writes the samples at ``positions`` [b] into ``rows``; returns what was damaged and replaced. Raises UserError, never Damaged."""
+        """Writes the samples at ``positions`` [b] into ``rows``; returns what was damaged and replaced. Raises
+        UserError, never Damaged."""
         sources, samples = self.order(positions)
         draws = uniforms(self.draw_key, positions, NUM_DRAWS)
         captions, skips = [], []
@@ -159,14 +166,21 @@ class Reader:
         if attempt >= ATTEMPTS:
             root = self.sources[source].dataset.root
             remedy = f"look with `python -m data_tools verify {root}`, and check data.caption"
-            raise UserError(f"{root}: {attempt + 1} samples in a row cannot be used, the last {last.key}: {last.reason}; {remedy}")
+            raise UserError(
+                f"{root}: {attempt + 1} samples in a row cannot be used, the last {last.key}: {last.reason}; {remedy}"
+            )
 
     def remote_shards(self, position: int) -> list[str]:
-        """URLs of the shards read from ``position`` on, in this window of the order and the next; empty where all are local."""
+        """URLs of the shards read from ``position`` on, in this window of the order and the next; empty where all are
+        local."""
         if not isinstance(self.order, WindowOrder) or all(source.cache is None for source in self.sources):
             return []
         runs = self.order.windows_at(position, 2)
-        return list(dict.fromkeys(self.sources[source].shard_name(first) for source, first in runs if self.sources[source].cache))
+        return list(
+            dict.fromkeys(
+                self.sources[source].shard_name(first) for source, first in runs if self.sources[source].cache
+            )
+        )
 
     def fetch(self, url: str) -> str:
         """Brings a remote shard to local disk."""
@@ -191,7 +205,9 @@ class Reader:
 def make_order(sources: Sequence[Source], settings: DataSettings, seed: int) -> Order:
     """The order of the whole run over all sources, as the settings ask."""
     given = settings.sources
-    draws = draws_per_epoch([source.size for source in sources], [one.weight for one in given], [one.upsample for one in given])
+    draws = draws_per_epoch(
+        [source.size for source in sources], [one.weight for one in given], [one.upsample for one in given]
+    )
     remote = any(source.cache is not None for source in sources)
     if remote:
         check_window(sources, settings)
@@ -201,7 +217,8 @@ def make_order(sources: Sequence[Source], settings: DataSettings, seed: int) -> 
 
 
 def check_window(sources: Sequence[Source], settings: DataSettings) -> None:
-    """Raises UserError where the shards of a window and the next do not fit the cache: each would be fetched again and again."""
+    """Raises UserError where the shards of a window and the next do not fit the cache: each would be fetched again and
+    again."""
     sizes = [entry.get("bytes", 0) for source in sources if source.cache for entry in source.dataset.manifest["shards"]]
     need = sum(sorted(sizes)[-2 * settings.window :])
     if need > settings.cache_limit * 2**30:

@@ -3,8 +3,8 @@
     cache = ShardCache("~/.cache/ringlip", limit=100 << 30)
     path = cache.fetch("s3://bucket/train/00012.tar")
 
-Processes of a node share the folder: a lock file per shard lets one fetch while the others wait, and a shard evicted while somebody
-reads it stays readable through the open file.
+Processes of a node share the folder: a lock file per shard lets one fetch while the others wait, and a shard evicted
+while somebody reads it stays readable through the open file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TypeVar
 import fsspec
 import xxhash
 
-from data_tools.errors import DataError
-from trainer.types import RunFailed, UserError
+from data_tools.io.errors import DataError
+from trainer.core.types import RunFailed, UserError
 
 T = TypeVar("T")
 ATTEMPTS = 3
@@ -40,7 +40,8 @@ class ShardCache:
             (self.root / part).mkdir(parents=True, exist_ok=True)
 
     def fetch(self, url: str) -> str:
-        """The local path of a remote tar, fetched if it is not here. Raises UserError when it is missing or does not arrive whole."""
+        """The local path of a remote tar, fetched if it is not here. Raises UserError when it is missing or does not
+        arrive whole."""
         path = self.root / "shards" / _local_name(url)
         if not _touch(path):
             with self.lock(path.name):
@@ -65,7 +66,8 @@ class ShardCache:
             yield
 
     def persist(self, url: str, attempt: Callable[[], T]) -> T:
-        """``attempt()``, tried again where the network fails. Raises RunFailed in the end, UserError of a missing file at once."""
+        """``attempt()``, tried again where the network fails. Raises RunFailed in the end, UserError of a missing file
+        at once."""
         for number in range(ATTEMPTS):
             try:
                 return attempt()
@@ -75,9 +77,13 @@ class ShardCache:
                 raise UserError(f"{url}: no such file; upload it, or make the manifest anew") from None
             except ImportError as error:
                 raise UserError(f"{url}: {cause(error)}") from error
-            except Exception as error:  # each backend has its own: aiohttp.ClientError, botocore's, gcsfs' HttpError are no OSErrors
+            except (
+                Exception
+            ) as error:  # each backend has its own: aiohttp.ClientError, botocore's, gcsfs' HttpError are no OSErrors
                 if number + 1 == ATTEMPTS:
-                    raise RunFailed(f"{url}: not fetched in {ATTEMPTS} attempts ({cause(error)}); check network and credentials") from error
+                    raise RunFailed(
+                        f"{url}: not fetched in {ATTEMPTS} attempts ({cause(error)}); check network and credentials"
+                    ) from error
                 time.sleep(self.retry_seconds * 2**number)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -100,9 +106,12 @@ class ShardCache:
         part.replace(path)
 
     def _reserve(self, part: Path, size: int, url: str) -> None:
-        """Evicts until ``size`` bytes more are within the limit, and takes them: others who fetch at this moment count them."""
+        """Evicts until ``size`` bytes more are within the limit, and takes them: others who fetch at this moment count
+        them."""
         if size > self.limit:
-            raise UserError(f"{url}: {size / 2**30:.1f} GiB are above data.cache_limit; raise it or write smaller shards")
+            raise UserError(
+                f"{url}: {size / 2**30:.1f} GiB are above data.cache_limit; raise it or write smaller shards"
+            )
         with self.lock("eviction"):
             part.unlink(missing_ok=True)
             used = size + self._being_fetched()
@@ -158,7 +167,8 @@ def _local_name(url: str) -> str:
 class FetchAhead:
     """A thread that fetches what will be read next, so that workers find it on disk.
 
-    A file that does not arrive is left to the reader, who names it; any other error ends the thread and is raised by ``want``.
+    A file that does not arrive is left to the reader, who names it; any other error ends the thread and is raised by
+    ``want``.
     """
 
     def __init__(self, fetch: Callable[[str], str]):

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.distributed import ranks_here
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.distributed import ranks_here
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
 
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl")
 """Lists of pairs, which people give as they are."""
@@ -20,9 +20,14 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl")
 def sharded(path: str) -> str:
     """``path``, which may hold shards. Raises UserError for a table of pairs and for a file that is no tar."""
     table, local = path.lower().endswith(TABLES), Path(path).expanduser()
-    if (table and not local.is_dir()) or (local.is_file() and not path.endswith(".tar") and not tarfile.is_tarfile(local)):
+    if (table and not local.is_dir()) or (
+        local.is_file() and not path.endswith(".tar") and not tarfile.is_tarfile(local)
+    ):
         what = "a table of pairs" if table else "a file that is no tar"
-        raise UserError(f"{path} is {what}, and shards are read: make them with `python -m data_tools shard {path} OUT`, and name OUT")
+        raise UserError(
+            f"{path} is {what}, and shards are read: make them with `python -m data_tools shard {path} OUT`, and "
+            f"name OUT"
+        )
     return path
 
 
@@ -34,7 +39,8 @@ class SourceSettings(Settings):
     weight: float | None = Field(default=None, gt=0)
     """Share of this dataset among the pairs drawn; either every dataset has one or none."""
     upsample: float = Field(default=1.0, gt=0)
-    """How often an epoch draws each of its samples, where there are no weights; 0.5 draws every sample in two epochs."""
+    """How often an epoch draws each of its samples, where there are no weights; 0.5 draws every sample in two
+    epochs."""
     caption: str | list[str] | None = None
     """As data.caption, for this dataset alone."""
 
@@ -48,7 +54,8 @@ class SourceSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """Random changes to training pictures, drawn from (seed, position): the same with any number of ranks and workers."""
+    """Random changes to training pictures, drawn from (seed, position): the same with any number of ranks and
+    workers."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Random resized crop: smallest and largest share of the picture's area; (1, 1) is off, (0.9, 1) is CLIP's."""
@@ -57,7 +64,8 @@ class AugmentSettings(Settings):
     flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a left-right flip; captions that say left or right, and letters, forbid it."""
     randaugment: int = Field(default=0, ge=0, le=4)
-    """How many light changes of colour, contrast or sharpness each picture gets (RandAugment, arXiv 1909.13719, without geometry)."""
+    """How many light changes of colour, contrast or sharpness each picture gets (RandAugment, arXiv 1909.13719, without
+    geometry)."""
     magnitude: float = Field(default=0.3, ge=0, le=1)
     """Strength of each such change."""
 
@@ -87,14 +95,16 @@ class DataSettings(Settings):
     validation: str = ""
     """Shards to evaluate on during training."""
     caption: str | list[str] = "txt"
-    """Caption of a pair: "txt" (all the sample has), or fields of its .json or columns laid beside by `data_tools join`; of several one is
-    drawn from (seed, position)."""
+    """Caption of a pair: "txt" (all the sample has), or fields of its .json or columns laid beside by `data_tools
+    join`; of several one is drawn from (seed, position)."""
     workers: int | Literal["auto"] = "auto"
-    """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where data.cache_decoded is used."""
+    """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where
+    data.cache_decoded is used."""
     prefetch: int = Field(default=2, ge=1)
     """Batches made ahead of the one in use."""
     shuffle: Literal["auto", "full", "window"] = "auto"
-    """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window where shards are remote."""
+    """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window where
+    shards are remote."""
     window: int = Field(default=32, ge=1)
     """Shards that a windowed shuffle mixes."""
     augment: AugmentSettings = AugmentSettings()
@@ -106,9 +116,11 @@ class DataSettings(Settings):
     cache_limit: float = Field(default=100.0, gt=0)
     """GiB of remote shards kept in data.cache_dir, on each node."""
     check_digests: bool = True
-    """Compare every picture's bytes with the index (8 GB/s a core): a flipped bit is a damaged sample, not a wrong picture."""
+    """Compare every picture's bytes with the index (8 GB/s a core): a flipped bit is a damaged sample, not a wrong
+    picture."""
     jpeg_scaling: float = Field(default=0.0, ge=0)
-    """Above 0, decode a JPEG at the smallest M/8 size that is this many times what is needed: faster, slightly other pixels."""
+    """Above 0, decode a JPEG at the smallest M/8 size that is this many times what is needed: faster, slightly other
+    pixels."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Larger pictures are damaged samples: the size is read from the header, before memory is spent."""
     stall_seconds: float = Field(default=300.0, gt=0)

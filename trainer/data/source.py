@@ -1,6 +1,7 @@
 """One dataset of shards, read sample by sample with pread: picture bytes, captions, metadata.
 
-Nothing is read in order and nothing is kept but mapped indexes and a few open files, so that any sample costs one small read.
+Nothing is read in order and nothing is kept but mapped indexes and a few open files, so that any sample costs one small
+read.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from data_tools.errors import DataError
-from data_tools.index import Dataset, Strings, read_key
+from data_tools.format.index import Dataset, Strings, read_key
+from data_tools.io.errors import DataError
+from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings
 from trainer.data.transforms import Damaged
-from trainer.types import UserError
 
 OPEN_FILES = 64
 
@@ -33,7 +34,8 @@ class Raw(NamedTuple):
 
 
 class OpenTar:
-    """A file descriptor that closes with its last user, so that forgetting a file never closes it under a reader's hands."""
+    """A file descriptor that closes with its last user, so that forgetting a file never closes it under a reader's
+    hands."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -45,7 +47,8 @@ class OpenTar:
 
 
 class Source:
-    """Samples 0 .. size - 1 of one dataset. Reading raises Damaged for what is wrong with one sample, UserError for a missing file."""
+    """Samples 0 .. size - 1 of one dataset. Reading raises Damaged for what is wrong with one sample, UserError for a
+    missing file."""
 
     def __init__(self, dataset: Dataset, fields: list[str], settings: DataSettings, cache: ShardCache | None):
         self.dataset, self.cache, self.check_digests = dataset, cache, settings.check_digests
@@ -55,7 +58,9 @@ class Source:
         self.columns = {field: _texts(dataset, field) for field in self.fields if field in dataset.columns}
         self.open_files: OrderedDict[int, OpenTar] = OrderedDict()
         self.lock = Lock()
-        self.most_open = OPEN_FILES if cache is None else 2 * settings.window  # an open file keeps its disk space when it is evicted
+        self.most_open = (
+            OPEN_FILES if cache is None else 2 * settings.window
+        )  # an open file keeps its disk space when it is evicted
 
     def captions(self, sample: int) -> list[str]:
         """The captions of one sample alone."""
@@ -105,7 +110,9 @@ class Source:
 
     def _captions(self, sample: int, shard: int, entry: np.void) -> list[str]:
         if self.fields:
-            beside, within = ([field for field in self.fields if (field in self.columns) is there] for there in (True, False))
+            beside, within = (
+                [field for field in self.fields if (field in self.columns) is there] for there in (True, False)
+            )
             found = [self.columns[field][sample] for field in beside]
             found += _strings([self._field(shard, entry, field) for field in within])
         else:
@@ -162,7 +169,9 @@ class Source:
                 if self.cache is None:
                     break  # otherwise another process has evicted it in between: fetch it again
             except OSError as error:
-                raise UserError(f"{self.dataset.tar_path(shard)}: cannot be opened ({error.strerror}); check its permissions") from error
+                raise UserError(
+                    f"{self.dataset.tar_path(shard)}: cannot be opened ({error.strerror}); check its permissions"
+                ) from error
         raise UserError(missing(self.dataset.tar_path(shard)))
 
     def _local(self, shard: int) -> str:
@@ -179,7 +188,10 @@ def _texts(dataset: Dataset, name: str) -> Strings:
 
 def missing(path: str) -> str:
     """What to say of a tar that is not there."""
-    return f"{path}: no such shard; copy it there, or make the manifest anew with `python -m data_tools index {os.path.dirname(path)}`"
+    return (
+        f"{path}: no such shard; copy it there, or make the manifest anew with `python -m data_tools index "
+        f"{os.path.dirname(path)}`"
+    )
 
 
 def _strings(values: list[Any]) -> list[str]:

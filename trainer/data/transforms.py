@@ -1,8 +1,8 @@
 """Bytes of a picture -> uint8 pixels as the model wants them.
 
-JPEGs are decoded strictly by simplejpeg (libjpeg-turbo: damage is an error, not grey blocks), everything else by Pillow. Resizing is
-torch's antialiased uint8 interpolation, which gives Pillow's pixels (mean difference 0.002 of 255, at most 1) in a sixth of the time, so
-that evaluation sees what the checkpoint's own image processor would have made.
+JPEGs are decoded strictly by simplejpeg (libjpeg-turbo: damage is an error, not grey blocks), everything else by
+Pillow. Resizing is torch's antialiased uint8 interpolation, which gives Pillow's pixels (mean difference 0.002 of 255,
+at most 1) in a sixth of the time, so that evaluation sees what the checkpoint's own image processor would have made.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
+from trainer.core.types import Preprocess
 from trainer.data.patches import grid_of, native_size, pack
-from trainer.types import Preprocess
 
 Pixels = NDArray[np.uint8]
 
 MAX_ASPECT = 16
-"""Pictures longer than this are cut to it before a centre crop: resizing 1 x 5000 by its shorter side would cost gigabytes."""
+"""Pictures longer than this are cut to it before a centre crop: resizing 1 x 5000 by its shorter side would cost
+gigabytes."""
 ORIENTATION = 0x0112
 
 
-# Pillow warns of large pictures, odd EXIF and palettes with transparency: each is dealt with here, or is a damaged sample.
+# Pillow warns of large pictures, odd EXIF and palettes with transparency: each is dealt with here, or is a damaged
+# sample.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -125,13 +127,16 @@ def resize(pixels: Pixels, size: tuple[int, int], resample: str) -> torch.Tensor
         return planes
     if resample == "nearest":
         return planes[:, _nearest(height, size[0])[:, None], _nearest(width, size[1])]
-    if height - size[0] > 2 * max(0, width - size[1]):  # here Pillow 13 resizes columns first; torch always begins with rows
+    if height - size[0] > 2 * max(
+        0, width - size[1]
+    ):  # here Pillow 13 resizes columns first; torch always begins with rows
         planes = _interpolate(planes, (size[0], width), resample)
     return _interpolate(planes, size, resample)
 
 
 def _nearest(old: int, new: int) -> torch.Tensor:
-    """[new] the pixels that Pillow takes: it adds up steps in float64, which decides where a position falls between two."""
+    """[new] the pixels that Pillow takes: it adds up steps in float64, which decides where a position falls between
+    two."""
     steps = np.full(new, old / new)
     steps[0] /= 2
     return torch.from_numpy(np.cumsum(steps).astype(np.int64))
@@ -142,7 +147,8 @@ def _interpolate(planes: torch.Tensor, size: tuple[int, int], resample: str) -> 
 
 
 def fitted_size(shape: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
-    """(height, width) to which a picture of ``shape`` is resized before the centre is cut, with Hugging Face's rounding."""
+    """(height, width) to which a picture of ``shape`` is resized before the centre is cut, with Hugging Face's
+    rounding."""
     (height, width), (to_height, to_width) = shape, preprocess.image_size
     if preprocess.resize == "squash":
         return preprocess.image_size
@@ -154,13 +160,15 @@ def fitted_size(shape: tuple[int, int], preprocess: Preprocess) -> tuple[int, in
 
 
 def fit(pixels: Pixels, preprocess: Preprocess) -> torch.Tensor:
-    """[h, w, 3] uint8 -> [3, *preprocess.image_size] uint8 as the checkpoint's image processor makes it, but for normalisation."""
+    """[h, w, 3] uint8 -> [3, *preprocess.image_size] uint8 as the checkpoint's image processor makes it, but for
+    normalisation."""
     fitted = resized(pixels, preprocess)
     return pack(fitted, *grid_of(preprocess)) if preprocess.resize == "patches" else fitted
 
 
 def resized(pixels: Pixels, preprocess: Preprocess) -> torch.Tensor:
-    """``fit`` before a picture's patches are put side by side: [3, height, width] uint8, of whole patches for NaFlex."""
+    """``fit`` before a picture's patches are put side by side: [3, height, width] uint8, of whole patches for
+    NaFlex."""
     if preprocess.resize == "crop":
         pixels = _cut_aspect(pixels)
     fitted = resize(pixels, fitted_size(pixels.shape[:2], preprocess), preprocess.resample)

@@ -1,10 +1,12 @@
-"""Forked processes that work through tasks and answer in order; a dead or silent one is named, never waited for without end.
+"""Forked processes that work through tasks and answer in order; a dead or silent one is named, never waited for without
+end.
 
     with Pool(work, num=4, stall_seconds=300, describe=str) as pool:
         for result in pool.run(tasks, ahead=16): ...
 
-Plain fork and pipes: ``multiprocessing`` forbids children to daemonic processes (launchers and tests make such), and bulk data goes
-through memory shared by the fork (`shared_array`), which unlike /dev/shm has no small limit in containers.
+Plain fork and pipes: ``multiprocessing`` forbids children to daemonic processes (launchers and tests make such), and
+bulk data goes through memory shared by the fork (`shared_array`), which unlike /dev/shm has no small limit in
+containers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.types import RunFailed, UserError
+from trainer.core.types import RunFailed, UserError
 
 QUEUED = 2
 """Tasks a worker holds: one at work and one waiting, so that it is never idle between them."""
@@ -34,7 +36,9 @@ QUEUED = 2
 def shared_array(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
     """Zeros that this process and those it forks from now on see together."""
     count = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize)), dtype=dtype, count=count).reshape(shape)
+    return np.frombuffer(mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize)), dtype=dtype, count=count).reshape(
+        shape
+    )
 
 
 @dataclass
@@ -67,7 +71,8 @@ class Pool:
             self.workers.append(Worker(index, pid, mine))
 
     def run(self, tasks: Iterator[Any], ahead: int) -> Iterator[Any]:
-        """Results in the order of ``tasks``. At any time at most ``ahead`` tasks beyond the one just yielded have been given out."""
+        """Results in the order of ``tasks``. At any time at most ``ahead`` tasks beyond the one just yielded have been
+        given out."""
         results: dict[int, Any] = {}
         given = asked = 0
         exhausted = False
@@ -121,9 +126,15 @@ class Pool:
                 value = value if isinstance(value, UserError) else RuntimeError(f"data worker {worker.index}:\n{value}")
             results[worker.tasks.popleft()[0]] = value
             worker.since = time.monotonic()
-        silent = [worker for worker in busy.values() if worker.tasks and time.monotonic() - worker.since >= self.stall_seconds]
+        silent = [
+            worker for worker in busy.values() if worker.tasks and time.monotonic() - worker.since >= self.stall_seconds
+        ]
         if silent and not ready:
-            raise RunFailed(stalled(f"data worker {silent[0].index} (pid {silent[0].pid})", self.stall_seconds, self._task(silent[0])))
+            raise RunFailed(
+                stalled(
+                    f"data worker {silent[0].index} (pid {silent[0].pid})", self.stall_seconds, self._task(silent[0])
+                )
+            )
 
     def _death(self, worker: Worker) -> RunFailed:
         _, status = os.waitpid(worker.pid, 0)
@@ -166,7 +177,10 @@ class Pool:
 
 def stalled(who: str, seconds: float, reading: str) -> str:
     """What to say of one that is silent."""
-    return f"{who} has been silent for {seconds:g} s while reading {reading}; check that storage, or raise data.stall_seconds"
+    return (
+        f"{who} has been silent for {seconds:g} s while reading {reading}; check that storage, or raise "
+        f"data.stall_seconds"
+    )
 
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
@@ -187,7 +201,10 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
             except EOFError:
                 return
             except UserError as error:
-                answer = (False, type(error)(str(error)))  # its kind decides the exit code; what it came from may not be picklable
+                answer = (
+                    False,
+                    type(error)(str(error)),
+                )  # its kind decides the exit code; what it came from may not be picklable
             except Exception:
                 answer = (False, traceback.format_exc())
             pipe.send(answer)

@@ -1,11 +1,11 @@
 """Checks every node before a run: a line a node, and the remedy for what fails.
 
-    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards     # over ssh, as launch/multinode.sh goes
+    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards  # over ssh, as launch/multinode.sh goes
     python -m trainer.doctor                                                             # this machine alone
 
-Versions equal, GPUs as many as the hostfile says, the port of the first node reachable, paths there and writable and the same on all nodes,
-clocks together, bandwidth of one exchange between neighbours on the ring, DeepSpeed's extensions buildable. Exit code 1 when something
-fails. RINGLIP_SSH holds options for ssh (RINGLIP_SSH="-p 2222 -F config").
+Versions equal, GPUs as many as the hostfile says, the port of the first node reachable, paths there and writable and
+the same on all nodes, clocks together, bandwidth of one exchange between neighbours on the ring, DeepSpeed's extensions
+buildable. Exit code 1 when something fails. RINGLIP_SSH holds options for ssh (RINGLIP_SSH="-p 2222 -F config").
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.settings import run_verb
-from trainer.types import UserError
+from trainer.core.settings import run_verb
+from trainer.core.types import UserError
 
 CLOCK_SECONDS = 2.0
 """Clocks further apart make logs and file times lie."""
@@ -68,7 +68,9 @@ def ask(node: Node, task: dict[str, Any]) -> None:
         there = f"cd {shlex.quote(os.getcwd())} && PATH={shlex.quote(os.environ['PATH'])} {shlex.join(command)}"
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15", *shlex.split(os.environ.get("RINGLIP_SSH", ""))]
         command = ["ssh", *options, node.name, there]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:
         try:
@@ -88,7 +90,9 @@ def problems(nodes: list[Node], slots_known: bool) -> list[str]:
     heard = [node for node in nodes if "versions" in node.found]
     for node in nodes:
         if node.failure and node not in heard:
-            found.append(f"{node.name}: {node.failure}; `ssh {node.name} true` must work, repository and .venv lie at one path")
+            found.append(
+                f"{node.name}: {node.failure}; `ssh {node.name} true` must work, repository and .venv lie at one path"
+            )
         elif node.failure:
             found.append(f"{node.name}: the checks broke off: {node.failure}")
     for node in heard:
@@ -100,7 +104,8 @@ def problems(nodes: list[Node], slots_known: bool) -> list[str]:
                 other = node.found["versions"].get(package)
                 if other != number:
                     found.append(
-                        f"{node.name}: {package} {other}, but {number} on {first.name}; install the same requirements.txt, sources"
+                        f"{node.name}: {package} {other}, but {number} on {first.name}; install the same "
+                        f"requirements.txt, sources"
                     )
         early, late = min(heard, key=lambda node: node.offset), max(heard, key=lambda node: node.offset)
         if late.offset - early.offset > CLOCK_SECONDS:
@@ -113,7 +118,9 @@ def _own(node: Node, slots_known: bool) -> list[str]:
     facts, found = node.found, []
     gpus = len(facts["gpus"])
     if slots_known and gpus and gpus < node.slots:
-        found.append(f"{node.name}: {gpus} GPUs, the hostfile says slots={node.slots}; correct it, or see `nvidia-smi` there")
+        found.append(
+            f"{node.name}: {gpus} GPUs, the hostfile says slots={node.slots}; correct it, or see `nvidia-smi` there"
+        )
     for path, wrong in facts["paths"].items():
         if wrong:
             found.append(f"{node.name}: {path} {wrong}; mount it, or name another run.directory")
@@ -121,9 +128,14 @@ def _own(node: Node, slots_known: bool) -> list[str]:
         if wrong and not facts["paths"][path]:
             found.append(f"{node.name}: {path} {wrong}; mount one file system on all nodes")
     if facts.get("port"):
-        found.append(f"{node.name}: cannot meet on the first node's port ({facts['port']}); open it, or choose another --port")
+        found.append(
+            f"{node.name}: cannot meet on the first node's port ({facts['port']}); open it, or choose another --port"
+        )
     if facts.get("ring"):
-        found.append(f"{node.name}: nodes meet but cannot exchange ({facts['ring']}); open all ports between them, set NCCL_SOCKET_IFNAME")
+        found.append(
+            f"{node.name}: nodes meet but cannot exchange ({facts['ring']}); open all ports between them, set "
+            f"NCCL_SOCKET_IFNAME"
+        )
     if facts.get("error"):
         found.append(f"{node.name}: DeepSpeed does not import ({facts['error']}); pip install -r requirements.txt")
     return found
@@ -146,9 +158,22 @@ def table(nodes: list[Node]) -> str:
         speed = f"{rate / 1e6:,.0f} MB/s" if rate else "FAIL" if facts.get("port") or facts.get("ring") else "-"
         versions = facts["versions"]
         names = (versions["torch"], versions["deepspeed"], versions["ringlip"][:8])
-        rows.append((node.name, str(node.slots or "-"), devices, *names, f"{node.offset:+.2f} s", paths, speed, _extensions(facts)))
+        rows.append(
+            (
+                node.name,
+                str(node.slots or "-"),
+                devices,
+                *names,
+                f"{node.offset:+.2f} s",
+                paths,
+                speed,
+                _extensions(facts),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _extensions(facts: dict[str, Any]) -> str:
@@ -156,7 +181,12 @@ def _extensions(facts: dict[str, Any]) -> str:
     tools = [name for name in ("compiler", "ninja") if not facts.get(name)]
     if tools:
         return f"none: no {' and no '.join(tools)}"
-    return " ".join(f"{name.removesuffix('Builder')}{'' if good else ':no'}" for name, good in facts.get("ops", {}).items()) or "?"
+    return (
+        " ".join(
+            f"{name.removesuffix('Builder')}{'' if good else ':no'}" for name, good in facts.get("ops", {}).items()
+        )
+        or "?"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -164,7 +194,13 @@ def main(argv: list[str]) -> int:
         prog="python -m trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hostfile", type=Path, help="NAME slots=RANKS a line; without it this machine alone")
-    parser.add_argument("--paths", nargs="*", default=[], metavar="DIR", help="directories that all nodes must see and write: runs, shards")
+    parser.add_argument(
+        "--paths",
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="directories that all nodes must see and write: runs, shards",
+    )
     parser.add_argument("--master-addr", default="", help="address of the first node, where it is not its name")
     parser.add_argument("--port", type=int, default=29500, help="port on the first node that ranks meet on")
     parser.add_argument("--megabytes", type=float, default=64, help="of the exchange between neighbours")

@@ -2,7 +2,8 @@
 
     python -m trainer.doctor.node '{"rank": 0, "world": 2, "address": "node-a", "port": 29500, "paths": ["/shared"], "bytes": 1000000}'
 
-Prints JSON lines: facts first, then what needs the others. A check that fails says so in words and does not end the rest.
+Prints JSON lines: facts first, then what needs the others. A check that fails says so in words and does not end the
+rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
+from trainer.core import collectives, distributed
 from trainer.metrics.environment import PACKAGES, git_revision
 
 PATIENCE = 60
@@ -41,7 +42,12 @@ def facts(paths: list[str]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "clock": time.time(),
-        "versions": {"python": sys.version.split()[0], **packages, "cuda": str(torch.version.cuda), "ringlip": git_revision() or "unknown"},
+        "versions": {
+            "python": sys.version.split()[0],
+            **packages,
+            "cuda": str(torch.version.cuda),
+            "ringlip": git_revision() or "unknown",
+        },
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cores": len(os.sched_getaffinity(0)),
         "paths": {path: _writable(Path(path)) for path in paths},
@@ -62,7 +68,8 @@ def _writable(path: Path) -> str:
 
 
 def buildable() -> dict[str, Any]:
-    """Which of DeepSpeed's extensions could be compiled here. In a process of its own: it takes DeepSpeed seconds to say."""
+    """Which of DeepSpeed's extensions could be compiled here. In a process of its own: it takes DeepSpeed seconds to
+    say."""
     code = (
         "import json, logging; logging.disable(logging.CRITICAL)\n"
         "from deepspeed.accelerator import get_accelerator\n"
@@ -90,7 +97,9 @@ def together(task: dict[str, Any]) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
     try:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        )
         found["bytes_per_second"] = _ring(rank, world, task["bytes"])
     except RuntimeError as error:
         found["ring"] = " ".join(str(error).split())[:160]
@@ -114,7 +123,11 @@ def _shared(store: dist.Store, rank: int, world: int, paths: list[str]) -> dict[
             deadline = time.monotonic() + 5  # file systems over a network show it late
             while not (Path(path) / name).is_file() and time.monotonic() < deadline:
                 time.sleep(0.2)
-            wrong[path] = "" if (Path(path) / name).is_file() else "does not show what the first node writes there: it is not shared"
+            wrong[path] = (
+                ""
+                if (Path(path) / name).is_file()
+                else "does not show what the first node writes there: it is not shared"
+            )
     store.set(f"looked-{rank}", "yes")
     if rank == 0:
         store.wait([f"looked-{other}" for other in range(world)])
@@ -126,10 +139,13 @@ def _shared(store: dist.Store, rank: int, world: int, paths: list[str]) -> dict[
 def _ring(rank: int, world: int, size: int) -> float:
     """Bytes a second from the left neighbour while as much goes to the right: the better of three exchanges."""
     device = distributed.device()
-    mine, theirs = torch.zeros(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    mine, theirs = (
+        torch.zeros(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
+    )
     best = 0.0
     for _ in range(3):
-        distributed.barrier()
+        collectives.barrier()
         began = time.perf_counter()
         right, left = (rank + 1) % world, (rank - 1) % world
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, right), dist.P2POp(dist.irecv, theirs, left)]):
@@ -137,7 +153,7 @@ def _ring(rank: int, world: int, size: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = max(best, size / (time.perf_counter() - began))
-    distributed.barrier()
+    collectives.barrier()
     return best
 
 

@@ -2,7 +2,8 @@
 
     from trainer.engine import EngineSettings, build_engine
 
-The settings can be had without the seconds that importing DeepSpeed takes: ``build_engine`` and ``Engine`` load it on first use.
+The settings can be had without the seconds that importing DeepSpeed takes: ``build_engine`` and ``Engine`` load it on
+first use.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 if TYPE_CHECKING:
-    from trainer.engine.build import Engine, build_engine
+    from trainer.engine.engine import Engine, build_engine
 
 __all__ = ["Engine", "EngineSettings", "build_engine"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Engine", "build_engine"):
-        from trainer.engine import build
+        from trainer.engine import engine
 
-        return getattr(build, name)
+        return getattr(engine, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

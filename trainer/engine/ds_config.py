@@ -1,10 +1,11 @@
-"""A DeepSpeed configuration says where tensors live, never what is computed: read, checked and completed from the recipe.
+"""A DeepSpeed configuration says where tensors live, never what is computed: read, checked and completed from the
+recipe.
 
     engine:
       ds_config: zero2          # ds_configs/zero2.json; or the path of a JSON file of your own
 
-DeepSpeed ignores keys that it does not know and accepts several that silently change gradients. Here every key is either known to keep
-training exact, or refused in one line that says who owns it or what it would do.
+DeepSpeed ignores keys that it does not know and accepts several that silently change gradients. Here every key is
+either known to keep training exact, or refused in one line that says who owns it or what it would do.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -26,10 +27,14 @@ class EngineSettings(Settings):
     """How DeepSpeed holds the model."""
 
     ds_config: str = "zero1"
-    "Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: where tensors live."
+    (
+        "Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: "
+        "where tensors live."
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 computes the towers under torch autocast; weights, gradients, optimizer and loss are float32 either way. auto: bf16 where the
-    processor has bf16 matrix units, else fp32, which is then several times faster; all ranks of a run need the same kind of processor."""
+    """bf16 computes the towers under torch autocast; weights, gradients, optimizer and loss are float32 either way.
+    auto: bf16 where the processor has bf16 matrix units, else fp32, which is then several times faster; all ranks of a
+    run need the same kind of processor."""
 
     @property
     def autocasts(self) -> bool:
@@ -38,7 +43,8 @@ class EngineSettings(Settings):
 
 
 def has_bf16_units() -> bool:
-    """True on GPUs since Ampere and on processors with AMX; others emulate bf16 (measured on AVX2: an eighth of the fp32 rate)."""
+    """True on GPUs since Ampere and on processors with AMX; others emulate bf16 (measured on AVX2: an eighth of the
+    fp32 rate)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported())
@@ -75,9 +81,11 @@ REFUSED = {
     "gradient_allreduce_op": "a sum over ranks is not the gradient of the global batch; RingLIP averages",
     "sparse_gradients": "it changes how embeddings are averaged and is untested with the two-pass step",
     "elasticity": "DeepSpeed has removed elastic training; a RingLIP checkpoint resumes on any number of ranks",
-    "zero_force_ds_cpu_optimizer": "RingLIP always steps with torch's AdamW, so that every ds_config gives the same weights",
+    "zero_force_ds_cpu_optimizer": "RingLIP always steps with torch's AdamW, so that every ds_config gives the same "
+    "weights",
     "zero_allow_untested_optimizer": "RingLIP sets it",
-    "zero_optimization.round_robin_gradients": "it reorders gradients between ranks and is not exact with gradient inspection",
+    "zero_optimization.round_robin_gradients": "it reorders gradients between ranks and is not exact with gradient "
+    "inspection",
     "zero_optimization.compute_grad_norm": "optim.clip and the guard against spikes need the norm of the gradient",
     "zero_optimization.zero_quantized_gradients": "quantised gradients are not exact",
     "zero_optimization.zero_quantized_weights": "quantised weights are not exact",
@@ -89,12 +97,20 @@ REFUSED = {
 """Keys that would change the result, and how."""
 
 NVME = {
-    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after one step, once tensors are large enough to be swapped)",
+    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after one step, once tensors are large "
+    "enough to be swapped)",
     "offload_param": "weights on NVMe are exact but cannot be put back from a checkpoint",
 }
 
 KNOWN = {
-    "": ["zero_optimization", "comms_logger", "flops_profiler", "memory_breakdown", "wall_clock_breakdown", "steps_per_print"],
+    "": [
+        "zero_optimization",
+        "comms_logger",
+        "flops_profiler",
+        "memory_breakdown",
+        "wall_clock_breakdown",
+        "steps_per_print",
+    ],
     "zero_optimization": [
         "stage",
         "offload_optimizer",
@@ -130,7 +146,8 @@ KNOWN = {
 SECTIONS = [*KNOWN, "comms_logger", "flops_profiler"]
 
 BUCKET_ELEMENTS = 20_000_000
-"""Elements that travel at once where a ds_config does not say (80 MB). DeepSpeed's default is 25 times that, and all of it is allocated."""
+"""Elements that travel at once where a ds_config does not say (80 MB). DeepSpeed's default is 25 times that, and all of
+it is allocated."""
 
 BUCKETS = {
     0: [],
@@ -141,12 +158,15 @@ BUCKETS = {
 
 
 def load(name: str) -> dict[str, Any]:
-    """The checked ds_config of that name in ds_configs/, or at that path. Raises UserError that names the key and its owner."""
+    """The checked ds_config of that name in ds_configs/, or at that path. Raises UserError that names the key and its
+    owner."""
     path = FOLDER / f"{name}.json" if "/" not in name and not name.endswith(".json") else Path(name).expanduser()
     if not path.is_file():
         names = sorted(file.stem for file in FOLDER.glob("*.json"))
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}, or give the path of a JSON file"
+        hint = (
+            f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}, or give the path of a JSON file"
+        )
         raise UserError(f"engine.ds_config: no {path}; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -193,13 +213,16 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         if offload.get("device") == "nvme":
             raise UserError(f"{path}: zero_optimization.{kind}.device 'nvme' is refused: {NVME[kind]}; use 'cpu'")
         if offload.get("device", "none") != "none" and stage < least:
-            raise UserError(f"{path}: zero_optimization.{kind} needs zero_optimization.stage >= {least}, this file has {stage}")
+            raise UserError(
+                f"{path}: zero_optimization.{kind} needs zero_optimization.stage >= {least}, this file has {stage}"
+            )
 
 
 def complete(config: dict[str, Any], clip: float) -> dict[str, Any]:
     """The ds_config with what the recipe owns filled in, as DeepSpeed and ``<run>/deepspeed.json`` get it.
 
-    Batch sizes are 1: RingLIP drives micro-batches itself. ``clip`` is written even when 0, because DeepSpeed clips at 1.0 unless told.
+    Batch sizes are 1: RingLIP drives micro-batches itself. ``clip`` is written even when 0, because DeepSpeed clips at
+    1.0 unless told.
     """
     zero = dict(config.get("zero_optimization", {}))
     zero.setdefault("stage", 0)

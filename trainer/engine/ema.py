@@ -1,7 +1,8 @@
-"""The running average of the weights (``OptimSettings.ema``): how it moves, and how it stands in for the weights for a while.
+"""The running average of the weights (``OptimSettings.ema``): how it moves, and how it stands in for the weights for a
+while.
 
     average_weights(ds_engine, 0.999)                   # after each step
-    with averaged(ds_engine): ...                       # forward computes with the average; afterwards with the weights, bit for bit
+    with averaged(ds_engine): ...  # forward computes with the average; afterwards with the weights, bit for bit
 
 It lies among the optimizer's moments, cut up as they are (trainer/engine/state.py).
 """
@@ -16,22 +17,23 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from trainer.distributed import device, world_size
-from trainer.engine.kinds import AVERAGE, WEIGHT
+from trainer.core.distributed import device, world_size
 from trainer.engine.state import BUCKET_BYTES, Fragment, buckets, fragments, write_model_copy
+from trainer.engine.state_names import AVERAGE, WEIGHT
 
 
 @torch.no_grad()
 def average_weights(engine: Any, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weight, on what this rank holds; the first call, after the first update, takes the weights as they
-    are. ``decay`` 0 drops the average. No communication.
+    """ema <- decay * ema + (1 - decay) * weight, on what this rank holds; the first call, after the first update, takes
+    the weights as they are. ``decay`` 0 drops the average. No communication.
     """
     done: set[int] = set()  # at ZeRO 1 to 3 many parameters share a flat partition
     for fragment in fragments(engine):
         if fragment.optimizer is None or id(fragment.master) in done:
             continue
         done.add(id(fragment.master))
-        # A parameter that has had no gradient yet has no state, and must not get one: the optimizer makes its moments where there is none.
+        # A parameter that has had no gradient yet has no state, and must not get one: the optimizer makes its moments
+        # where there is none.
         state = fragment.optimizer.state.get(fragment.master)
         if not state:
             continue
@@ -45,22 +47,27 @@ def average_weights(engine: Any, decay: float) -> None:
 
 @contextmanager
 def averaged(engine: Any) -> Iterator[bool]:
-    """Within, forward computes with the average wherever there is one; gives whether there is any. All ranks together, between steps.
+    """Within, forward computes with the average wherever there is one; gives whether there is any. All ranks together,
+    between steps.
 
     No second copy of the model: the weights stay where the optimizer keeps them, and take back their place from there.
     """
     pieces = [piece for piece in fragments(engine) if AVERAGE in piece.kinds()]
     _show(engine, pieces, AVERAGE)
     yield bool(pieces)
-    # Not after an error: the other ranks may be elsewhere and would never meet this one here; the run ends, and says why.
+    # Not after an error: the other ranks may be elsewhere and would never meet this one here; the run ends, and says
+    # why.
     _show(engine, pieces, WEIGHT)
 
 
 @torch.no_grad()
 def _show(engine: Any, pieces: list[Fragment], kind: str) -> None:
-    """Puts the average, or the weights again, where forward reads. Takes one bucket of memory, at ZeRO 0 that of one parameter."""
+    """Puts the average, or the weights again, where forward reads. Takes one bucket of memory, at ZeRO 0 that of one
+    parameter."""
     for piece in pieces:
-        if piece.master is piece.parameter:  # ZeRO 0 keeps the weights nowhere else: the two change places, both ways alike
+        if (
+            piece.master is piece.parameter
+        ):  # ZeRO 0 keeps the weights nowhere else: the two change places, both ways alike
             weight, average = piece.read(WEIGHT), piece.read(AVERAGE)
             kept = weight.clone()
             weight.copy_(average)

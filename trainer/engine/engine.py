@@ -10,9 +10,10 @@ Several backward passes feed one optimizer step, at every ZeRO stage alike:
     norm = engine.finish_gradients()           # averages over ranks
     engine.step()                              # or engine.discard_gradients()
 
-Gradients stay on each rank until ``finish_gradients`` reduces them once (least traffic), unless ``start_gradients(each=True)`` asks for
-a reduction in every backward: then ZeRO 2 and 3 never hold more than their shard (least memory). Otherwise nothing communicates between
-start and finish, but for the parameters that ZeRO-3 fetches: a rank that runs out of memory there can still tell the others.
+Gradients stay on each rank until ``finish_gradients`` reduces them once (least traffic), unless
+``start_gradients(each=True)`` asks for a reduction in every backward: then ZeRO 2 and 3 never hold more than their
+shard (least memory). Otherwise nothing communicates between start and finish, but for the parameters that ZeRO-3
+fetches: a rank that runs out of memory there can still tell the others.
 """
 
 from __future__ import annotations
@@ -31,29 +32,33 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from trainer import distributed
-from trainer.engine.average import average_weights, averaged
+from trainer.core import collectives, distributed
+from trainer.core.types import Embeddings, UserError
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
-from trainer.engine.kinds import WEIGHT
+from trainer.engine.ema import average_weights, averaged
 from trainer.engine.state import Fragment, fragments
-from trainer.types import Embeddings, UserError
+from trainer.engine.state_names import WEIGHT
 
-# Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would go on to build one
-# for a minute that serves small all-reduces only. No extension is needed here.
+# Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would
+# go on to build one for a minute that serves small all-reduces only. No extension is needed here.
 vars(deepspeed.ops).setdefault("__compatible_ops__", {})
-# DeepSpeed gathers and scatters by names that torch wants to rename: torch says so on every rank and at ZeRO-3 in every step, to people who
-# can do nothing about it. The warning comes from torch's logger, whoever called; nothing in this package uses those names.
+# DeepSpeed gathers and scatters by names that torch wants to rename: torch says so on every rank and at ZeRO-3 in every
+# step, to people who can do nothing about it. The warning comes from torch's logger, whoever called; nothing in this
+# package uses those names.
 warnings.filterwarnings(
     "ignore",
     r"`torch\.distributed\.(all_gather_into_tensor|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base)` is ",
     FutureWarning,
     r"torch\.distributed\.c10d_logger",
 )
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
+logging.getLogger("DeepSpeed").setLevel(
+    logging.WARNING
+)  # DeepSpeed's own start-up report runs to a hundred lines a rank
 
 
 class Engine:
-    """DeepSpeed's engine behind the few calls that a step makes; every rank must make the same ones in the same order."""
+    """DeepSpeed's engine behind the few calls that a step makes; every rank must make the same ones in the same
+    order."""
 
     def __init__(self, ds_engine: Any, merged_config: dict[str, Any]) -> None:
         self.ds_engine = ds_engine
@@ -62,7 +67,8 @@ class Engine:
         self.device = distributed.device()
         self.zero_stage = int(merged_config["zero_optimization"]["stage"])
         self.towers_trained: tuple[bool, bool] | None = None
-        """Whether (image, text) embeddings depend on a trainable parameter: learnt by the first step that needs to know."""
+        """Whether (image, text) embeddings depend on a trainable parameter: learnt by the first step that needs to
+        know."""
         self._clip = float(merged_config["gradient_clipping"])
         self._accumulation: AbstractContextManager[None] | None = None
         self._each = False
@@ -97,9 +103,12 @@ class Engine:
             group["lr"] = rate * group.get("rate", 1.0)
 
     def cap_scale(self, largest: float) -> None:
-        """Lowers the scale t = exp(logit_scale) to ``largest`` where it is above, in every copy that this rank holds."""
+        """Lowers the scale t = exp(logit_scale) to ``largest`` where it is above, in every copy that this rank
+        holds."""
         if self._scale is None:
-            self._scale = [fragment for fragment in fragments(self.ds_engine) if fragment.name.rsplit(".", 1)[-1] == "logit_scale"]
+            self._scale = [
+                fragment for fragment in fragments(self.ds_engine) if fragment.name.rsplit(".", 1)[-1] == "logit_scale"
+            ]
         for fragment in self._scale:
             holders = [fragment.read(WEIGHT), fragment.parameter.detach()]
             if hasattr(fragment.parameter, "ds_tensor"):
@@ -112,7 +121,8 @@ class Engine:
         average_weights(self.ds_engine, decay)
 
     def averaged(self) -> AbstractContextManager[bool]:
-        """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks together."""
+        """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks
+        together."""
         return averaged(self.ds_engine)
 
     def start_gradients(self, each: bool = False) -> None:
@@ -132,7 +142,8 @@ class Engine:
         self.ds_engine.backward(scalar, scale_wrt_gas=False)
 
     def finish_gradients(self) -> float:
-        """Averages gradients over ranks; returns the norm of the whole gradient before clipping (inf where it is not finite)."""
+        """Averages gradients over ranks; returns the norm of the whole gradient before clipping (inf where it is not
+        finite)."""
         if self._reduces_in_backward:
             return self._norm()
         self.ds_engine.set_gradient_accumulation_boundary(True)
@@ -158,7 +169,8 @@ class Engine:
         self.ds_engine.step()
 
     def discard_gradients(self) -> None:
-        """Forgets what has been accumulated, reduced or not, as if ``start_gradients`` had never been called. All ranks together."""
+        """Forgets what has been accumulated, reduced or not, as if ``start_gradients`` had never been called. All ranks
+        together."""
         optimizer = self.ds_engine.optimizer
         self.ds_engine.zero_grad()
         if self._accumulation is not None:
@@ -195,10 +207,11 @@ class Engine:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
         norm = norm if 0 <= norm < float("inf") else float("inf")  # DeepSpeed says -1 where the norm is not finite
-        return distributed.mean_over_ranks([norm])[0]  # what ranks decide by must not differ in the last bit
+        return collectives.mean_over_ranks([norm])[0]  # what ranks decide by must not differ in the last bit
 
     def _zero_gradient_partitions(self) -> None:
-        """Clears the buffers that ZeRO keeps from step to step: a parameter that a step does not use would meet its last gradient there."""
+        """Clears the buffers that ZeRO keeps from step to step: a parameter that a step does not use would meet its
+        last gradient there."""
         optimizer = self.ds_engine.optimizer
         kept: list[Tensor] = []
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -211,22 +224,33 @@ class Engine:
             buffer.zero_()
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings, clip: float = 0.0) -> Engine:
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings, clip: float = 0.0
+) -> Engine:
     """Puts ``model`` under DeepSpeed on this rank's device, rank 0's weights on all ranks.
 
-    ``optimizer`` is a torch optimizer over the model's trainable parameters (``trainer.optim.build_optimizer``); ``clip`` is the largest
-    norm of the global gradient (0: no limit). Raises UserError for a ds_config that sets what the recipe owns.
+    ``optimizer`` is a torch optimizer over the model's trainable parameters (``trainer.optim.build_optimizer``);
+    ``clip`` is the largest norm of the global gradient (0: no limit). Raises UserError for a ds_config that sets what
+    the recipe owns.
     """
     config = complete(load(settings.ds_config), clip)
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     assert not scalars, f"DeepSpeed cannot hold 0-dimensional parameters: {scalars}"
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias")
+        raise UserError(
+            "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
+        )
     if not settings.autocasts and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        raise UserError("model.lora.base bfloat16 is for engine.precision bf16, and this run computes in fp32: set one of them")
+        raise UserError(
+            "model.lora.base bfloat16 is for engine.precision bf16, and this run computes in fp32: set one of them"
+        )
     model = model.to(distributed.device())
-    if config["zero_optimization"]["stage"] == 3 and not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise UserError("model.lora.base int8 and nf4 cannot be partitioned: take an engine.ds_config of ZeRO 0 to 2, or bfloat16")
+    if config["zero_optimization"]["stage"] == 3 and not all(
+        parameter.is_floating_point() for parameter in model.parameters()
+    ):
+        raise UserError(
+            "model.lora.base int8 and nf4 cannot be partitioned: take an engine.ds_config of ZeRO 0 to 2, or bfloat16"
+        )
     distributed.init()
     if settings.autocasts:
         autocast_forward(model, torch.bfloat16)
@@ -236,16 +260,18 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: E
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}") from error
+        raise UserError(
+            f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
+        ) from error
     return Engine(ds_engine, config)
 
 
 def autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes ``model.forward`` compute in ``dtype`` under torch autocast, weights and gradients staying float32.
 
-    Around the model and not around the engine, because DeepSpeed switches an autocast from outside off; and not through DeepSpeed's
-    ``torch_autocast``, because that averages the gradients of linear layers in bf16: the result would depend on the ZeRO stage and on
-    the number of micro-batches.
+    Around the model and not around the engine, because DeepSpeed switches an autocast from outside off; and not through
+    DeepSpeed's ``torch_autocast``, because that averages the gradients of linear layers in bf16: the result would
+    depend on the ZeRO stage and on the number of micro-batches.
     """
     forward: Callable[..., Any] = model.forward
     device = distributed.device().type

@@ -1,51 +1,24 @@
-"""Running out of memory is something ranks agree on, and random numbers can be drawn again: what repeating a step takes."""
+"""Consensus over ranks about running out of memory: a step is repeated by all ranks or by none."""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
-from trainer import distributed
-from trainer.types import SharedOutOfMemory, UserError, is_out_of_memory
+from trainer.core import collectives, distributed
+from trainer.core.types import SharedOutOfMemory, UserError, is_out_of_memory
 
 REMEDY = (
-    "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), model.recompute, "
+    "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), "
+    "model.recompute, "
     "or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
 )
 LOSS_REMEDY = (
     "lower loss.rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
     "`python -m trainer.plan RECIPE` says what fits"
 )
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of the generators that a forward pass on ``device`` draws from."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @staticmethod
-    def take(device: torch.device, previous: RandomState | None = None) -> RandomState:
-        """The state now; ``previous`` itself where nothing has been drawn since (a state is 5 kB, and there is one a micro-batch)."""
-        state = RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-        return previous if previous is not None and state.same_as(previous) else state
-
-    def same_as(self, other: RandomState) -> bool:
-        """Whether both give the same numbers."""
-        if not torch.equal(self.cpu, other.cpu):
-            return False
-        return self.cuda is None or (other.cuda is not None and torch.equal(self.cuda, other.cuda))
-
-    def restore(self, device: torch.device) -> None:
-        """Draws from here again."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
 
 
 class OutOfMemory:
@@ -56,10 +29,10 @@ class OutOfMemory:
             ...                          # no communication in here
         if trouble.anywhere(): ...       # the same answer on all ranks
 
-    Between collectives that is all it takes. A rank that fails in the midst of one leaves its peers waiting inside the call, where no
-    message reaches them: with ``communicates`` the rank therefore ends the run at once, in one line that says what would help; its peers
-    lose the connection and end too, within seconds instead of at the timeout. An exchange that was brought to its end first
-    (SharedOutOfMemory) is as good as none.
+    Between collectives that is all it takes. A rank that fails in the midst of one leaves its peers waiting inside the
+    call, where no message reaches them: with ``communicates`` the rank therefore ends the run at once, in one line that
+    says what would help; its peers lose the connection and end too, within seconds instead of at the timeout. An
+    exchange that was brought to its end first (SharedOutOfMemory) is as good as none.
     """
 
     def __init__(self) -> None:
@@ -75,12 +48,15 @@ class OutOfMemory:
     def __enter__(self) -> OutOfMemory:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if error is None or not is_out_of_memory(error):
             return False
         if self._communicates and not isinstance(error, SharedOutOfMemory):
             raise UserError(
-                f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the other ranks, which only "
+                f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the "
+                f"other ranks, which only "
                 f"leaves the last checkpoint: {REMEDY}"
             ) from error
         self.here = True
@@ -89,7 +65,7 @@ class OutOfMemory:
 
     def anywhere(self) -> bool:
         """Whether any rank ran out of memory since this object was made; ranks wait for each other."""
-        return distributed.any_rank(self.here)
+        return collectives.any_rank(self.here)
 
 
 def free() -> None:

@@ -1,14 +1,17 @@
-"""The training state as whole tensors by parameter name, however DeepSpeed has cut it up: read and restored at ZeRO 0, 1, 2 and 3.
+"""The training state as whole tensors by parameter name, however DeepSpeed has cut it up: read and restored at ZeRO 0,
+1, 2 and 3.
 
     for name, kind, tensor in read_state(ds_engine): ...      # rank 0 sees every tensor, one bucket of memory at a time
     restore_state(ds_engine, layout, steps, read)             # rank 0 reads, every rank keeps its part
 
-``kind`` is ``"weight"``, a moment of the optimizer (``"exp_avg"``, ``"exp_avg_sq"``) or the running average of the weights (``"ema"``),
-which lies among the moments and so is cut up, saved and restored as they are. Everything is fp32 (a frozen weight that is held in bf16
-becomes it) and travels as bits: what is restored equals what was read exactly, in any other layout (ranks, ZeRO stage, offload) too.
+``kind`` is ``"weight"``, a moment of the optimizer (``"exp_avg"``, ``"exp_avg_sq"``) or the running average of the
+weights (``"ema"``), which lies among the moments and so is cut up, saved and restored as they are. Everything is fp32
+(a frozen weight that is held in bf16 becomes it) and travels as bits: what is restored equals what was read exactly, in
+any other layout (ranks, ZeRO stage, offload) too.
 
-Rank 0 alone reads and writes files: one file that plain tools open, no shared file system needed, and one place where a full disk shows.
-DeepSpeed's own ``safe_get_full_*`` answers None at ZeRO 0 and for frozen parameters and gathers on every rank, tensor by tensor.
+Rank 0 alone reads and writes files: one file that plain tools open, no shared file system needed, and one place where a
+full disk shows. DeepSpeed's own ``safe_get_full_*`` answers None at ZeRO 0 and for frozen parameters and gathers on
+every rank, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -24,16 +27,17 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from trainer.distributed import device, is_main, rank, world_size
-from trainer.engine.kinds import AVERAGE, WEIGHT
-from trainer.types import UserError
+from trainer.core.distributed import device, is_main, rank, world_size
+from trainer.core.types import UserError
+from trainer.engine.state_names import AVERAGE, WEIGHT
 
 BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """What this rank holds of one parameter. ``start`` and ``length`` are elements of the flattened parameter (length 0: nothing here)."""
+    """What this rank holds of one parameter. ``start`` and ``length`` are elements of the flattened parameter (length
+    0: nothing here)."""
 
     name: str
     parameter: nn.Parameter
@@ -63,7 +67,10 @@ class Fragment:
         if self.optimizer is None:
             return [WEIGHT]
         state = self.optimizer.state.get(self.master, {})
-        return [WEIGHT, *sorted(k for k, v in state.items() if torch.is_tensor(v) and v.shape == self.master.shape and k != "step")]
+        return [
+            WEIGHT,
+            *sorted(k for k, v in state.items() if torch.is_tensor(v) and v.shape == self.master.shape and k != "step"),
+        ]
 
 
 class Span(NamedTuple):
@@ -92,7 +99,8 @@ class Span(NamedTuple):
 
 
 def fragments(engine: Any) -> list[Fragment]:
-    """This rank's fragment of every parameter of a DeepSpeed engine, in the order of ``named_parameters`` (the same on all ranks).
+    """This rank's fragment of every parameter of a DeepSpeed engine, in the order of ``named_parameters`` (the same on
+    all ranks).
 
     Frozen weights that are packed into bytes (8 and 4 bits) are left out: they are read from the base model again.
     """
@@ -101,12 +109,18 @@ def fragments(engine: Any) -> list[Fragment]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return [_sharded(optimizer, name, parameter) for name, parameter in named]
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        groups = {id(parameter): number for number, members in enumerate(optimizer.bit16_groups) for parameter in members}
+        groups = {
+            id(parameter): number for number, members in enumerate(optimizer.bit16_groups) for parameter in members
+        }
         return [_flattened(optimizer, name, parameter, groups) for name, parameter in named]
     if isinstance(optimizer, torch.optim.Optimizer):
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [_replicated(name, parameter, optimizer if id(parameter) in trained else None) for name, parameter in named]
-    raise UserError(f"no way to save the state of DeepSpeed's {type(optimizer).__name__}: use one of the files in ds_configs/")
+        return [
+            _replicated(name, parameter, optimizer if id(parameter) in trained else None) for name, parameter in named
+        ]
+    raise UserError(
+        f"no way to save the state of DeepSpeed's {type(optimizer).__name__}: use one of the files in ds_configs/"
+    )
 
 
 def _replicated(name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> Fragment:
@@ -115,7 +129,8 @@ def _replicated(name: str, parameter: nn.Parameter, optimizer: torch.optim.Optim
 
 
 def _flattened(zero: Any, name: str, parameter: nn.Parameter, groups: dict[int, int]) -> Fragment:
-    """ZeRO 1 and 2: the optimizer works on one flat fp32 partition per group; the model's own copy is whole on every rank."""
+    """ZeRO 1 and 2: the optimizer works on one flat fp32 partition per group; the model's own copy is whole on every
+    rank."""
     if not hasattr(parameter, "_hp_mapping"):
         return _replicated(name, parameter, None)
     shape, mapping = tuple(parameter.shape), parameter._hp_mapping
@@ -128,7 +143,8 @@ def _flattened(zero: Any, name: str, parameter: nn.Parameter, groups: dict[int, 
 
 
 def _sharded(zero: Any, name: str, parameter: Any) -> Fragment:
-    """ZeRO 3: each parameter is cut into one piece a rank, the last one padded; trained pieces lie side by side in flat groups."""
+    """ZeRO 3: each parameter is cut into one piece a rank, the last one padded; trained pieces lie side by side in flat
+    groups."""
     shape, piece = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
     start = min(rank() * piece, parameter.ds_numel)
     length = min(piece, parameter.ds_numel - start)
@@ -137,13 +153,18 @@ def _sharded(zero: Any, name: str, parameter: Any) -> Fragment:
         return Fragment(name, parameter, shape, start, length, True, parameter.ds_tensor, 0, None)
     group, offset, _ = position
     optimizer = zero.optimizer
-    if zero.offload_optimizer and zero.subgroup_to_device[group] != "cpu":  # a ratio below 1 leaves some groups on the GPU
+    if (
+        zero.offload_optimizer and zero.subgroup_to_device[group] != "cpu"
+    ):  # a ratio below 1 leaves some groups on the GPU
         optimizer = zero.backup_optimizer
-    return Fragment(name, parameter, shape, start, length, True, zero.fp32_partitioned_groups_flat[group], offset, optimizer)
+    return Fragment(
+        name, parameter, shape, start, length, True, zero.fp32_partitioned_groups_flat[group], offset, optimizer
+    )
 
 
 def layout(engine: Any) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """Name -> (shape, kinds) of everything ``read_state`` will give, in its order: a file's header can be written first."""
+    """Name -> (shape, kinds) of everything ``read_state`` will give, in its order: a file's header can be written
+    first."""
     return {fragment.name: (fragment.shape, fragment.kinds()) for fragment in fragments(engine)}
 
 
@@ -160,8 +181,8 @@ def steps(engine: Any) -> dict[str, int]:
 def read_state(engine: Any, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, str, Tensor]]:
     """(name, kind, whole fp32 tensor) on rank 0, nothing on others; every rank must exhaust it.
 
-    Takes one bucket of memory on the device, and on rank 0's host one tensor where that is larger. The tensors live until the next one is
-    asked for; some are the engine's own memory.
+    Takes one bucket of memory on the device, and on rank 0's host one tensor where that is larger. The tensors live
+    until the next one is asked for; some are the engine's own memory.
     """
     pieces = fragments(engine)
     kinds = {piece.name: piece.kinds() for piece in pieces}
@@ -199,10 +220,10 @@ def restore_state(
     read: Callable[[str, str], Tensor],
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Puts whole tensors back, on every rank. ``saved`` (name -> kinds) and ``saved_steps`` are the same on all ranks and name every
-    parameter; ``read(name, kind)`` is called on rank 0 alone. Moments of a parameter that is frozen now are left aside. One that is
-    trained now but was not then starts with moments of zero, the step of the others and its weight as the average: at every ZeRO stage
-    alike, where it may share a flat partition with them.
+    """Puts whole tensors back, on every rank. ``saved`` (name -> kinds) and ``saved_steps`` are the same on all ranks
+    and name every parameter; ``read(name, kind)`` is called on rank 0 alone. Moments of a parameter that is frozen now
+    are left aside. One that is trained now but was not then starts with moments of zero, the step of the others and its
+    weight as the average: at every ZeRO stage alike, where it may share a flat partition with them.
     """
     pieces = fragments(engine)
     _clear_moments(engine, pieces)
@@ -254,7 +275,9 @@ def write_model_copy(span: Span, values: Tensor) -> None:
     whole = parameter.data
     if hasattr(parameter, "ds_tensor"):
         if parameter.ds_tensor.status.name != "AVAILABLE":
-            raise UserError("parameters offloaded to NVMe cannot be restored: resume with a ds_config that offloads them to the CPU")
+            raise UserError(
+                "parameters offloaded to NVMe cannot be restored: resume with a ds_config that offloads them to the CPU"
+            )
         local, there = span.here(parameter.ds_tensor.data.view(-1), values)
         local.copy_(there)
         if parameter.ds_status.name != "AVAILABLE":  # only small ("persistent") parameters are kept whole too
@@ -267,12 +290,14 @@ def _clear_moments(engine: Any, pieces: list[Fragment]) -> None:
         if piece.optimizer is not None:
             piece.optimizer.state.pop(piece.master, None)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        engine.optimizer._hp_optimizer_states_linked = False  # its links point into the tensors just dropped: made anew after a step
+        engine.optimizer._hp_optimizer_states_linked = (
+            False  # its links point into the tensors just dropped: made anew after a step
+        )
 
 
 def _make_moments(pieces: list[Fragment], saved: dict[str, list[str]], saved_steps: dict[str, int]) -> None:
-    """Zero moments and the step, as the optimizer would make them on its first step. Parameters that share a flat partition share one
-    step: the largest.
+    """Zero moments and the step, as the optimizer would make them on its first step. Parameters that share a flat
+    partition share one step: the largest.
     """
     kinds = sorted({kind for names in saved.values() for kind in names} - {WEIGHT})
     newest = max(saved_steps.values(), default=0)
@@ -288,7 +313,8 @@ def _make_moments(pieces: list[Fragment], saved: dict[str, list[str]], saved_ste
 
 
 def _as_step(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> Any:
-    """torch's optimizers count in a tensor (on the device only where their kernels want it there), DeepSpeed's in an int."""
+    """torch's optimizers count in a tensor (on the device only where their kernels want it there), DeepSpeed's in an
+    int."""
     if not type(optimizer).__module__.startswith("torch."):
         return step
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")

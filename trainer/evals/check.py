@@ -1,19 +1,20 @@
-"""Whether an evaluation can be made at all, before hours of training go by: its data, labels, classes and templates are opened.
+"""Whether an evaluation can be made at all, before hours of training go by: its data, labels, classes and templates are
+opened.
 
-check(recipe.eval, recipe.data)        # raises UserError; no model, no pictures decoded: one sample of each dataset is read
+check(recipe.eval, recipe.data)  # raises UserError; no model, no pictures decoded: one sample of each dataset is read
 """
 
 from __future__ import annotations
 
 import torch
 
+from trainer.core.types import UserError
 from trainer.data.settings import DataSettings
 from trainer.data.transforms import Damaged
 from trainer.evals.encode import Pictures, Seen, chosen
 from trainer.evals.examples import Examples, open_examples
-from trainer.evals.naming import check_naming
 from trainer.evals.settings import EvalSettings, ZeroShotSettings
-from trainer.types import UserError
+from trainer.evals.zeroshot import check_naming
 
 TRIED = 100
 """Damaged samples after which it is left to the evaluation to say how many there are."""

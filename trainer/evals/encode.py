@@ -1,4 +1,5 @@
-"""Datasets and prompts into embeddings, over all ranks, with the same number of forward calls on each (ZeRO-3 gathers in every one)."""
+"""Datasets and prompts into embeddings, over all ranks, with the same number of forward calls on each (ZeRO-3 gathers
+in every one)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from trainer import distributed
+from trainer.core import collectives, distributed
+from trainer.core.types import Embeddings, Preprocess, UserError
 from trainer.data.order import Permutation, derive_key
 from trainer.data.transforms import Damaged, decode, fit
 from trainer.evals.examples import Examples
 from trainer.evals.settings import EvalSettings
-from trainer.types import Embeddings, Preprocess, UserError
 
 MAX_PIXELS = 100_000_000
 """Larger pictures count as damaged, as in training."""
@@ -66,7 +67,9 @@ def chosen(examples: Examples, settings: EvalSettings) -> list[int]:
 class Encoder:
     """Embeds with ``model``: a DualEncoder, or an engine around one, on this rank's device."""
 
-    def __init__(self, model: nn.Module | Wrapped, settings: EvalSettings, preprocess: Preprocess, rank: int, world: int) -> None:
+    def __init__(
+        self, model: nn.Module | Wrapped, settings: EvalSettings, preprocess: Preprocess, rank: int, world: int
+    ) -> None:
         self.settings, self.preprocess, self.rank, self.world = settings, preprocess, rank, world
         self.forward = model if isinstance(model, nn.Module) else model.forward
         self.module = model if isinstance(model, nn.Module) else model.module
@@ -120,7 +123,9 @@ class Encoder:
             pixels = fit(decode(example.image, MAX_PIXELS), self.preprocess).contiguous()
         except Damaged as error:
             return str(error), None
-        return Seen(sample, xxhash.xxh3_128_hexdigest(pixels.numpy().tobytes()), example.captions, example.metadata), pixels
+        return Seen(
+            sample, xxhash.xxh3_128_hexdigest(pixels.numpy().tobytes()), example.captions, example.metadata
+        ), pixels
 
     def _join(self, examples: Examples, mine: list[Seen | str], features: Tensor, share: int) -> Pictures:
         everyone: list[list[Seen | str]] = [mine]
@@ -139,15 +144,18 @@ class Encoder:
                     seen.append(found)
                     rows.append(first.setdefault(found.look, rank * share + row))
         if not seen:
-            raise UserError(f"{examples.path}: none of its {sum(damaged.values())} pictures can be used ({', '.join(damaged)})")
+            raise UserError(
+                f"{examples.path}: none of its {sum(damaged.values())} pictures can be used ({', '.join(damaged)})"
+            )
         return Pictures(examples, seen, features[torch.tensor(rows, device=features.device)], damaged)
 
     def _gather(self, features: Tensor) -> Tensor:
-        return distributed.stack_over_ranks(features.contiguous()).flatten(0, 1)
+        return collectives.stack_over_ranks(features.contiguous()).flatten(0, 1)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """No gradient and no dropout; every module's mode is what it was afterwards. (ZeRO-3 does not bear inference_mode.)"""
+        """No gradient and no dropout; every module's mode is what it was afterwards. (ZeRO-3 does not bear
+        inference_mode.)"""
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:

@@ -1,4 +1,5 @@
-"""Pictures to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark reads.
+"""Pictures to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark
+reads.
 
 CLIP_benchmark's layout (github.com/LAION-AI/CLIP_benchmark) is read as it is:
 
@@ -14,11 +15,11 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from trainer.data.opening import open_source
+from trainer.core.types import UserError
+from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.source import Source
 from trainer.data.transforms import Damaged
-from trainer.types import UserError
 
 CLASSES, TEMPLATES, KIND = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -56,7 +57,9 @@ def open_examples(path: str, settings: DataSettings) -> Examples:
     """The dataset at ``path``; ``settings`` says which fields hold captions and where remote shards are cached."""
     local = Path(sharded(path)).expanduser()
     if "://" not in path and not local.exists() and not any(sign in path for sign in "*{"):
-        raise UserError(f"{path}: no such folder; name shards made by `python -m data_tools shard`, or a CLIP_benchmark dataset")
+        raise UserError(
+            f"{path}: no such folder; name shards made by `python -m data_tools shard`, or a CLIP_benchmark dataset"
+        )
     for root in (local, local.parent):
         if "://" not in path and any((root / name).is_file() for name in (CLASSES, TEMPLATES, KIND)):
             return BenchmarkFolder(root, local if root != local else _split(root))
@@ -88,7 +91,9 @@ class BenchmarkFolder:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.path, self.root = str(folder), root
-        self.retrieval = (root / KIND).is_file() and "retrieval" in (root / KIND).read_text(encoding="utf-8", errors="replace")
+        self.retrieval = (root / KIND).is_file() and "retrieval" in (root / KIND).read_text(
+            encoding="utf-8", errors="replace"
+        )
         tars = sorted(folder.glob("*.tar"), key=lambda tar: (len(tar.name), tar.name))
         if not tars:
             raise UserError(f"{folder}: no .tar there; name the folder of a split, such as {root}/test")
@@ -107,7 +112,8 @@ class BenchmarkFolder:
                 found[kind] = os.pread(file.fileno(), size, offset)
         try:
             metadata = json.loads(found["json"]) if "json" in found else {}
-            # CLIP_benchmark too takes str.splitlines: at other line ends the number of captions, and so the recall, would be another
+            # CLIP_benchmark too takes str.splitlines: at other line ends the number of captions, and so the recall,
+            # would be another
             captions = found.get("txt", b"").decode("utf-8", "replace").splitlines()
             if "cls" in found:
                 metadata = {**metadata, "cls": int(found["cls"])}

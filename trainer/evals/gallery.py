@@ -11,18 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.transforms import decode
-from trainer.evals import Evaluation, Retrieved
 from trainer.evals.encode import MAX_PIXELS
 from trainer.evals.examples import Examples
+from trainer.evals.ranking import Standing
 from trainer.evals.retrieval import best
-from trainer.evals.standing import Standing
+from trainer.evals.run import Evaluation, Retrieved
 
 ANSWERS = 5
 
 
 def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int = 128) -> dict[str, Any]:
-    """For each dataset and direction ``queries`` that are right and as many that are wrong (fewer where there are fewer), drawn by
-    ``seed``, each with its 5 best answers and their cosines; ``thumbnails`` maps the pictures' numbers to data URIs of at most ``side``.
+    """For each dataset and direction ``queries`` that are right and as many that are wrong (fewer where there are
+    fewer), drawn by ``seed``, each with its 5 best answers and their cosines; ``thumbnails`` maps the pictures' numbers
+    to data URIs of at most ``side``.
 
         {"scale", "bias", "datasets": [{"name", "image_to_text": [query], "text_to_image": [query], "thumbnails": {number: uri}}]}
         query = {"picture" and "captions" | "caption" and "picture", "place", "answers": [{"caption" | "picture", "score", "right"}]}
@@ -37,7 +38,9 @@ def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int 
             answer["picture"] for query in captions for answer in query["answers"]
         }
         seen = one.pictures.seen
-        thumbnails = {str(number): thumbnail(one.pictures.examples, seen[number].sample, side) for number in sorted(shown)}
+        thumbnails = {
+            str(number): thumbnail(one.pictures.examples, seen[number].sample, side) for number in sorted(shown)
+        }
         name = prefix.rstrip("/") or one.pictures.examples.path
         datasets.append({"name": name, "image_to_text": pictures, "text_to_image": captions, "thumbnails": thumbnails})
     return {"scale": found.scale, "bias": found.bias, "datasets": datasets}
@@ -63,7 +66,9 @@ def _pictures(one: Retrieved, queries: int, seed: int) -> list[dict[str, Any]]:
             for score, text in zip(row_scores, row, strict=True)
         ]
         own = one.pictures.seen[number].captions
-        found.append({"picture": number, "captions": own, "place": int(one.of_image.better[number]) + 1, "answers": answer})
+        found.append(
+            {"picture": number, "captions": own, "place": int(one.of_image.better[number]) + 1, "answers": answer}
+        )
     return found
 
 
@@ -73,14 +78,26 @@ def _captions(one: Retrieved, queries: int, seed: int) -> list[dict[str, Any]]:
     found = []
     for text, row_scores, row in zip(chosen.tolist(), scores.tolist(), answers.tolist(), strict=True):
         owner = int(one.owner[text])
-        answer = [{"picture": number, "score": score, "right": number == owner} for score, number in zip(row_scores, row, strict=True)]
-        found.append({"caption": one.captions[text], "picture": owner, "place": int(one.of_text.better[text]) + 1, "answers": answer})
+        answer = [
+            {"picture": number, "score": score, "right": number == owner}
+            for score, number in zip(row_scores, row, strict=True)
+        ]
+        found.append(
+            {
+                "caption": one.captions[text],
+                "picture": owner,
+                "place": int(one.of_text.better[text]) + 1,
+                "answers": answer,
+            }
+        )
     return found
 
 
 def _choose(standing: Standing, queries: int, seed: int) -> Tensor:
     """Numbers of right queries, then of wrong ones; ties are left out."""
-    order = torch.randperm(len(standing.better), generator=torch.Generator().manual_seed(seed)).to(standing.better.device)
+    order = torch.randperm(len(standing.better), generator=torch.Generator().manual_seed(seed)).to(
+        standing.better.device
+    )
     right = order[(standing.better[order] == 0) & (standing.level[order] == 0)]
     wrong = order[standing.better[order] > 0]
     return torch.cat([right[:queries], wrong[:queries]])

@@ -3,7 +3,8 @@
     evals: {zeroshot: [{label: face, templates: ["{character}, {face}"]}]}      # written out
     evals: {zeroshot: [{label: breed, templates: [openai_imagenet]}]}           # by the name of a set
 
-"{}" and "{c}" stand for the class name, "{FIELD}" for that field of the sample's metadata (the label's own field for the class name).
+"{}" and "{c}" stand for the class name, "{FIELD}" for that field of the sample's metadata (the label's own field for
+the class name).
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
-# The 80 templates found by OpenAI for ImageNet (arXiv 2103.00020, section 3.1.4; notebooks/Prompt_Engineering_for_ImageNet of
-# openai/CLIP). All but eight come in pairs that differ in the article.
+# The 80 templates found by OpenAI for ImageNet (arXiv 2103.00020, section 3.1.4;
+# notebooks/Prompt_Engineering_for_ImageNet of openai/CLIP). All but eight come in pairs that differ in the article.
 _PAIRS = (
     "bad photo of", "photo of {article} hard to see", "low resolution photo of", "rendering of", "bright photo of", "dark photo of",
     "drawing of", "cropped photo of", "close-up photo of", "black and white photo of", "painting of", "pixelated photo of",
@@ -23,7 +24,18 @@ _PAIRS = (
     "photo of {article} clean", "photo of {article} dirty", "photo of {article} cool", "photo of {article} nice",
     "photo of {article} weird", "photo of {article} large", "photo of {article} small",
 )  # fmt: skip
-_BARE_PAIRS = ("graffiti of", "tattoo of", "embroidered", "plastic", "origami", "toy", "cartoon", "art of", "plushie", "itap of")
+_BARE_PAIRS = (
+    "graffiti of",
+    "tattoo of",
+    "embroidered",
+    "plastic",
+    "origami",
+    "toy",
+    "cartoon",
+    "art of",
+    "plushie",
+    "itap of",
+)
 
 
 def _openai_imagenet() -> tuple[str, ...]:
@@ -68,7 +80,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def read_templates(spec: Sequence[str]) -> list[str]:
-    """Templates from what a recipe or a command line says: each item is a template (it has braces), a set's name or a file of lines."""
+    """Templates from what a recipe or a command line says: each item is a template (it has braces), a set's name or a
+    file of lines."""
     found: list[str] = []
     for item in spec:
         if "{" in item:
@@ -78,7 +91,10 @@ def read_templates(spec: Sequence[str]) -> list[str]:
         elif Path(item).is_file():
             found.extend(read_lines(Path(item)))
         else:
-            raise UserError(f"templates: {item!r} is no template (it has no {{}}), no file, and none of the sets {', '.join(TEMPLATES)}")
+            raise UserError(
+                f"templates: {item!r} is no template (it has no {{}}), no file, and none of the sets "
+                f"{', '.join(TEMPLATES)}"
+            )
     for template in found:
         _fields(template)
     if not found:
@@ -97,7 +113,8 @@ def read_lines(path: Path) -> list[str]:
 
 
 def context_fields(templates: Sequence[str], label: str) -> list[str]:
-    """The metadata fields, other than the class name, that the templates speak of: empty when all pictures share their prompts."""
+    """The metadata fields, other than the class name, that the templates speak of: empty when all pictures share their
+    prompts."""
     return sorted({field for template in templates for field in _fields(template)} - {"", "c", label})
 
 
@@ -114,7 +131,9 @@ def _fields(template: str) -> list[str]:
         raise UserError(f"templates: {template!r} is not a template ({error})") from None
     odd = [field for field in fields if not (field == "" or field.isidentifier())]
     if odd or fields.count("") > 1:
-        raise UserError(f"templates: {template!r}: a place is written {{}} (once) or {{FIELD}}, a field of the sample's metadata")
+        raise UserError(
+            f"templates: {template!r}: a place is written {{}} (once) or {{FIELD}}, a field of the sample's metadata"
+        )
     if not fields:
         raise UserError(f"templates: {template!r} has no place for the class name: write {{}} where it goes")
     return fields

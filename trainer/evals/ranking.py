@@ -1,9 +1,9 @@
 """Where the right answers of a query stand among the wrong ones: the one place that turns scores into hits.
 
-A tie is not a win. Answers whose scores agree in float32 are put in a random order, and a query counts with its *chance* of having a
-right answer among the first k: the mean over all orders, computed exactly. A collapsed model, whose scores are all equal, therefore
-gets chance and not 100% (as `argmax` would give it) and not 0%; two copies of one picture share what one would have won.
-A score that is not a number never wins.
+A tie is not a win. Answers whose scores agree in float32 are put in a random order, and a query counts with its
+*chance* of having a right answer among the first k: the mean over all orders, computed exactly. A collapsed model,
+whose scores are all equal, therefore gets chance and not 100% (as `argmax` would give it) and not 0%; two copies of one
+picture share what one would have won. A score that is not a number never wins.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 class Standing(NamedTuple):
-    """Of q queries, all [q] int64: ``better``, wrong answers that score above the best right one; ``level``, wrong answers that score
-    the same; ``right``, right answers that have that best score (at least 1).
+    """Of q queries, all [q] int64: ``better``, wrong answers that score above the best right one; ``level``, wrong
+    answers that score the same; ``right``, right answers that have that best score (at least 1).
     """
 
     better: Tensor
@@ -46,8 +46,8 @@ class Standing(NamedTuple):
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     """[n, d] x [m, d] -> [n, m] float32 inner products, summed in float64.
 
-    A float32 product depends in its last bit on where in the matrix a row stands; rounded from float64 equal rows give equal scores
-    in any tiling, so that ties are seen.
+    A float32 product depends in its last bit on where in the matrix a row stands; rounded from float64 equal rows give
+    equal scores in any tiling, so that ties are seen.
     """
     return (a.double() @ b.double().T).float()
 

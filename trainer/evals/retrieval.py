@@ -2,9 +2,9 @@
 
     metrics = recalls(*standings(image, text, owner))       # {"image_to_text_r1": 0.78, ...}
 
-The convention of Flickr30k and COCO (Karpathy and Fei-Fei, arXiv 1412.2306): a picture is right when *one* of its captions is among
-the first k of all captions; a caption is right when its picture is among the first k of all pictures. Scores are made in tiles, once
-for both directions; nothing of size n x m is kept.
+The convention of Flickr30k and COCO (Karpathy and Fei-Fei, arXiv 1412.2306): a picture is right when *one* of its
+captions is among the first k of all captions; a caption is right when its picture is among the first k of all pictures.
+Scores are made in tiles, once for both directions; nothing of size n x m is kept.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.evals.standing import Standing, own_score, similarity
+from trainer.evals.ranking import Standing, own_score, similarity
 
 DEPTHS = (1, 5, 10)
 
 
-def standings(image: Tensor, text: Tensor, owner: Tensor, *, tile: int = 1024, rank: int = 0, world: int = 1) -> tuple[Standing, Standing]:
+def standings(
+    image: Tensor, text: Tensor, owner: Tensor, *, tile: int = 1024, rank: int = 0, world: int = 1
+) -> tuple[Standing, Standing]:
     """(of pictures among captions, of captions among pictures).
 
-    ``image`` [n, d] and ``text`` [m, d] are L2-normalised, ``owner`` [m] int64 is the picture of each caption; every picture needs a
-    caption. With ``world`` > 1 all ranks pass the same tensors and get the same answer, each having scored its share of the pictures.
-    Memory: about 20 tile^2 + O(n + m) bytes.
+    ``image`` [n, d] and ``text`` [m, d] are L2-normalised, ``owner`` [m] int64 is the picture of each caption; every
+    picture needs a caption. With ``world`` > 1 all ranks pass the same tensors and get the same answer, each having
+    scored its share of the pictures. Memory: about 20 tile^2 + O(n + m) bytes.
     """
     n, m = image.shape[0], text.shape[0]
     captions = torch.zeros(n, dtype=torch.int64, device=image.device).index_add_(0, owner, torch.ones_like(owner))
     if (captions == 0).any():
-        raise ValueError(f"picture {int((captions == 0).nonzero()[0])} has no caption: retrieval needs at least one each")
+        raise ValueError(
+            f"picture {int((captions == 0).nonzero()[0])} has no caption: retrieval needs at least one each"
+        )
     of_text = torch.cat([own_score(text[at : at + tile], image[owner[at : at + tile]]) for at in range(0, m, tile)])
     of_image = torch.full((n,), -torch.inf, device=image.device).scatter_reduce_(0, owner, of_text, "amax")
     right = torch.zeros_like(captions).index_add_(0, owner, (of_text == of_image[owner]).long())
@@ -62,7 +66,8 @@ def recalls(of_image: Standing, of_text: Standing) -> dict[str, float]:
 
 
 def best(queries: Tensor, answers: Tensor, k: int, *, tile: int = 1024) -> tuple[Tensor, Tensor]:
-    """(scores [q, k] float32, indices [q, k]) of the k best answers to each query, by tiles of the answers; of equals the first."""
+    """(scores [q, k] float32, indices [q, k]) of the k best answers to each query, by tiles of the answers; of equals
+    the first."""
     scores = torch.empty(queries.shape[0], 0, device=queries.device)
     indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
     for start in range(0, answers.shape[0], tile):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.settings import Settings
+from trainer.core.settings import Settings
 
 
 class ZeroShotSettings(Settings):
@@ -17,11 +17,14 @@ class ZeroShotSettings(Settings):
     data: str = ""
     """Shards or CLIP_benchmark folder to classify; the first of eval.data when empty."""
     classes: str = ""
-    """File with a class name a line; when empty classnames.txt beside the tars, else all values of the label that occur."""
+    """File with a class name a line; when empty classnames.txt beside the tars, else all values of the label that
+    occur."""
     templates: list[str] = Field(default_factory=list)
-    """Prompts, "{}" being the class and "{FIELD}" metadata; or sets (openai_imagenet, ...), or files; empty: the data's own, else {}."""
+    """Prompts, "{}" being the class and "{FIELD}" metadata; or sets (openai_imagenet, ...), or files; empty: the data's
+    own, else {}."""
     accept: str = ""
-    """Field with all the names that are true of a sample ("a|b" or a list), where its picture cannot tell them apart."""
+    """Field with all the names that are true of a sample ("a|b" or a list), where its picture cannot tell them
+    apart."""
 
     @property
     def title(self) -> str:
@@ -35,13 +38,16 @@ class EvalSettings(Settings):
     data: list[str] = Field(default_factory=list)
     """Shards or CLIP_benchmark folders for retrieval, one or several; data.validation when empty."""
     by: str = ""
-    """Field of each sample's .json, such as language: retrieval also among the samples of each of its values, and the mean of those."""
+    """Field of each sample's .json, such as language: retrieval also among the samples of each of its values, and the
+    mean of those."""
     zeroshot: list[ZeroShotSettings] = Field(default_factory=list)
     """Zero-shot classifications."""
     every: int = Field(default=0, ge=0)
-    """Samples seen between evaluations during training; 0 evaluates at the end alone. With optim.ema they are of the averaged weights."""
+    """Samples seen between evaluations during training; 0 evaluates at the end alone. With optim.ema they are of the
+    averaged weights."""
     limit: int = Field(default=1000, ge=0)
-    """Pictures used of each dataset, the first of a seeded permutation; 0 uses all. Recall falls as this grows: compare like with like."""
+    """Pictures used of each dataset, the first of a seeded permutation; 0 uses all. Recall falls as this grows: compare
+    like with like."""
     seed: int = 0
     """Seed of that permutation; the same pictures at every evaluation."""
     batch_size: int = Field(default=256, gt=0)

@@ -1,8 +1,9 @@
 """What a perfect model would score when some pictures, or some captions, are the same.
 
-A model sees pixels and words. Two pictures with the same pixels get the same embedding, so which of their captions comes first is a
-coin toss; with the best possible ordering of the rest the expected recall at 1 is what these functions return, beside the score.
-Only what is identical counts (after preprocessing, as the model sees it): pictures that merely look alike are the model's business.
+A model sees pixels and words. Two pictures with the same pixels get the same embedding, so which of their captions
+comes first is a coin toss; with the best possible ordering of the rest the expected recall at 1 is what these functions
+return, beside the score. Only what is identical counts (after preprocessing, as the model sees it): pictures that
+merely look alike are the model's business.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 
-def retrieval_ceiling(pictures: Sequence[Hashable], captions: Sequence[Hashable], owner: Sequence[int]) -> dict[str, float]:
+def retrieval_ceiling(
+    pictures: Sequence[Hashable], captions: Sequence[Hashable], owner: Sequence[int]
+) -> dict[str, float]:
     """The highest expected recall at 1 in each direction of any function of the picture and the caption.
 
-    ``pictures`` [n] and ``captions`` [m] are keys (hashes of pixels, texts), equal exactly when the model cannot tell them apart.
+    ``pictures`` [n] and ``captions`` [m] are keys (hashes of pixels, texts), equal exactly when the model cannot tell
+    them apart.
     """
     copies_of_picture, copies_of_caption = Counter(pictures), Counter(captions)
     # For one kind of picture, what putting one kind of caption first would win, summed over the queries of that kind.
@@ -24,13 +28,21 @@ def retrieval_ceiling(pictures: Sequence[Hashable], captions: Sequence[Hashable]
         picture = pictures[image]
         first_caption[picture][caption] += 1
         first_picture[caption][picture] += 1
-    image_wins = sum(max(n / copies_of_caption[caption] for caption, n in wins.items()) for wins in first_caption.values())
-    text_wins = sum(max(n / copies_of_picture[picture] for picture, n in wins.items()) for wins in first_picture.values())
-    return {"image_to_text_r1_ceiling": image_wins / len(pictures), "text_to_image_r1_ceiling": text_wins / len(captions)}
+    image_wins = sum(
+        max(n / copies_of_caption[caption] for caption, n in wins.items()) for wins in first_caption.values()
+    )
+    text_wins = sum(
+        max(n / copies_of_picture[picture] for picture, n in wins.items()) for wins in first_picture.values()
+    )
+    return {
+        "image_to_text_r1_ceiling": image_wins / len(pictures),
+        "text_to_image_r1_ceiling": text_wins / len(captions),
+    }
 
 
 def naming_ceiling(pictures: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """The highest top-1 share of any function of ``pictures`` [n] (keys of all that the model is told of a query) to ``labels`` [n]."""
+    """The highest top-1 share of any function of ``pictures`` [n] (keys of all that the model is told of a query) to
+    ``labels`` [n]."""
     names: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for picture, label in zip(pictures, labels, strict=True):
         names[picture][label] += 1

@@ -1,7 +1,7 @@
 """Contrastive losses over the global batch, with memory that does not grow with the number of ranks.
 
     from trainer.losses import SigmoidLoss
-    from trainer.types import Embeddings
+    from trainer.core.types import Embeddings
 
     loss = SigmoidLoss(rows=512, exchange="ring")(Embeddings(image, text, scale, bias))
 
@@ -12,14 +12,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.losses.affinity import AffinityLoss, TaughtLoss
 from trainer.losses.base import PairLoss
+from trainer.losses.distill import AffinityLoss, TaughtLoss
 from trainer.losses.negatives import NegativeSettings, matched_samples
 from trainer.losses.queue import QueueLoss, QueueSettings
-from trainer.losses.ring import PeerLost
 from trainer.losses.sigmoid import SigmoidLoss, SigmoidSettings
 from trainer.losses.sinkhorn import SinkhornLoss, SinkhornSettings
 from trainer.losses.softmax import SoftmaxLoss, SoftmaxSettings
+from trainer.losses.topology import PeerLost
 from trainer.losses.triplet import TripletLoss, TripletSettings
 
 LossSettings = Annotated[

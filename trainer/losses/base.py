@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.pairs import Pairs
-from trainer.losses.ring import Exchange, Ring
-from trainer.settings import Settings
-from trainer.types import Embeddings, UserError
+from trainer.core.settings import Settings
+from trainer.core.types import Embeddings, UserError
+from trainer.losses.tiles import Pairs
+from trainer.losses.topology import Exchange, Ring
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 Wire = Literal["float32", "bfloat16", "float16"]
@@ -29,15 +29,18 @@ class PairSettings(Settings):
     rows: int = Field(default=1024, ge=1)
     """Images in a tile of logits. Memory grows with it; below some hundreds the matrix products lose speed."""
     exchange: Exchange = "ring"
-    """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with ranks, for fast
-    interconnects); hierarchical (gather inside a node, ring between nodes). All give the same numbers."""
+    """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with
+    ranks, for fast interconnects); hierarchical (gather inside a node, ring between nodes). All give the same
+    numbers."""
     node_size: int | None = Field(default=None, ge=1)
     """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
     Open MPI)."""
     wire: Wire | None = None
-    """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on every rank alike."""
+    """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on
+    every rank alike."""
     wire_gradient: Wire = "float32"
-    """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in float32."""
+    """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in
+    float32."""
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss."""
@@ -49,7 +52,14 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, loss: PairLoss, constants: dict[str, Any], on: bool
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        loss: PairLoss,
+        constants: dict[str, Any],
+        on: bool,
     ) -> Tensor:
         needs = [on and need for need in ctx.needs_input_grad[:4]]
         with torch.autocast(image.device.type, enabled=False):
@@ -61,20 +71,24 @@ class _Exact(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("this loss hands its gradients out once, in place: call it again instead of backward twice")
+            raise RuntimeError(
+                "this loss hands its gradients out once, in place: call it again instead of backward twice"
+            )
         return *(None if g is None else g.mul_(incoming[0].to(g.dtype)) for g in gradients), None, None, None
 
 
 class PairLoss(nn.Module):
     """A loss over all pairs of the global batch; subclasses say what a tile of logits is worth.
 
-    The arguments are the keys of PairSettings, and ``group``: the default process group when None, one rank when there is none.
+    The arguments are the keys of PairSettings, and ``group``: the default process group when None, one rank when there
+    is none.
     """
 
     uses_scale = True
     """False where the objective is about cosines: scale and bias then get zero gradients."""
     scale_from_image = False
-    """True where some logits have no text that takes a gradient, so that the texts' gradient does not tell the scale's."""
+    """True where some logits have no text that takes a gradient, so that the texts' gradient does not tell the
+    scale's."""
 
     def __init__(
         self,
@@ -96,10 +110,11 @@ class PairLoss(nn.Module):
         """Bytes this rank has sent, by kind ("text", "sums"), since it was last cleared."""
 
     def forward(self, z: Embeddings) -> Tensor:
-        """``z`` -> scalar float32 (float64 for float64 embeddings); the mean over ranks is the loss of the global batch.
+        """``z`` -> scalar float32 (float64 for float64 embeddings); the mean over ranks is the loss of the global
+        batch.
 
-        Local batches may be unequal: all is divided by the true global batch. Raises UserError when ranks brought embeddings of
-        unequal kind, PeerLost (a RuntimeError) when a peer dies or hangs. Gradients can be taken once.
+        Local batches may be unequal: all is divided by the true global batch. Raises UserError when ranks brought
+        embeddings of unequal kind, PeerLost (a RuntimeError) when a peer dies or hangs. Gradients can be taken once.
         """
         _check(z)
         loss: Tensor = _Exact.apply(*z[:4], self, {"groups": z.groups, "teacher": z.teacher}, torch.is_grad_enabled())
@@ -139,7 +154,11 @@ class PairLoss(nn.Module):
             d_scale * (share * self.uses_scale) if needs[2] else None,
             pairs.d_bias * (share * self.uses_scale) if needs[3] else None,
         ]
-        return [None if g is None else g.to(x.dtype).reshape(x.shape) for g, x in zip(made, z[:4], strict=True) if x is not None]
+        return [
+            None if g is None else g.to(x.dtype).reshape(x.shape)
+            for g, x in zip(made, z[:4], strict=True)
+            if x is not None
+        ]
 
 
 def _inner(values: Tensor, gradient: Tensor | None) -> Tensor:
@@ -153,7 +172,10 @@ def _inner(values: Tensor, gradient: Tensor | None) -> Tensor:
 
 def _check(z: Embeddings) -> None:
     if z.image.dim() != 2 or z.image.shape != z.text.shape or not z.image.shape[0]:
-        raise UserError(f"loss: image {list(z.image.shape)} and text {list(z.text.shape)} must be one [rows, width] each, with rows > 0")
+        raise UserError(
+            f"loss: image {list(z.image.shape)} and text {list(z.text.shape)} must be one [rows, width] each, with "
+            f"rows > 0"
+        )
     if z.scale.numel() != 1 or z.bias.numel() != 1:
         raise UserError("loss: scale and bias have one element each")
     if {z.image.dtype, z.text.dtype} - set(DTYPES.values()):

@@ -1,13 +1,16 @@
-"""Distillation: the student's softmaxes over the global batch follow a teacher's, with the same flat memory as the loss beside it.
+"""Distillation: the student's softmaxes over the global batch follow a teacher's, with the same flat memory as the loss
+beside it.
 
     loss = 1/2B sum over images i of KL(Q_i. || P_i.) + 1/2B sum over texts j of KL(Q_.j || P_.j)
 
-P are softmaxes of the student's logits t <x_i, u_j> + b over all texts (of an image) or all images (of a text), Q those of the teacher's,
-which has its own width and temperature. It is the contrastive relational distillation of CLIP-KD (arXiv 2307.12732, section 3.2.4) and, but
-for the teacher's entropy (a constant), the affinity mimicking of TinyCLIP (arXiv 2309.12314, section 3.1), over the global batch.
+P are softmaxes of the student's logits t <x_i, u_j> + b over all texts (of an image) or all images (of a text), Q those
+of the teacher's, which has its own width and temperature. It is the contrastive relational distillation of CLIP-KD
+(arXiv 2307.12732, section 3.2.4) and, but for the teacher's entropy (a constant), the affinity mimicking of TinyCLIP
+(arXiv 2309.12314, section 3.1), over the global batch.
 
-Two sweeps, as in softmax.py: log-sum-exps of both models, then the loss and its gradients. The teacher's texts and the texts' log-sum-exps
-ride along with the student's texts; biases drop out of a softmax, so the student's has a gradient of zero.
+Two sweeps, as in softmax.py: log-sum-exps of both models, then the loss and its gradients. The teacher's texts and the
+texts' log-sum-exps ride along with the student's texts; biases drop out of a softmax, so the student's has a gradient
+of zero.
 """
 
 from __future__ import annotations
@@ -15,17 +18,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trainer.core.types import Embeddings, UserError
 from trainer.losses.base import PairLoss, PairSettings
-from trainer.losses.pairs import Pairs, Tile
+from trainer.losses.exchange import Sums
 from trainer.losses.softmax import lse, merge
-from trainer.losses.traversal import Sums
-from trainer.types import Embeddings, UserError
+from trainer.losses.tiles import Pairs, Tile
 
 STUDENT, TEACHER = 0, 1
 
 
 class AffinityLoss(PairLoss):
-    """KL divergence from the teacher's similarity distributions to the student's, both directions; needs ``Embeddings.teacher``."""
+    """KL divergence from the teacher's similarity distributions to the student's, both directions; needs
+    ``Embeddings.teacher``."""
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         teacher = _teacher_of(pairs)
@@ -46,7 +50,8 @@ class AffinityLoss(PairLoss):
         return total
 
     def _log_sum_exps(self, pairs: Pairs, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, 2] float64, student's and teacher's: of this rank's images over all texts, and of its texts over all images."""
+        """[b, 2] float64, student's and teacher's: of this rank's images over all texts, and of its texts over all
+        images."""
         rows = torch.full((pairs.image.shape[0], 2), float("-inf"), dtype=torch.float64, device=pairs.image.device)
 
         def visit(tile: Tile) -> None:
@@ -99,8 +104,8 @@ def _taught(pairs: Pairs, tile: Tile) -> Tensor:
 def _half(z: Tensor, taught: Tensor, norms: Tensor, scratch: Tensor) -> Tensor:
     """Half of one direction's KL, float64 []; leaves half of its gradient (P - Q) in ``z`` and Q in ``taught``.
 
-    ``norms`` [r, 1, 2] or [1, c, 2] float64 are both models' log-sum-exps; their rounding to float32 is made good, as a large logit's
-    would show in the loss and the gradient.
+    ``norms`` [r, 1, 2] or [1, c, 2] float64 are both models' log-sum-exps; their rounding to float32 is made good, as a
+    large logit's would show in the loss and the gradient.
     """
     near = norms.to(z.dtype)
     lost = near - norms
@@ -109,6 +114,8 @@ def _half(z: Tensor, taught: Tensor, norms: Tensor, scratch: Tensor) -> Tensor:
     gap = torch.sub(taught, z, out=scratch)
     taught.exp_().mul_(lost[..., TEACHER].exp().to(z.dtype))
     mass = taught.sum(1 if norms.shape[1] == 1 else 0)
-    value = gap.mul_(taught).sum(dtype=torch.float64) + (mass * (lost[..., TEACHER] - lost[..., STUDENT]).view(-1)).sum()
+    value = (
+        gap.mul_(taught).sum(dtype=torch.float64) + (mass * (lost[..., TEACHER] - lost[..., STUDENT]).view(-1)).sum()
+    )
     z.exp_().mul_(lost[..., STUDENT].exp().to(z.dtype)).sub_(taught).mul_(0.5)
     return value / 2

@@ -1,4 +1,5 @@
-"""The trip of all slices around the ring: what is sent and received at each tick, while a slice is computed (see ring.py)."""
+"""The trip of all slices around the ring: what is sent and received at each tick, while a slice is computed (see
+ring.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.losses.ring import Naming, Ring, Slice
-from trainer.types import is_out_of_memory
+from trainer.core.types import is_out_of_memory
+from trainer.losses.topology import Naming, Ring, Slice
 
 
 class Sums(NamedTuple):
-    """What is summed for each travelling row: ``merge(mine, other)`` writes the sum of two partial results into ``mine``."""
+    """What is summed for each travelling row: ``merge(mine, other)`` writes the sum of two partial results into
+    ``mine``."""
 
     tail: tuple[int, ...]
     dtype: torch.dtype
@@ -34,10 +36,11 @@ def traverse(
 ) -> list[Tensor]:
     """Calls ``visit(slice, payload rows, sums)`` for every slice of every rank's ``payload``, own block first.
 
-    ``payload`` holds tensors [rows, ...] that travel; ``visit`` adds into the sums it is given, in place. Returns, for each of
-    ``sums``, the [rows, *tail] total over all ranks for this rank's own rows.
+    ``payload`` holds tensors [rows, ...] that travel; ``visit`` adds into the sums it is given, in place. Returns, for
+    each of ``sums``, the [rows, *tail] total over all ranks for this rank's own rows.
 
-    A rank that runs out of memory goes on passing slices, so that no other waits for it; at the end all raise SharedOutOfMemory.
+    A rank that runs out of memory goes on passing slices, so that no other waits for it; at the end all raise
+    SharedOutOfMemory.
     """
     trip = error = None
     try:
@@ -125,8 +128,12 @@ class _Traversal:
         self.visitors = [room(num_slots, like=tensor) for tensor in payload] if travels else []
         self.shared = [room(2, others, like=tensor) for tensor in payload] if shared else []
         self.totals = [torch.empty(self.num_slots, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums]
-        self.partials = [torch.empty(2, others, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums] if shared else []
-        self.inbox = [torch.empty(others, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums] if shared else []
+        self.partials = (
+            [torch.empty(2, others, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums] if shared else []
+        )
+        self.inbox = (
+            [torch.empty(others, rows, *s.tail, dtype=s.dtype, device=ring.device) for s in sums] if shared else []
+        )
 
     def run(self, visit: Callable[[Slice, list[Tensor], list[Tensor]], None]) -> list[Tensor]:
         ring, error = self.ring, None

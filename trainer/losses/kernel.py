@@ -1,8 +1,9 @@
 """Triton: one tile of the sigmoid loss in one pass over its logits, on a GPU.
 
-A program makes a block of logits t x u^T + b, and leaves their gradient in the tile together with the block's sums of loss and gradient:
-the logits themselves never reach memory. The two products with that gradient stay with the vendor's library. Embeddings come in float32;
-``tf32`` is for those that were bfloat16, whose values tf32 holds exactly. The slow reference is ``sigmoid.py`` without it.
+A program makes a block of logits t x u^T + b, and leaves their gradient in the tile together with the block's sums of
+loss and gradient: the logits themselves never reach memory. The two products with that gradient stay with the vendor's
+library. Embeddings come in float32; ``tf32`` is for those that were bfloat16, whose values tf32 holds exactly. The slow
+reference is ``sigmoid.py`` without it.
 
 Checked by Triton's interpreter on CPUs (TRITON_INTERPRET=1); never run or timed on a GPU so far.
 """
@@ -40,8 +41,14 @@ def _sigmoid_tile(  # type: ignore[no-untyped-def]
     cosines = tl.zeros((R, C), dtype=tl.float32)
     for start in range(0, width, D):
         k = start + tl.arange(0, D)
-        x = tl.load(images + row[:, None] * width + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < width), other=0.0)
-        u = tl.load(texts + column[:, None] * width + k[None, :], mask=(column[:, None] < columns) & (k[None, :] < width), other=0.0)
+        x = tl.load(
+            images + row[:, None] * width + k[None, :], mask=(row[:, None] < rows) & (k[None, :] < width), other=0.0
+        )
+        u = tl.load(
+            texts + column[:, None] * width + k[None, :],
+            mask=(column[:, None] < columns) & (k[None, :] < width),
+            other=0.0,
+        )
         if TF32:
             cosines = tl.dot(x, tl.trans(u), cosines, input_precision="tf32")
         else:
@@ -68,8 +75,8 @@ def sigmoid_tile(
 ) -> tuple[Tensor, Tensor]:
     """Writes d loss / d logits into ``out`` [r, c] and returns the sums of loss and of that gradient, float64 [] each.
 
-    ``images`` [r, d], ``texts`` [c, d], ``scale`` [], ``bias`` [] and ``out``: contiguous float32. Image i belongs to text i + ``shift`` of
-    this slice; None when no pair here is matched.
+    ``images`` [r, d], ``texts`` [c, d], ``scale`` [], ``bias`` [] and ``out``: contiguous float32. Image i belongs to
+    text i + ``shift`` of this slice; None when no pair here is matched.
     """
     (rows, width), columns = images.shape, texts.shape[0]
     grid = triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS)

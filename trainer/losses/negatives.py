@@ -1,14 +1,15 @@
-"""Which negatives the sigmoid loss keeps, and how much they count: SigLIP's figure 6 (arXiv 2303.15343, section 4.8) and relatives.
+"""Which negatives the sigmoid loss keeps, and how much they count: SigLIP's figure 6 (arXiv 2303.15343, section 4.8)
+and relatives.
 
     keep     random: each negative with equal probability; hardest / easiest: those of highest / lowest logit in the GLOBAL batch
     ratio    negatives kept per matched pair; None keeps all B - 1
     warmup   the ratio grows geometrically from 1 to its end value over this fraction of the run (proposed in openai/CLIP #25)
     weight   factor on every kept negative (proposed there too: B - 1 negatives outweigh one positive)
 
-The hardest K of B (B - 1) logits are chosen by the value of the K-th: a radix select over the bits of float32, upper half then lower
-half, each one more sweep over the tiles (a third of the full cost) and one sum of 65536 counts over ranks. Memory stays flat, and the
-choice is exact (logits equal to the K-th are all kept). SigLIP compares at equal numbers of *pairs seen*: ``matched_samples`` lengthens
-a run for it.
+The hardest K of B (B - 1) logits are chosen by the value of the K-th: a radix select over the bits of float32, upper
+half then lower half, each one more sweep over the tiles (a third of the full cost) and one sum of 65536 counts over
+ranks. Memory stays flat, and the choice is exact (logits equal to the K-th are all kept). SigLIP compares at equal
+numbers of *pairs seen*: ``matched_samples`` lengthens a run for it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer.losses.pairs import Pairs, Tile
-from trainer.settings import Settings
+from trainer.core.settings import Settings
+from trainer.losses.tiles import Pairs, Tile
 
 BINS = 1 << 16
 
@@ -37,7 +38,8 @@ class NegativeSettings(Settings):
     weight: float = Field(default=1.0, ge=0)
     """Factor on every kept negative."""
     seed: int = 0
-    """Of the random choice, which also depends on samples_seen and on the pair's place in the global batch, not on ranks."""
+    """Of the random choice, which also depends on samples_seen and on the pair's place in the global batch, not on
+    ranks."""
 
     @model_validator(mode="after")
     def _warmup_starts_below(self) -> NegativeSettings:
@@ -55,7 +57,8 @@ class NegativeSettings(Settings):
 
 
 def matched_samples(settings: NegativeSettings, samples: int, global_batch: int) -> int:
-    """Samples a run needs for as many scored pairs as ``samples`` give with all negatives (SigLIP's "matched pairs"); warm-up left out."""
+    """Samples a run needs for as many scored pairs as ``samples`` give with all negatives (SigLIP's "matched pairs");
+    warm-up left out."""
     ratio = settings.ratio_at(1, 1, global_batch)
     return samples if ratio is None else round(samples * global_batch / (1 + ratio))
 
@@ -80,7 +83,9 @@ class Choice:
         lower, _ = self._select(wanted, sign, excluded, riders, upper)
         self.threshold = _value(upper * BINS + lower, sign).to(self.pairs.image.device)
 
-    def _select(self, wanted: int, sign: int, excluded: Tensor | None, riders: list[Tensor], upper: int | None) -> tuple[int, int]:
+    def _select(
+        self, wanted: int, sign: int, excluded: Tensor | None, riders: list[Tensor], upper: int | None
+    ) -> tuple[int, int]:
         """The half-key in which the ``wanted``-th largest lies, and how many are still wanted inside it."""
         counts = torch.zeros(BINS, dtype=torch.int64, device=self.pairs.image.device)
 

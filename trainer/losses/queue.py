@@ -1,10 +1,12 @@
-"""CLIP's softmax with a queue of past text embeddings as further negatives (MoCo, arXiv 1911.05722; proposed in openai/CLIP #25).
+"""CLIP's softmax with a queue of past text embeddings as further negatives (MoCo, arXiv 1911.05722; proposed in
+openai/CLIP #25).
 
     loss: {name: queue, size: 65536, width: 768}
 
-Each image's softmax runs over the global batch and the queue; texts see the batch alone, as there is no queue of images. The queue is
-[size, width] float32, replicated and equal on all ranks: it takes in the texts as they pass, which costs no further traffic. Entries have
-no gradient. MoCo's momentum encoder is the text tower's business: what enters here is what the tower gave.
+Each image's softmax runs over the global batch and the queue; texts see the batch alone, as there is no queue of
+images. The queue is [size, width] float32, replicated and equal on all ranks: it takes in the texts as they pass, which
+costs no further traffic. Entries have no gradient. MoCo's momentum encoder is the text tower's business: what enters
+here is what the tower gave.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.losses.pairs import Pairs, Tile
+from trainer.core.types import UserError
 from trainer.losses.softmax import SoftmaxBaseSettings, SoftmaxLoss, exp_minus, lse, merge
-from trainer.types import UserError
+from trainer.losses.tiles import Pairs, Tile
 
 
 class QueueSettings(SoftmaxBaseSettings):
@@ -48,7 +50,8 @@ class QueueLoss(SoftmaxLoss):
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         if pairs.image.shape[1] != self.queue.shape[1]:
             raise UserError(
-                f"loss.width: the queue is {self.queue.shape[1]} wide, the embeddings {pairs.image.shape[1]}; set loss.width to it"
+                f"loss.width: the queue is {self.queue.shape[1]} wide, the embeddings {pairs.image.shape[1]}; set "
+                f"loss.width to it"
             )
         total = super().objective(pairs, image_gradient, text_gradient)
         if self.training and (image_gradient or text_gradient):
@@ -57,12 +60,16 @@ class QueueLoss(SoftmaxLoss):
 
     def _with_more_columns(self, pairs: Pairs, rows: Tensor) -> Tensor:
         rows = rows.clone()
-        pairs.sweep_constants(self._past(), lambda tile: merge(rows[tile.rows], lse(tile.z, 1, pairs.space("values", tile.z))))
+        pairs.sweep_constants(
+            self._past(), lambda tile: merge(rows[tile.rows], lse(tile.z, 1, pairs.space("values", tile.z)))
+        )
         return rows
 
     def _more_gradient(self, pairs: Pairs, rows: Tensor, share: Tensor, image_gradient: bool) -> None:
         if image_gradient:
-            pairs.sweep_constants(self._past(), lambda tile: exp_minus(tile.z, rows[tile.rows, None], share[tile.rows, None] / 2), True)
+            pairs.sweep_constants(
+                self._past(), lambda tile: exp_minus(tile.z, rows[tile.rows, None], share[tile.rows, None] / 2), True
+            )
 
     def _past(self) -> Tensor:
         return self.queue[: min(int(self.taken), self.queue.shape[0])]
@@ -73,7 +80,8 @@ class QueueLoss(SoftmaxLoss):
             self._take_in(pairs, tile)
 
     def _take_in(self, pairs: Pairs, tile: Tile) -> None:
-        """Puts the tile's texts where their place in the global batch says: the same on all ranks, in whatever order they pass."""
+        """Puts the tile's texts where their place in the global batch says: the same on all ranks, in whatever order
+        they pass."""
         size = self.queue.shape[0]
         first = sum(pairs.ring.rows[: tile.owner]) + tile.columns.start
         skip = max(0, pairs.ring.total_rows - size - first)  # of a batch larger than the queue, the last stay

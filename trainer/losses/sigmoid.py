@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.losses.base import PairLoss, PairSettings, groups_of
 from trainer.losses.negatives import Choice, NegativeSettings
-from trainer.losses.pairs import Pairs, Tile
+from trainer.losses.tiles import Pairs, Tile
 
 KERNELS = True
 """False keeps to the torch path on GPUs too."""
@@ -38,11 +38,14 @@ class SigmoidSettings(PairSettings):
 class SigmoidLoss(PairLoss):
     """Sigmoid loss (SigLIP, arXiv 2303.15343, equation 1; negatives kept at a ratio as in its figure 6).
 
-    ``same_group`` masks false negatives by group (as in false-negative cancellation, arXiv 2011.11765) or takes them as further
-    positives (several captions of one image). After a call ``scored_pairs`` holds how many pairs of this rank counted (int64 []).
+    ``same_group`` masks false negatives by group (as in false-negative cancellation, arXiv 2011.11765) or takes them as
+    further positives (several captions of one image). After a call ``scored_pairs`` holds how many pairs of this rank
+    counted (int64 []).
     """
 
-    def __init__(self, *args: Any, same_group: SameGroup = "negative", negatives: NegativeSettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, same_group: SameGroup = "negative", negatives: NegativeSettings | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.same_group, self.negatives = same_group, negatives or NegativeSettings()
         self.samples_seen, self.total_samples = 1, 1
@@ -136,7 +139,8 @@ def _sum_softplus_and_sigmoid_(pairs: Pairs, tile: Tile) -> Tensor:
 
 
 def fused_kernel(image: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The Triton kernel where embeddings are on a GPU and Triton is there, else None: then torch's own operations do."""
+    """The Triton kernel where embeddings are on a GPU and Triton is there, else None: then torch's own operations
+    do."""
     if not (KERNELS and image.is_cuda and importlib.util.find_spec("triton")):
         return None
     from trainer.losses.kernel import sigmoid_tile

@@ -2,9 +2,10 @@
 
     loss: {name: sinkhorn, mix: 0.5, temperature: 0.05, num_iterations: 3}
 
-Web captions fit several images. The targets are (1 - mix) identity + mix Q, where Q is the entropic transport plan between all images and
-all texts of the global batch with uniform marginals, from exp(cosine / temperature) without gradient (Sinkhorn, arXiv 1306.0895). Its
-potentials are made by 2 num_iterations sweeps of streamed log-sum-exps (a third of the full cost each), so memory stays flat:
+Web captions fit several images. The targets are (1 - mix) identity + mix Q, where Q is the entropic transport plan
+between all images and all texts of the global batch with uniform marginals, from exp(cosine / temperature) without
+gradient (Sinkhorn, arXiv 1306.0895). Its potentials are made by 2 num_iterations sweeps of streamed log-sum-exps (a
+third of the full cost each), so memory stays flat:
 
     f_i = -LSE_j(c_ij + g_j),  g_j = -LSE_i(c_ij + f_i),  c = cosine / temperature
 
@@ -20,8 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.losses.base import PairLoss, PairSettings
-from trainer.losses.pairs import Pairs, Tile
 from trainer.losses.softmax import exp_minus, log_sum_exps
+from trainer.losses.tiles import Pairs, Tile
 
 
 class SinkhornSettings(PairSettings):
@@ -37,9 +38,12 @@ class SinkhornSettings(PairSettings):
 
 
 class SinkhornLoss(PairLoss):
-    """Symmetric cross-entropy towards (1 - mix) identity + mix (transport plan), after OTTER (arXiv 2112.09445, equation 5)."""
+    """Symmetric cross-entropy towards (1 - mix) identity + mix (transport plan), after OTTER (arXiv 2112.09445,
+    equation 5)."""
 
-    def __init__(self, *args: Any, mix: float = 0.5, temperature: float = 0.05, num_iterations: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mix: float = 0.5, temperature: float = 0.05, num_iterations: int = 3, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.mix, self.temperature, self.num_iterations = mix, temperature, num_iterations
 
@@ -63,7 +67,8 @@ class SinkhornLoss(PairLoss):
         return total
 
     def _half(self, tile: Tile, z: Tensor, target: Tensor, norm: Tensor) -> Tensor:
-        """One direction's loss; turns logits ``z`` into its half of the gradient. ``target`` is the plan's part, already weighted."""
+        """One direction's loss; turns logits ``z`` into its half of the gradient. ``target`` is the plan's part,
+        already weighted."""
         tile.diagonal_of(target).add_(1 - self.mix)
         near = norm.to(z.dtype)
         # Targets sum to one over the normalised side: sum T (norm - z), free of the large parts of both.

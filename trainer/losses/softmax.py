@@ -1,9 +1,11 @@
-"""The softmax loss of CLIP (InfoNCE, arXiv 2103.00020), exact over the global batch with the sigmoid loss's flat memory.
+"""The softmax loss of CLIP (InfoNCE, arXiv 2103.00020), exact over the global batch with the sigmoid loss's flat
+memory.
 
     loss = 1/2B sum over images i of CE(z_i., i) + 1/2B sum over texts j of CE(z_.j, j),  z_ij = t <x_i, u_j> + b
 
-Two sweeps: the first streams the log-sum-exp of every row (here) and column (travelling with its text), the second makes gradients.
-Log-sum-exps are float64 vectors: a float32 of size 100 has an error that would already show in the gradient.
+Two sweeps: the first streams the log-sum-exp of every row (here) and column (travelling with its text), the second
+makes gradients. Log-sum-exps are float64 vectors: a float32 of size 100 has an error that would already show in the
+gradient.
 
     loss: {name: softmax, label_smoothing: 0.1}
 """
@@ -17,10 +19,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from trainer.core.types import UserError
 from trainer.losses.base import PairLoss, PairSettings, groups_of
-from trainer.losses.pairs import Pairs, Tile
-from trainer.losses.traversal import Sums
-from trainer.types import UserError
+from trainer.losses.exchange import Sums
+from trainer.losses.tiles import Pairs, Tile
 
 SameGroup = Literal["negative", "mask", "positive"]
 
@@ -31,7 +33,8 @@ class SoftmaxBaseSettings(PairSettings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all texts (images) of the global batch (arXiv 1512.00567)."""
     same_group: SameGroup = "negative"
-    """Pairs of one group (equal captions, or texts of one image): negatives as in CLIP, left out, or sharing the target evenly."""
+    """Pairs of one group (equal captions, or texts of one image): negatives as in CLIP, left out, or sharing the target
+    evenly."""
 
 
 class SoftmaxSettings(SoftmaxBaseSettings):
@@ -43,11 +46,13 @@ class SoftmaxSettings(SoftmaxBaseSettings):
 class SoftmaxLoss(PairLoss):
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020, figure 3).
 
-    ``same_group: positive`` shares the target evenly among all of a group (supervised contrastive, arXiv 2004.11362, its L_out);
-    ``mask`` leaves them out (false-negative cancellation, arXiv 2011.11765).
+    ``same_group: positive`` shares the target evenly among all of a group (supervised contrastive, arXiv 2004.11362,
+    its L_out); ``mask`` leaves them out (false-negative cancellation, arXiv 2011.11765).
     """
 
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, same_group: SameGroup = "negative", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, label_smoothing: float = 0.0, same_group: SameGroup = "negative", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if label_smoothing and same_group == "mask":
             raise UserError("loss.label_smoothing: it would put a target on masked pairs; leave one of the two out")
@@ -75,10 +80,14 @@ class SoftmaxLoss(PairLoss):
             total = ((rows + columns) / 2 - (1 - self.label_smoothing) * mean_in_group).sum()
             row_share, column_share = torch.ones_like(rows), torch.ones_like(columns)
         else:
-            # softplus(LSE of the negatives - z_ii) and its sigmoid: no difference of nearly equal numbers, however small the loss.
+            # softplus(LSE of the negatives - z_ii) and its sigmoid: no difference of nearly equal numbers, however
+            # small the loss.
             matched = pairs.matched_logits()
             hinges = rows - matched, columns - matched
-            total = (torch.nn.functional.softplus(torch.stack(hinges), threshold=700).sum(0) / 2 + self.label_smoothing * matched).sum()
+            total = (
+                torch.nn.functional.softplus(torch.stack(hinges), threshold=700).sum(0) / 2
+                + self.label_smoothing * matched
+            ).sum()
             row_share, column_share = hinges[0].sigmoid(), hinges[1].sigmoid()
         total = total - smoothing * every_logit
         if image_gradient or text_gradient:
@@ -104,8 +113,11 @@ class SoftmaxLoss(PairLoss):
         if self.same_group != "positive":
             tile.diagonal().fill_(float("-inf"))
 
-    def _gradient(self, pairs: Pairs, tile: Tile, rows: Tensor, share: Tensor, target: Tensor, smoothing: float) -> None:
-        """Turns the tile into (P_rows + P_columns) / 2 - targets; ``target`` is what matched pairs get, or each of a group."""
+    def _gradient(
+        self, pairs: Pairs, tile: Tile, rows: Tensor, share: Tensor, target: Tensor, smoothing: float
+    ) -> None:
+        """Turns the tile into (P_rows + P_columns) / 2 - targets; ``target`` is what matched pairs get, or each of a
+        group."""
         by_row = pairs.space("by_row", tile.z).copy_(tile.z)
         exp_minus(by_row, rows[tile.rows, None], share[tile.rows, None] / 2)
         columns, column_share = tile.riders[-1].unbind(1)
@@ -129,7 +141,8 @@ class SoftmaxLoss(PairLoss):
 def log_sum_exps(
     pairs: Pairs, note: Callable[[Tile], None], riders: list[Tensor], over_rows: bool = True, over_columns: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of this rank's images over all texts and of its texts over all images, [b] float64 each, in one sweep.
+    """Log-sum-exp of this rank's images over all texts and of its texts over all images, [b] float64 each, in one
+    sweep.
 
     ``note`` sees each tile first and may change it. A direction that is not asked for comes back as -inf.
     """
@@ -152,7 +165,8 @@ def lse(z: Tensor, over: int, scratch: Tensor) -> Tensor:
     """Log-sum-exp of a tile over one of its sides, float64; ``scratch`` is shaped as ``z``."""
     largest = z.amax(over, keepdim=True)
     shift = largest.masked_fill(largest == float("-inf"), 0.0)
-    # The logarithm in float64: the sum's relative error stays where it is, instead of growing with the size of the logits.
+    # The logarithm in float64: the sum's relative error stays where it is, instead of growing with the size of the
+    # logits.
     return torch.sub(z, shift, out=scratch).exp_().sum(over).double().log().add_(shift.squeeze(over))
 
 

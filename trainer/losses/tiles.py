@@ -1,8 +1,9 @@
 """All pairs of a global batch, one tile of logits at a time.
 
-A tile is made by a matrix product, turned in place into the gradient of the loss with respect to the logits, multiplied into the image and
-text gradients, and overwritten by the next. The forward pass therefore already holds the gradient, and backward multiplies it by the
-incoming scalar. Logits, their functions and all sums are float32 (float64 for float64 embeddings) whatever the embeddings' dtype.
+A tile is made by a matrix product, turned in place into the gradient of the loss with respect to the logits, multiplied
+into the image and text gradients, and overwritten by the next. The forward pass therefore already holds the gradient,
+and backward multiplies it by the incoming scalar. Logits, their functions and all sums are float32 (float64 for float64
+embeddings) whatever the embeddings' dtype.
 
 Memory beyond the inputs, for b rows of width d and S slices (see ring.py), float32, on the ring:
 b d (image gradient) + 2 (1 + 1/S) b d (travelling texts and text gradient) + rows b / S (logits) elements.
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.losses.ring import Ring, Slice
-from trainer.losses.traversal import Sums, traverse
-from trainer.types import Embeddings
+from trainer.core.types import Embeddings
+from trainer.losses.exchange import Sums, traverse
+from trainer.losses.topology import Ring, Slice
 
 
 class Tile(NamedTuple):
@@ -48,10 +49,13 @@ class Tile(NamedTuple):
     def diagonal_of(self, values: Tensor) -> Tensor:
         """The same places in another tensor [r, c]."""
         first, last = self.matched()
-        return values[first - self.rows.start : last - self.rows.start, first - self.columns.start : last - self.columns.start].diagonal()
+        return values[
+            first - self.rows.start : last - self.rows.start, first - self.columns.start : last - self.columns.start
+        ].diagonal()
 
     def same_group(self, groups: Tensor) -> Tensor:
-        """[r, c] bool: image and text of one group. ``groups`` is of this rank's images; the texts' must be the first rider."""
+        """[r, c] bool: image and text of one group. ``groups`` is of this rank's images; the texts' must be the first
+        rider."""
         return groups[self.rows, None] == self.riders[0]
 
     def matched(self) -> tuple[int, int]:
@@ -100,8 +104,8 @@ class Pairs:
     ) -> list[Tensor]:
         """Visits every tile of this rank's images with all texts; returns the totals of ``sums`` for this rank's texts.
 
-        With a gradient asked for, ``visit`` must leave d loss / d logits in the tile, and ``d_image`` / ``d_text`` hold the gradients
-        with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten.
+        With a gradient asked for, ``visit`` must leave d loss / d logits in the tile, and ``d_image`` / ``d_text`` hold
+        the gradients with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten.
         """
         wanted = list(sums)
         if text_gradient:
@@ -111,7 +115,9 @@ class Pairs:
             if piece.owner != self.ring.rank:
                 self._empty.append((piece.owner, torch.linalg.vector_norm(payload[0], float("inf"))))
             d_text = totals[-1] if text_gradient else None
-            self._against(payload[0], piece, payload[1:], totals[: len(sums)], visit, image_gradient, d_text, make_logits)
+            self._against(
+                payload[0], piece, payload[1:], totals[: len(sums)], visit, image_gradient, d_text, make_logits
+            )
 
         with _matmul_precision(self.reduced):
             totals = traverse(self.ring, [self.text, *riders], wanted, on_slice)
@@ -173,7 +179,9 @@ class Pairs:
         return room[: rows * columns].view(rows, columns)
 
     def _as_compute(self, name: str, values: Tensor) -> Tensor:
-        return values if values.dtype == self.dtype else self._space(name, values.shape[0], values.shape[1]).copy_(values)
+        return (
+            values if values.dtype == self.dtype else self._space(name, values.shape[0], values.shape[1]).copy_(values)
+        )
 
     def _parts(self, z: Tensor) -> Iterator[Tensor]:
         """Addends of the logits' gradient that the matrix units see exactly: bfloat16 keeps 8 bits, two addends 16."""
@@ -190,13 +198,15 @@ class Pairs:
         self._empty.clear()
         if owners:
             raise RuntimeError(
-                f"rank {self.ring.rank}: text embeddings of rank(s) {owners} arrived all zero; the transport or their text tower is broken"
+                f"rank {self.ring.rank}: text embeddings of rank(s) {owners} arrived all zero; the transport or "
+                f"their text tower is broken"
             )
 
 
 @contextmanager
 def _matmul_precision(reduced: bool) -> Iterator[None]:
-    """float32 products in float32, whatever is set outside; bfloat16 values (exact in tf32 and bf16) may use the matrix units."""
+    """float32 products in float32, whatever is set outside; bfloat16 values (exact in tf32 and bf16) may use the matrix
+    units."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     wanted = ("tf32", "bf16") if reduced else ("ieee", "ieee")

@@ -1,7 +1,8 @@
 """Exact sums over all pairs of a global batch while every rank holds a few slices of the others' rows.
 
-Ranks stand in ``num_nodes`` nodes of ``node_size`` (G) lanes. Inside a node slices are shared by all; between nodes they travel lane by
-lane around a ring, and what has been summed for them (a text gradient, a log-sum-exp) travels one slice behind and comes home:
+Ranks stand in ``num_nodes`` nodes of ``node_size`` (G) lanes. Inside a node slices are shared by all; between nodes
+they travel lane by lane around a ring, and what has been summed for them (a text gradient, a log-sum-exp) travels one
+slice behind and comes home:
 
     exchange        node_size            ring between nodes
     ring            1                    world nodes, one way
@@ -9,16 +10,18 @@ lane around a ring, and what has been summed for them (a text gradient, a log-su
     gather          world                none: an all-gather and a reduce-scatter, slice by slice
     hierarchical    ranks of one host    hosts, one way
 
-A block (one rank's rows) is cut into S equal slices (``num_slices``). Tick n computes slice n % S of the block that is n // S hops from
-home, while the transfers of tick n are under way (traversal.py): slice n goes on to the next node and arrives there as slice n + S; sums
-follow D ticks later. A receive buffer therefore holds S + 1 slices, and nothing grows with the number of ranks outside ``gather``.
+A block (one rank's rows) is cut into S equal slices (``num_slices``). Tick n computes slice n % S of the block that is
+n // S hops from home, while the transfers of tick n are under way (traversal.py): slice n goes on to the next node and
+arrives there as slice n + S; sums follow D ticks later. A receive buffer therefore holds S + 1 slices, and nothing
+grows with the number of ranks outside ``gather``.
 
 Bytes sent by each rank, for b rows of p payload bytes and q bytes of sums, N nodes of G lanes (zero for a single rank):
 
     payload   (N - 1 + N (G - 1)) b p          sums   ((N if N > 1 else 0) + N (G - 1)) b q
 
-which for sigmoid on the ring is (W - 1) b d e + W b d 4, e being the bytes of one embedding element on the wire. With unequal batches
-the sum over ranks of b takes the place of W b. Sizes are agreed first, in one all-gather of 32 bytes a rank that is not counted.
+which for sigmoid on the ring is (W - 1) b d e + W b d 4, e being the bytes of one embedding element on the wire. With
+unequal batches the sum over ranks of b takes the place of W b. Sizes are agreed first, in one all-gather of 32 bytes a
+rank that is not counted.
 """
 
 from __future__ import annotations
@@ -31,19 +34,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed import ranks_here
-from trainer.types import PeerLost, SharedOutOfMemory, UserError
+from trainer.core.distributed import ranks_here
+from trainer.core.types import PeerLost, SharedOutOfMemory, UserError
 
 SLICE_ROWS = 512
-"""Rows of a slice at most. Larger ones make buffers that hold more and products that are no faster; smaller ones, slower products."""
+"""Rows of a slice at most. Larger ones make buffers that hold more and products that are no faster; smaller ones,
+slower products."""
 Exchange = Literal["ring", "bidirectional", "gather", "hierarchical"]
 
 
 def num_slices(rows: int, lanes: int = 1) -> int:
-    """Slices of a block of ``rows`` rows where ``lanes`` ranks share theirs; even, since ``bidirectional`` sends every other one left.
+    """Slices of a block of ``rows`` rows where ``lanes`` ranks share theirs; even, since ``bidirectional`` sends every
+    other one left.
 
-    Two are the fewest where sums follow a tick behind. Where slices are shared a rank holds those of all lanes, and sums follow two ticks
-    behind: more and smaller ones.
+    Two are the fewest where sums follow a tick behind. Where slices are shared a rank holds those of all lanes, and
+    sums follow two ticks behind: more and smaller ones.
     """
     return max(2 if lanes == 1 else 4, 2 * -(-rows // (2 * SLICE_ROWS)))
 
@@ -72,8 +77,9 @@ class Naming:
 class Ring:
     """Who holds what, agreed anew for every batch.
 
-    ``rows`` is this rank's number of rows, ``signature`` three integers (such as width and dtype) that must be equal on all ranks, else
-    every rank raises UserError. ``traffic`` counts the bytes this rank has sent, by kind, until the caller empties it.
+    ``rows`` is this rank's number of rows, ``signature`` three integers (such as width and dtype) that must be equal on
+    all ranks, else every rank raises UserError. ``traffic`` counts the bytes this rank has sent, by kind, until the
+    caller empties it.
     """
 
     def __init__(
@@ -110,10 +116,14 @@ class Ring:
             return 1
         known = node_size or ranks_here()
         if known is None and self.world > 1:
-            raise UserError("loss.exchange: hierarchical, but no launcher says how many ranks a node has: set loss.node_size")
+            raise UserError(
+                "loss.exchange: hierarchical, but no launcher says how many ranks a node has: set loss.node_size"
+            )
         lanes = min(known or 1, self.world)
         if self.world % lanes:
-            raise UserError(f"node_size: {self.world} ranks do not divide into nodes of {lanes}; choose another, or exchange: ring")
+            raise UserError(
+                f"node_size: {self.world} ranks do not divide into nodes of {lanes}; choose another, or exchange: ring"
+            )
         return lanes
 
     def _agree(self, rows: int, signature: tuple[int, int, int]) -> list[int]:
@@ -126,7 +136,10 @@ class Ring:
         table: list[list[int]] = torch.stack(everyone).tolist()
         for rank, row in enumerate(table):
             if row[1:] != table[0][1:]:
-                raise UserError(f"rank {rank} brought embeddings of another width, dtype or requires_grad than rank 0: make them equal")
+                raise UserError(
+                    f"rank {rank} brought embeddings of another width, dtype or requires_grad than rank 0: make them "
+                    f"equal"
+                )
         return [row[0] for row in table]
 
     def add_up(self, values: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 
     loss: {name: triplet, margin: 0.2}
 
-The hardest negatives are those of the GLOBAL batch: a first sweep finds the largest cosine of every row and column, a second sends the
-gradient to where it was reached (equal cosines each get it). Scale and bias play no part and get zero gradients.
+The hardest negatives are those of the GLOBAL batch: a first sweep finds the largest cosine of every row and column, a
+second sends the gradient to where it was reached (equal cosines each get it). Scale and bias play no part and get zero
+gradients.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.losses.base import PairLoss, PairSettings, groups_of
-from trainer.losses.pairs import Pairs, Tile
-from trainer.losses.traversal import Sums
+from trainer.losses.exchange import Sums
+from trainer.losses.tiles import Pairs, Tile
 
 
 class TripletSettings(PairSettings):
@@ -36,7 +37,9 @@ class TripletLoss(PairLoss):
 
     uses_scale = False
 
-    def __init__(self, *args: Any, margin: float = 0.2, same_group: Literal["negative", "mask"] = "negative", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, margin: float = 0.2, same_group: Literal["negative", "mask"] = "negative", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.margin, self.same_group = margin, same_group
 
@@ -59,7 +62,8 @@ class TripletLoss(PairLoss):
             # A hinge that is not reached: no cosine is equal to infinity.
             pull = (by_image > 0).to(pairs.dtype) + (by_text > 0).to(pairs.dtype)
             target_rows, target_columns = (
-                worst.masked_fill(hinge <= 0, float("inf")) for worst, hinge in ((hardest, by_image), (hardest_images, by_text))
+                worst.masked_fill(hinge <= 0, float("inf"))
+                for worst, hinge in ((hardest, by_image), (hardest_images, by_text))
             )
 
             def visit(tile: Tile) -> None:

@@ -15,14 +15,26 @@ from typing import Any
 
 import torch
 
-from trainer import __version__, distributed
+from trainer import __version__
+from trainer.core import collectives, distributed
 
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "webdataset", "numpy")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "webdataset",
+    "numpy",
+)
 HOST_BYTES = 64
 
 
 def write_environment(run_dir: Path, samples_seen: int) -> None:
-    """Adds this start to ``<run>/environment.json`` (one entry a start: a run may be stopped and moved). Every rank calls."""
+    """Adds this start to ``<run>/environment.json`` (one entry a start: a run may be stopped and moved). Every rank
+    calls."""
     hosts = _hosts()
     if not distributed.is_main():
         return
@@ -72,11 +84,13 @@ def git_revision() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", root, *arguments], check=True, capture_output=True, text=True, timeout=10
+    ).stdout.strip()
 
 
 def _hosts() -> list[str]:
     """Every rank's host name, in rank order."""
     padded = socket.gethostname().encode()[:HOST_BYTES].ljust(HOST_BYTES, b"\0")
     mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(distributed.device())
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in distributed.stack_over_ranks(mine)]
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in collectives.stack_over_ranks(mine)]

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from trainer import distributed
+from trainer.core import distributed
+from trainer.core.settings import Settings
 from trainer.metrics.environment import write_environment
-from trainer.metrics.line import ProgressLine
 from trainer.metrics.meters import Meter
+from trainer.metrics.progress_line import ProgressLine
 from trainer.metrics.trackers import Trackers, check_installed
-from trainer.settings import Settings
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -47,7 +47,12 @@ class RunLog:
     """A run's log. Every rank makes one and calls the same methods; rank 0 alone writes."""
 
     def __init__(
-        self, run_dir: Path, settings: LogSettings, total_samples: int, recipe: dict[str, Any] | None = None, samples_seen: int = 0
+        self,
+        run_dir: Path,
+        settings: LogSettings,
+        total_samples: int,
+        recipe: dict[str, Any] | None = None,
+        samples_seen: int = 0,
     ) -> None:
         check_installed(settings.trackers)
         self._every = settings.every
@@ -97,13 +102,17 @@ class RunLog:
             }
             if distributed.world_size() > 1:
                 measured["slowest_rank"] = reading.slowest_rank
-                measured["rank_seconds"] = dict(zip(("least", "median", "most"), (round(s, 4) for s in reading.rank_seconds), strict=True))
+                measured["rank_seconds"] = dict(
+                    zip(("least", "median", "most"), (round(s, 4) for s in reading.rank_seconds), strict=True)
+                )
             self._latest = measured
             if distributed.is_main():
                 self._write(position | values | measured)
         if distributed.is_main():
             rate = {} if self._latest else {"pairs_per_second": self._meter.pairs_per_second()}
-            self._line.show({key: _finite(value) for key, value in (self._latest | rate | position | values).items()}, last)
+            self._line.show(
+                {key: _finite(value) for key, value in (self._latest | rate | position | values).items()}, last
+            )
 
     def note(self, samples_seen: int, values: dict[str, Any]) -> None:
         """Something else to write down, such as ``{"eval": {...}}``; counted at ``samples_seen``."""
@@ -118,7 +127,9 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         clean = _finite(record)
         self._file.append(json.dumps(clean, allow_nan=False) + "\n")
-        self._trackers.log({key: value for key, value in clean.items() if key not in ("step", "samples_seen")}, record["samples_seen"])
+        self._trackers.log(
+            {key: value for key, value in clean.items() if key not in ("step", "samples_seen")}, record["samples_seen"]
+        )
 
     def close(self) -> None:
         """At the end of a run."""
@@ -129,7 +140,8 @@ class RunLog:
 
 
 class LineFile:
-    """Appends lines. On a disk that is full they wait in memory until there is room again: a run does not end for its log, nor lose it."""
+    """Appends lines. On a disk that is full they wait in memory until there is room again: a run does not end for its
+    log, nor lose it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +163,9 @@ class LineFile:
         except OSError as error:
             os.ftruncate(self._file, self._end)
             if len(self._waiting) == 1:
-                distributed.say(f"warning: {self._path}: {error.strerror}; its lines wait in memory until there is room")
+                distributed.say(
+                    f"warning: {self._path}: {error.strerror}; its lines wait in memory until there is room"
+                )
             return
         self._end += len(data)
         self._waiting = []
@@ -165,8 +179,8 @@ class LineFile:
 
 
 def cut_back(path: Path, samples_seen: int) -> float:
-    """Drops what lies beyond the position a run goes on from (and a line cut short by a crash), so that a curve has no doubles; the
-    training seconds up to there.
+    """Drops what lies beyond the position a run goes on from (and a line cut short by a crash), so that a curve has no
+    doubles; the training seconds up to there.
     """
     if not path.is_file():
         return 0.0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from trainer import distributed
+from trainer.core import collectives, distributed
 
 
 class Reading(NamedTuple):
@@ -102,7 +102,9 @@ class Meter:
         steps = max(self._steps, 1)
         spread = min(alone) / steps, median(alone) / steps, max(alone) / steps
         slowest = alone.index(max(alone))
-        reading = Reading(self._steps, self._samples, seconds, int(max(memory)), min(max(waits) / seconds, 1.0), slowest, spread)
+        reading = Reading(
+            self._steps, self._samples, seconds, int(max(memory)), min(max(waits) / seconds, 1.0), slowest, spread
+        )
         self.seconds += seconds
         self._restart()
         return reading
@@ -120,4 +122,4 @@ def memory_bytes() -> int:
 def _gather(values: list[float]) -> list[list[float]]:
     """Each value on all ranks: [value][rank]."""
     mine = torch.tensor(values, dtype=torch.float64, device=distributed.device())
-    return distributed.stack_over_ranks(mine).T.tolist()
+    return collectives.stack_over_ranks(mine).T.tolist()

@@ -46,7 +46,8 @@ class ProgressLine:
 
 
 def render(values: dict[str, Any], total_samples: int, width: int | None = None) -> str:
-    """The line: position, what is learnt, how fast, how much longer. What matters less is left out where ``width`` is short."""
+    """The line: position, what is learnt, how fast, how much longer. What matters less is left out where ``width`` is
+    short."""
     parts = _parts(values, total_samples)
     for unimportant in ("bias", "scale", "grad", "data", "samples", "lr", "memory"):
         if width is None or len(" · ".join(parts.values())) <= width:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import yaml
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 
 def check_installed(names: Sequence[str]) -> None:
     """Raises UserError for a tracker whose package is missing. On every rank, so that none waits for another."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"log.trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}, or leave it out")
+        raise UserError(
+            f"log.trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}, or leave it out"
+        )
 
 
 MLFLOW_RUN = "mlflow_run.txt"
@@ -28,7 +30,9 @@ MLFLOW_RUN = "mlflow_run.txt"
 class Trackers:
     """Rank 0's trackers of one run. ``samples_seen`` is the axis; a resumed run goes on in the same curve."""
 
-    def __init__(self, names: Sequence[str], run_dir: Path, project: str, recipe: dict[str, Any], samples_seen: int) -> None:
+    def __init__(
+        self, names: Sequence[str], run_dir: Path, project: str, recipe: dict[str, Any], samples_seen: int
+    ) -> None:
         self._trackers: dict[str, Any] = {}
         if not names:
             return
@@ -45,7 +49,9 @@ class Trackers:
 
     def log(self, values: dict[str, Any], samples_seen: int) -> None:
         """Nested values become names joined by ``/``; what is not a finite number is left out."""
-        numbers = {key: value for key, value in flat(values).items() if isinstance(value, int | float) and value == value}
+        numbers = {
+            key: value for key, value in flat(values).items() if isinstance(value, int | float) and value == value
+        }
         for tracker in self._trackers.values():
             tracker.log(numbers, step=samples_seen)
 
@@ -61,8 +67,12 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
         # purge_step hides what was written beyond the position the run goes on from.
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=samples_seen + 1)
     if name == "wandb":
-        where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # another directory of this name is another run
-        return tracking.WandBTracker(project, name=run_dir.name, id=f"{run_dir.name}-{where}", dir=str(run_dir), resume="allow")
+        where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
+            :12
+        ]  # another directory of this name is another run
+        return tracking.WandBTracker(
+            project, name=run_dir.name, id=f"{run_dir.name}-{where}", dir=str(run_dir), resume="allow"
+        )
     if name == "trackio":
         return tracking.TrackioTracker(project, name=run_dir.name, resume="allow")
     assert name == "mlflow"
@@ -71,7 +81,9 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
     begun = run_dir / MLFLOW_RUN
-    return tracking.MLflowTracker(project, run_name=run_dir.name, run_id=begun.read_text().strip() if begun.is_file() else None)
+    return tracking.MLflowTracker(
+        project, run_name=run_dir.name, run_id=begun.read_text().strip() if begun.is_file() else None
+    )
 
 
 def _remember_mlflow(tracker: Any, run_dir: Path, recipe: dict[str, Any]) -> None:

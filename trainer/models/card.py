@@ -79,10 +79,13 @@ def _card(library: str, model: Any, where: str, notes: Sequence[str], measured: 
 
 
 def measured_table(evaluation: Mapping[str, Any]) -> str:
-    """The section with the numbers of an ``evaluation.json``, in percent, with their standard errors and the command that measures them."""
+    """The section with the numbers of an ``evaluation.json``, in percent, with their standard errors and the command
+    that measures them."""
     metrics, errors = evaluation["metrics"], evaluation.get("standard_errors") or {}
     ceilings, base = evaluation.get("ceilings") or {}, evaluation.get("base_metrics") or {}
-    columns = ["metric", "%", "± (standard error)"] + (["perfect model"] if ceilings else []) + (["base"] if base else [])
+    columns = (
+        ["metric", "%", "± (standard error)"] + (["perfect model"] if ceilings else []) + (["base"] if base else [])
+    )
     rows = []
     for name, value in metrics.items():
         row = [name, _percent(value), _percent(errors.get(name))]
@@ -91,7 +94,8 @@ def measured_table(evaluation: Mapping[str, Any]) -> str:
         rows.append(row)
     table = "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
     sizes = "; ".join(
-        f"{path}: {size['pictures']:,} pictures, {size['captions']:,} captions" for path, size in evaluation["datasets"].items()
+        f"{path}: {size['pictures']:,} pictures, {size['captions']:,} captions"
+        for path, size in evaluation["datasets"].items()
     )
     return f"\n## Measured\n\n{table}\n\nOn {sizes}. `{evaluation['command']}`\n"
 

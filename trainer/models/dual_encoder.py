@@ -13,23 +13,31 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from trainer.distributed import say
-from trainer.models.batch_norm import fixed_batch_norms
-from trainer.models.bottleneck import narrow_embedding, widened
+from trainer.core.distributed import say
+from trainer.core.types import Embeddings, Preprocess, Stored, UserError
+from trainer.models.adapt.batch_norm import fixed_batch_norms
+from trainer.models.adapt.bottleneck import narrow_embedding, widened
+from trainer.models.adapt.lock import lock_towers
+from trainer.models.adapt.lora import (
+    add_lora,
+    base_digest,
+    hold_base,
+    load_adapter,
+    merged_weights,
+    read_sidecar,
+    save_adapter,
+)
+from trainer.models.adapt.mask import drop_patches, drop_tokens
+from trainer.models.adapt.quantize import QUANTIZED, quantize
+from trainer.models.adapt.recompute import recompute
 from trainer.models.card import whole_card
-from trainer.models.lock import lock_towers
-from trainer.models.lora import add_lora, base_digest, hold_base, load_adapter, merged_weights, read_sidecar, save_adapter
-from trainer.models.mask import drop_patches, drop_tokens
 from trainer.models.naflex import NAFLEX, patch_inputs, unpack
-from trainer.models.names import ParameterGroup, Tower, parameter_groups, tower_of
-from trainer.models.pair import PAIR
+from trainer.models.param_groups import ParameterGroup, Tower, parameter_groups, tower_of
+from trainer.models.precomputed import StoredSettings, fingerprint, locked_part, take_out, width_of
 from trainer.models.preprocess import make_processor, read_preprocess, read_tokenizer
-from trainer.models.quantize import QUANTIZED, quantize
-from trainer.models.recompute import recompute
 from trainer.models.settings import ModelSettings
-from trainer.models.stored import StoredSettings, fingerprint, locked_part, take_out, width_of
 from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
-from trainer.types import Embeddings, Preprocess, Stored, UserError
+from trainer.models.vision_text import PAIR
 
 SIGLIP = ("siglip", NAFLEX)
 """Families with a bias of their own and no projection size beside the text tower's."""
@@ -44,8 +52,8 @@ def embed_dim(towers: PreTrainedModel) -> int:
 class Head(nn.Module):
     """The temperature t = exp(t') and the bias b, both [1].
 
-    A module of its own, because ZeRO-3 gathers parameters around the forward of the module that holds them; and what it returns is
-    computed, because a parameter returned as it is would be empty outside.
+    A module of its own, because ZeRO-3 gathers parameters around the forward of the module that holds them; and what it
+    returns is computed, because a parameter returned as it is would be empty outside.
     """
 
     def __init__(self, log_scale: float, bias: float | None) -> None:
@@ -62,15 +70,20 @@ class Head(nn.Module):
 class DualEncoder(nn.Module):
     """A Hugging Face CLIP or SigLIP model as RingLIP trains it.
 
-    ``towers`` is the plain transformers model without its temperature and bias, which live in ``head``; ``preprocess`` says how the
-    loader must make its inputs.
+    ``towers`` is the plain transformers model without its temperature and bias, which live in ``head``; ``preprocess``
+    says how the loader must make its inputs.
     """
 
     pixel_scale: Tensor
     pixel_shift: Tensor
 
     def __init__(
-        self, towers: PreTrainedModel, head: Head, preprocess: Preprocess, settings: ModelSettings, base: str | None = None
+        self,
+        towers: PreTrainedModel,
+        head: Head,
+        preprocess: Preprocess,
+        settings: ModelSettings,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         self.towers, self.head, self.preprocess, self.settings = towers, head, preprocess, settings
@@ -82,7 +95,9 @@ class DualEncoder(nn.Module):
         self._lent: tuple[DualEncoder, ...] = ()  # in a tuple it is no submodule: DeepSpeed does not meet it
         self.patch_drop = drop_patches(towers, settings.mask)
         self.token_drop = drop_tokens(settings.mask, preprocess.num_tokens)
-        self.batch_norms = fixed_batch_norms(towers, pretrained=settings.image is None or settings.image.path is not None)
+        self.batch_norms = fixed_batch_norms(
+            towers, pretrained=settings.image is None or settings.image.path is not None
+        )
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self.register_buffer("pixel_scale", (1 / (255 * std)).reshape(3, 1, 1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).reshape(3, 1, 1), persistent=False)
@@ -102,7 +117,9 @@ class DualEncoder(nn.Module):
         """Width d of the embeddings."""
         return embed_dim(self.towers)
 
-    def forward(self, pixels: Tensor | None = None, tokens: Tensor | None = None, token_mask: Tensor | None = None) -> Embeddings:
+    def forward(
+        self, pixels: Tensor | None = None, tokens: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> Embeddings:
         """Embeds what is given: ``pixels`` [b, 3, h, w] uint8, ``tokens`` [b, n] int64, ``token_mask`` [b, n] bool.
 
         The embeddings are float32 and of length 1, whatever autocast computes in; a tower without input gives [0, d].
@@ -113,7 +130,8 @@ class DualEncoder(nn.Module):
         return Embeddings(image, text, scale, bias)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or stored outputs of the tower [b, k] -> [b, d] float32 of length 1."""
+        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or stored outputs of the tower [b, k] -> [b, d] float32 of
+        length 1."""
         if pixels.is_floating_point():
             return self._finish("image", pixels)
         if self._absent == "image":
@@ -130,8 +148,8 @@ class DualEncoder(nn.Module):
     def embed_texts(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """[b, n] int64, or stored outputs of the tower [b, k] -> [b, d] float32 of length 1.
 
-        Only the text model of a pair uses ``token_mask``: SigLIP attends to padding by design, and CLIP, being causal, reads the
-        embedding at the end token, before any padding. Without a mask attention takes its fast path.
+        Only the text model of a pair uses ``token_mask``: SigLIP attends to padding by design, and CLIP, being causal,
+        reads the embedding at the end token, before any padding. Without a mask attention takes its fast path.
         """
         if tokens.is_floating_point():
             return self._finish("text", tokens)
@@ -145,7 +163,8 @@ class DualEncoder(nn.Module):
         return normalize(towers.get_text_features(input_ids=tokens, attention_mask=mask).pooler_output.float(), dim=-1)
 
     def tower_output(self, side: Tower, inputs: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """What is stored of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding (see models/stored.py)."""
+        """What is stored of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding (see
+        models/stored.py)."""
         if self.family != PAIR:
             return self.embed_images(inputs) if side == "image" else self.embed_texts(inputs, token_mask)
         towers: Any = self.towers
@@ -167,7 +186,8 @@ class DualEncoder(nn.Module):
 
     @contextmanager
     def with_every_tower(self) -> Iterator[None]:
-        """A stored tower is read and put on the device for as long as this lasts: evaluation embeds pictures that are stored nowhere."""
+        """A stored tower is read and put on the device for as long as this lasts: evaluation embeds pictures that are
+        stored nowhere."""
         if self._absent is None:
             yield
             return
@@ -186,13 +206,15 @@ class DualEncoder(nn.Module):
         return parameter_groups(self, self.towers, self.settings.rates)
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """To be told before each step: ends the dropping of patches and tokens when the last, unmasked stretch begins."""
+        """To be told before each step: ends the dropping of patches and tokens when the last, unmasked stretch
+        begins."""
         for drop in (self.patch_drop, self.token_drop):
             if drop is not None:
                 drop.progress(samples_seen, total_samples)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Training mode, in which a wholly locked tower (no dropout) and batch norms (no moving statistics) stay in evaluation mode."""
+        """Training mode, in which a wholly locked tower (no dropout) and batch norms (no moving statistics) stay in
+        evaluation mode."""
         super().train(mode)
         for name in ("vision_model", "text_model"):
             tower = self.towers.get_submodule(name)
@@ -203,9 +225,11 @@ class DualEncoder(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An adapter is merged.
+        """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An
+        adapter is merged.
 
-        ``state`` holds full float32 weights by this module's parameter names, where the module itself holds only a partition of them.
+        ``state`` holds full float32 weights by this module's parameter names, where the module itself holds only a
+        partition of them.
         """
         state = self.state_dict() if state is None else state
         weights = self._tower_state(state)
@@ -230,7 +254,8 @@ class DualEncoder(nn.Module):
         (Path(folder) / "README.md").write_text(text, encoding="utf-8")
 
     def save_adapter(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside it.
+        """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside
+        it.
 
         ``state`` as in ``save_pretrained``.
         """
@@ -246,7 +271,8 @@ class DualEncoder(nn.Module):
 
 
 def _plain(towers: PreTrainedModel) -> PreTrainedModel:
-    # What save_pretrained needs of a model is its class and config: with an adapter inside, a shell without weights stands in for it.
+    # What save_pretrained needs of a model is its class and config: with an adapter inside, a shell without weights
+    # stands in for it.
     with torch.device("meta"):
         return type(towers)(towers.config)
 
@@ -254,8 +280,8 @@ def _plain(towers: PreTrainedModel) -> PreTrainedModel:
 def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     """The model that a recipe's ``model:`` section describes, in float32 on the CPU (or the current default device).
 
-    ``weights=False`` leaves a pretrained model's weights unread: for who loads a checkpoint next, or plans on the meta device.
-    Raises UserError for a path that holds no model, a tokenizer that does not match, sizes that do not fit.
+    ``weights=False`` leaves a pretrained model's weights unread: for who loads a checkpoint next, or plans on the meta
+    device. Raises UserError for a path that holds no model, a tokenizer that does not match, sizes that do not fit.
     """
     with quietly():
         if settings.path:
@@ -275,7 +301,11 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
             quantize(towers, settings.lora.base)
         with quietly():
             targets = add_lora(towers, settings.lora)
-        left_out = f"; left out: {', '.join(targets.left_out)} (read without being called, would never learn)" if targets.left_out else ""
+        left_out = (
+            f"; left out: {', '.join(targets.left_out)} (read without being called, would never learn)"
+            if targets.left_out
+            else ""
+        )
         if weights:  # the planner builds dozens without
             say(f"LoRA on {len(targets.chosen)} modules{left_out}")
         if settings.lora.path and weights:
@@ -293,12 +323,16 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
         take_out(towers, settings.stored.side)
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
-        say(f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics: every picture is embedded by itself")
+        say(
+            f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics: every picture is embedded "
+            f"by itself"
+        )
     return model
 
 
 def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder:
-    """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the checkpoint has not."""
+    """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the
+    checkpoint has not."""
     side = settings.stored.side
     model = build(whole(settings), weights=weights or side is not None)
     if side is not None:
@@ -307,7 +341,9 @@ def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder
     return model
 
 
-def stored_tower(towers: PreTrainedModel, preprocess: Preprocess, settings: StoredSettings, weights: bool = True) -> Stored:
+def stored_tower(
+    towers: PreTrainedModel, preprocess: Preprocess, settings: StoredSettings, weights: bool = True
+) -> Stored:
     """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for who plans)."""
     assert settings.side is not None
     tower = fingerprint(towers, preprocess, settings.side) if weights else ""

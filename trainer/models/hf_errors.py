@@ -15,37 +15,53 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from trainer.types import RunFailed, UserError, is_out_of_memory
+from trainer.core.types import RunFailed, UserError, is_out_of_memory
 
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
-"""What transformers and the formats below it raise for files that are absent, cut, or of another kind. (torch's are RuntimeErrors.)"""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+"""What transformers and the formats below it raise for files that are absent, cut, or of another kind. (torch's are
+RuntimeErrors.)"""
 
 
 @contextmanager
 def reading(key: str, path: str, what: str) -> Iterator[None]:
-    """Raises UserError for a ``path`` that is neither a directory nor a hub name, or whose ``what`` cannot be read within; RunFailed where
-    the hub cannot be reached.
+    """Raises UserError for a ``path`` that is neither a directory nor a hub name, or whose ``what`` cannot be read
+    within; RunFailed where the hub cannot be reached.
     """
     here = Path(path).is_dir()
     if not here:
         try:
             validate_repo_id(path)
         except HFValidationError:
-            raise UserError(f"{key} {path!r} is neither a directory here nor a name on the Hugging Face hub: check the path") from None
+            raise UserError(
+                f"{key} {path!r} is neither a directory here nor a name on the Hugging Face hub: check the path"
+            ) from None
     try:
         yield
     except UNREADABLE as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         if here:
-            raise UserError(f"{key} {path!r}: {what} cannot be read there ({_words(error)}); copy or download it anew") from error
+            raise UserError(
+                f"{key} {path!r}: {what} cannot be read there ({_words(error)}); copy or download it anew"
+            ) from error
         if _unreachable(error):
             raise RunFailed(
-                f"{key} {path!r} is no directory here, and {what} could not be fetched from the Hugging Face hub (no network, or "
+                f"{key} {path!r} is no directory here, and {what} could not be fetched from the Hugging Face hub (no "
+                f"network, or "
                 "HF_HUB_OFFLINE?): give a directory, or download it where there is a network"
             ) from error
         raise UserError(
-            f"{key} {path!r} is neither a directory here nor a name on the Hugging Face hub whose {what.removeprefix('its ')} can be read "
+            f"{key} {path!r} is neither a directory here nor a name on the Hugging Face hub whose "
+            f"{what.removeprefix('its ')} can be read "
             f"({_words(error)})"
         ) from error
 

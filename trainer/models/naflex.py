@@ -1,10 +1,11 @@
-"""SigLIP 2's NaFlex models (arXiv 2502.14786), which read a list of patches with the shape of its grid: any aspect, any resolution.
+"""SigLIP 2's NaFlex models (arXiv 2502.14786), which read a list of patches with the shape of its grid: any aspect, any
+resolution.
 
     model: {path: google/siglip2-base-patch16-naflex, num_patches: 256}
 
-Pictures come as strips of patches (trainer/data/patches.py): each fills at most ``model.num_patches`` of them at its own aspect, the rest
-is masked. A batch is a fixed number of pairs as for every other model, so the order of samples stays exact; its tokens are at most pairs
-times ``num_patches``, and what padding costs is paid.
+Pictures come as strips of patches (trainer/data/patches.py): each fills at most ``model.num_patches`` of them at its
+own aspect, the rest is masked. A batch is a fixed number of pairs as for every other model, so the order of samples
+stays exact; its tokens are at most pairs times ``num_patches``, and what padding costs is paid.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ NAFLEX = "siglip2"
 
 
 def unpack(strips: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, 3, p, (n + 1) p] uint8 -> (patches [b, 3, n, p, p] uint8, grids [b, 2] int64: rows and columns, at least 1)."""
+    """[b, 3, p, (n + 1) p] uint8 -> (patches [b, 3, n, p, p] uint8, grids [b, 2] int64: rows and columns, at least
+    1)."""
     rows, channels, patch, width = strips.shape
     budget = width // patch - 1
     patches = strips[..., : budget * patch].reshape(rows, channels, patch, budget, patch).transpose(2, 3)
@@ -27,7 +29,8 @@ def unpack(strips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_inputs(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
-    """[b, 3, n, p, p] normalised, [b, 2] -> pixel_values [b, n, 3 p²], their mask [b, n] and grid shapes, as Siglip2Model wants them."""
+    """[b, 3, n, p, p] normalised, [b, 2] -> pixel_values [b, n, 3 p²], their mask [b, n] and grid shapes, as
+    Siglip2Model wants them."""
     rows, channels, budget, patch, _ = patches.shape
     values = patches.permute(0, 2, 3, 4, 1).reshape(rows, budget, patch * patch * channels)
     mask = torch.arange(budget, device=patches.device) < grids.prod(dim=1, keepdim=True)
@@ -35,5 +38,6 @@ def patch_inputs(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
 
 
 def budget_of(processor: Any, config: Any, wanted: int | None) -> int:
-    """Most patches of a picture: the recipe's, or what the checkpoint's image processor says, or as many as there are positions."""
+    """Most patches of a picture: the recipe's, or what the checkpoint's image processor says, or as many as there are
+    positions."""
     return int(wanted or getattr(processor, "max_num_patches", None) or config.vision_config.num_patches)

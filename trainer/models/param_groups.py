@@ -1,4 +1,5 @@
-"""Which tower and which layer a parameter belongs to: what locking, LoRA and learning rates per layer have to agree on."""
+"""Which tower and which layer a parameter belongs to: what locking, LoRA and learning rates per layer have to agree
+on."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.settings import Settings
+from trainer.core.settings import Settings
 
 Tower = Literal["image", "text"]
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -28,9 +29,15 @@ class RateSettings(Settings):
     text: float = Field(default=1.0, gt=0)
     "Factor on the rate of the text tower."
     head: float = Field(default=1.0, gt=0)
-    "Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move them."
+    (
+        "Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move "
+        "them."
+    )
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    "Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 usual when finetuning."
+    (
+        "Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 "
+        "usual when finetuning."
+    )
 
 
 class ParameterGroup(NamedTuple):
@@ -45,7 +52,8 @@ class ParameterGroup(NamedTuple):
 
 
 def tower_of(name: str) -> Tower | None:
-    """The tower of a parameter or module, named from the Hugging Face model or from the DualEncoder; None: neither's."""
+    """The tower of a parameter or module, named from the Hugging Face model or from the DualEncoder; None:
+    neither's."""
     name = name.removeprefix("towers.") + "."
     if name.startswith(PREFIXES["image"]):
         return "image"
@@ -59,12 +67,17 @@ def in_layer(name: str) -> bool:
 
 def num_layers(towers: PreTrainedModel, tower: Tower) -> int:
     """Transformer layers of one tower."""
-    found = [int(match[1]) for name, _ in towers.named_modules() if tower_of(name) == tower and (match := _LAYER.search(name + "."))]
+    found = [
+        int(match[1])
+        for name, _ in towers.named_modules()
+        if tower_of(name) == tower and (match := _LAYER.search(name + "."))
+    ]
     return max(found, default=-1) + 1
 
 
 def depth_of(name: str, layers: int) -> int:
-    """0 for the embeddings, 1 to ``layers`` for the layers, ``layers + 1`` for what follows them (norm, pooling, projection)."""
+    """0 for the embeddings, 1 to ``layers`` for the layers, ``layers + 1`` for what follows them (norm, pooling,
+    projection)."""
     match = _LAYER.search(name)
     if match:
         return int(match[1]) + 1

@@ -1,4 +1,5 @@
-"""A locked tower whose embeddings are stored (SigLiT: arXiv 2303.15343, section 4.2): it is neither run nor held while the other trains.
+"""A locked tower whose embeddings are stored (SigLiT: arXiv 2303.15343, section 4.2): it is neither run nor held while
+the other trains.
 
     model:
       image: {path: google/vit-base-patch16-224}
@@ -6,8 +7,8 @@
       lock: {image: true}
       stored: {image: vit_b16}                 # the column that `python -m trainer.embed RECIPE` writes
 
-What is stored is what the locked weights give: the embedding of length 1 of a CLIP or SigLIP, the pooled output of a pair's tower, whose
-projection is new and trains on.
+What is stored is what the locked weights give: the embedding of length 1 of a CLIP or SigLIP, the pooled output of a
+pair's tower, whose projection is new and trains on.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.models.names import Tower, tower_of
-from trainer.models.pair import PAIR
-from trainer.settings import Settings
-from trainer.types import Preprocess
+from trainer.core.settings import Settings
+from trainer.core.types import Preprocess
+from trainer.models.param_groups import Tower, tower_of
+from trainer.models.vision_text import PAIR
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
 """Keys of a Hugging Face config that do not change what the model computes."""
@@ -38,7 +39,10 @@ class StoredSettings(Settings):
     """Train on stored embeddings of a locked tower: it is never run, and its inputs are never decoded."""
 
     image: str | None = None
-    "Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. null: run the tower."
+    (
+        "Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. "
+        "null: run the tower."
+    )
     text: str | None = None
     "The same for the text tower; needs model.lock.text and one caption a picture."
 
@@ -46,7 +50,10 @@ class StoredSettings(Settings):
     @classmethod
     def _a_name(cls, value: str | None) -> str | None:
         if value is not None and not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} cannot name a column: letters, digits, _, - and . are known, and it does not begin with a dot")
+            raise ValueError(
+                f"{value!r} cannot name a column: letters, digits, _, - and . are known, and it does not begin with "
+                f"a dot"
+            )
         return value
 
     @model_validator(mode="after")
@@ -68,7 +75,9 @@ class StoredSettings(Settings):
 def locked_part(towers: PreTrainedModel, side: Tower) -> dict[str, Tensor]:
     """The weights and buffers that a stored embedding depends on, by their names in ``towers``."""
     outside = "_projection." if towers.config.model_type == PAIR else "\0"
-    return {name: value for name, value in towers.state_dict().items() if tower_of(name) == side and outside not in name}
+    return {
+        name: value for name, value in towers.state_dict().items() if tower_of(name) == side and outside not in name
+    }
 
 
 def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower) -> str:

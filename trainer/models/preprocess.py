@@ -1,4 +1,5 @@
-"""How a model wants its pictures and captions: read from a Hugging Face directory, obeyed by the loader, written back on export."""
+"""How a model wants its pictures and captions: read from a Hugging Face directory, obeyed by the loader, written back
+on export."""
 
 from __future__ import annotations
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
 
-from trainer.models.hub import reading
+from trainer.core.types import Preprocess, UserError
+from trainer.models.hf_errors import reading
 from trainer.models.naflex import NAFLEX, budget_of
-from trainer.models.pair import PAIR
 from trainer.models.settings import ModelSettings
-from trainer.types import Preprocess, UserError
+from trainer.models.vision_text import PAIR
 
-RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {
+    0: "nearest",
+    2: "bilinear",
+    3: "bicubic",
+}  # Pillow's numbers
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 PAIR_TOKENS = 64
@@ -23,20 +28,29 @@ PAIR_TOKENS = 64
 
 
 class Tokenize:
-    """Captions -> (tokens [b, n] int64, mask [b, n] bool, True on real tokens); cut or padded to ``num_tokens``. Picklable."""
+    """Captions -> (tokens [b, n] int64, mask [b, n] bool, True on real tokens); cut or padded to ``num_tokens``.
+    Picklable."""
 
     def __init__(self, tokenizer: Any, num_tokens: int) -> None:
         self.tokenizer, self.num_tokens = tokenizer, num_tokens
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        # A loader worker is a fork of a process that may have tokenized already: threads of the Rust library do not survive that.
+        # A loader worker is a fork of a process that may have tokenized already: threads of the Rust library do not
+        # survive that.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not captions:
             return torch.zeros(0, self.num_tokens, dtype=torch.int64), torch.zeros(0, self.num_tokens, dtype=torch.bool)
         found = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_attention_mask=True, verbose=False
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.num_tokens,
+            return_attention_mask=True,
+            verbose=False,
         )
-        return torch.tensor(found["input_ids"], dtype=torch.int64), torch.tensor(found["attention_mask"], dtype=torch.bool)
+        return torch.tensor(found["input_ids"], dtype=torch.int64), torch.tensor(
+            found["attention_mask"], dtype=torch.bool
+        )
 
 
 def read_tokenizer(settings: ModelSettings) -> Any:
@@ -52,7 +66,8 @@ def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer
     """Sizes and statistics from the directory of a pretrained model; the family's own for a new one."""
     num_tokens = settings.num_tokens or config.text_config.max_position_embeddings
     if config.model_type == PAIR and settings.num_tokens is None:
-        # A language model's 512 positions are for pages; what an exported pair was trained with stands in its tokenizer.
+        # A language model's 512 positions are for pages; what an exported pair was trained with stands in its
+        # tokenizer.
         num_tokens = min(num_tokens, tokenizer.model_max_length if settings.path else PAIR_TOKENS)
     tokenize = Tokenize(tokenizer, num_tokens)
     if config.model_type == "clip":
@@ -79,7 +94,9 @@ def _image_processor(key: str, path: str) -> Any:
         found = AutoImageProcessor.from_pretrained(path)
     if int(found.resample) not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
-        raise UserError(f"{path!r}: its image processor resamples with Pillow's filter {found.resample}; known: {known}")
+        raise UserError(
+            f"{path!r}: its image processor resamples with Pillow's filter {found.resample}; known: {known}"
+        )
     return found
 
 
@@ -88,7 +105,9 @@ def _statistics(found: Any) -> tuple[tuple[float, float, float], tuple[float, fl
     if found is None:
         return HALF, HALF
     mean, std = _three(found.image_mean, found.do_normalize, 0.0), _three(found.image_std, found.do_normalize, 1.0)
-    if getattr(found, "include_top", False):  # EfficientNet's processor divides by the deviation once more, as its classifier was trained
+    if getattr(
+        found, "include_top", False
+    ):  # EfficientNet's processor divides by the deviation once more, as its classifier was trained
         std = std[0] ** 2, std[1] ** 2, std[2] ** 2
     return mean, std
 

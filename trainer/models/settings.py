@@ -6,23 +6,27 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.models.lock import LockSettings
-from trainer.models.lora import LoraSettings
-from trainer.models.mask import MaskSettings
-from trainer.models.names import RateSettings
-from trainer.models.pair import TowerSettings
-from trainer.models.recompute import RecomputeSettings
-from trainer.models.stored import StoredSettings
-from trainer.settings import Settings
+from trainer.core.settings import Settings
+from trainer.models.adapt.lock import LockSettings
+from trainer.models.adapt.lora import LoraSettings
+from trainer.models.adapt.mask import MaskSettings
+from trainer.models.adapt.recompute import RecomputeSettings
+from trainer.models.param_groups import RateSettings
+from trainer.models.precomputed import StoredSettings
+from trainer.models.vision_text import TowerSettings
 
 
 class ModelSettings(Settings):
-    """Two towers: a pretrained model (``path``), a new one (``config``), or a pair of any two (``image`` and ``text``)."""
+    """Two towers: a pretrained model (``path``), a new one (``config``), or a pair of any two (``image`` and
+    ``text``)."""
 
     path: str | None = None
     "Directory or hub name of a Hugging Face CLIP or SigLIP model; its weights, temperature and bias are kept."
     config: dict[str, Any] | None = None
-    "A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config, text_config, ...)."
+    (
+        "A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config, "
+        "text_config, ...)."
+    )
     image: TowerSettings | None = None
     "A pair instead: any Hugging Face vision model ..."
     text: TowerSettings | None = None
@@ -30,19 +34,34 @@ class ModelSettings(Settings):
     embed_dim: int = Field(default=512, gt=0)
     "Width of the embeddings of a new pair."
     tokenizer: str | None = None
-    "Directory or hub name of a tokenizer; needed with config, otherwise the one in path. The vocabulary size is taken from it."
+    (
+        "Directory or hub name of a tokenizer; needed with config, otherwise the one in path. The vocabulary size is "
+        "taken from it."
+    )
     token_bottleneck: int | None = Field(default=None, gt=0)
-    "Numbers that a token of a new text tower is looked up as before they are widened: for large vocabularies (mSigLIP). null: full width."
+    (
+        "Numbers that a token of a new text tower is looked up as before they are widened: for large vocabularies "
+        "(mSigLIP). null: full width."
+    )
     image_size: int | None = Field(default=None, gt=0)
     "Side of the square pictures in pixels; null: what the model says. Pretrained position embeddings are resampled."
     num_patches: int | None = Field(default=None, gt=0, lt=65536)
-    "NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the checkpoint's processor says."
+    (
+        "NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the "
+        "checkpoint's processor says."
+    )
     num_tokens: int | None = Field(default=None, gt=0)
     "Context length in tokens; null: what the model says."
     scale: float | None = Field(default=None, gt=0)
-    "Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343), 1/0.07 for a new CLIP."
+    (
+        "Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343), "
+        "1/0.07 for a new CLIP."
+    )
     bias: float | None = None
-    "Initial b, added to the logits; null: what path holds, -10 for a new SigLIP, none for CLIP. A number gives a CLIP model a bias."
+    (
+        "Initial b, added to the logits; null: what path holds, -10 for a new SigLIP, none for CLIP. A number gives a "
+        "CLIP model a bias."
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     "Attention implementation of transformers."
 
@@ -61,8 +80,13 @@ class ModelSettings(Settings):
 
     @property
     def at_rest(self) -> ModelSettings:
-        """The same model outside training: its adapter lies on the base as it is in ``path``, whatever training holds the base in."""
-        return self if self.lora is None else self.model_copy(update={"lora": self.lora.model_copy(update={"base": "float32"})})
+        """The same model outside training: its adapter lies on the base as it is in ``path``, whatever training holds
+        the base in."""
+        return (
+            self
+            if self.lora is None
+            else self.model_copy(update={"lora": self.lora.model_copy(update={"base": "float32"})})
+        )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
@@ -70,16 +94,25 @@ class ModelSettings(Settings):
         if (self.image is None) != (self.text is None):
             raise ValueError("a pair needs both model.image and model.text")
         if (self.path is not None) + (self.config is not None) + pair != 1:
-            raise ValueError("give one of model.path (a pretrained model), model.config (a new one), model.image with model.text (a pair)")
+            raise ValueError(
+                "give one of model.path (a pretrained model), model.config (a new one), model.image with model.text "
+                "(a pair)"
+            )
         new_text = self.config is not None or (self.text is not None and self.text.path is None)
         if new_text and self.tokenizer is None:
-            raise ValueError("a new text tower needs model.tokenizer: `python -m data_tools vocabulary SHARDS OUT` makes one")
+            raise ValueError(
+                "a new text tower needs model.tokenizer: `python -m data_tools vocabulary SHARDS OUT` makes one"
+            )
         if self.token_bottleneck and (not new_text or self.lora is not None):
             raise ValueError("token_bottleneck is for a new text tower that is trained whole: leave it out")
         if self.lora is not None and any(
-            locked and self.lora.towers in ("both", tower) for tower, locked in (("image", self.lock.image), ("text", self.lock.text))
+            locked and self.lora.towers in ("both", tower)
+            for tower, locked in (("image", self.lock.image), ("text", self.lock.text))
         ):
-            raise ValueError("a locked tower cannot learn an adapter: name the other one in model.lora.towers, or take model.lock out")
+            raise ValueError(
+                "a locked tower cannot learn an adapter: name the other one in model.lora.towers, or take model.lock "
+                "out"
+            )
         self._check_stored()
         return self
 
@@ -89,11 +122,18 @@ class ModelSettings(Settings):
             return
         locked, layers = getattr(self.lock, side), getattr(self.lock, f"{side}_layers")
         if not locked or layers:
-            raise ValueError(f"stored.{side}: only a tower that never changes can be stored: model.lock.{side}=true, no {side}_layers")
+            raise ValueError(
+                f"stored.{side}: only a tower that never changes can be stored: model.lock.{side}=true, no "
+                f"{side}_layers"
+            )
         pretrained = self.path is not None or (getattr(self, side) is not None and getattr(self, side).path is not None)
         if not pretrained:
-            raise ValueError(f"stored.{side}: the tower has random weights; a stored one comes from model.path or model.{side}.path")
+            raise ValueError(
+                f"stored.{side}: the tower has random weights; a stored one comes from model.path or model.{side}.path"
+            )
         if side == "image" and self.mask.drop:
-            raise ValueError("stored.image: patches of pictures that are not read cannot be dropped; take model.mask.drop out")
+            raise ValueError(
+                "stored.image: patches of pictures that are not read cannot be dropped; take model.mask.drop out"
+            )
         if side == "text" and self.mask.tokens:
             raise ValueError("stored.text: captions that are not read cannot be shortened; take model.mask.tokens out")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from trainer.models.hub import making, reading
+from trainer.core.types import UserError
+from trainer.models.hf_errors import making, reading
 from trainer.models.naflex import NAFLEX
-from trainer.models.pair import PAIR, TowerSettings, attention_of, join, pair_config, tower_config
 from trainer.models.settings import ModelSettings
-from trainer.types import UserError
+from trainer.models.vision_text import PAIR, TowerSettings, attention_of, join, pair_config, tower_config
 
 FAMILIES = ("siglip", "clip", NAFLEX, PAIR)
 """``model_type`` of the models that are trained here."""
@@ -35,8 +35,9 @@ NEW_BIAS = {"siglip": -10.0, NAFLEX: -10.0, PAIR: -10.0}
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and its warnings about the default configs that it makes to compare ours with: SigLIP's own
-    defaults have ids 49406 and 49407 with a vocabulary of 32000, so any SigLIP model warns (transformers#47612).
+    """Without transformers' progress bars and its warnings about the default configs that it makes to compare ours
+    with: SigLIP's own defaults have ids 49406 and 49407 with a vocabulary of 32000, so any SigLIP model warns
+    (transformers#47612).
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -58,15 +59,23 @@ def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
     else:
         config = _new_pair(settings, tokenizer)
     if config.model_type not in FAMILIES:
-        raise UserError(f"model type {config.model_type!r} is not a two-tower model known here; known: {', '.join(FAMILIES)}")
+        raise UserError(
+            f"model type {config.model_type!r} is not a two-tower model known here; known: {', '.join(FAMILIES)}"
+        )
     if config.model_type == NAFLEX and settings.image_size:
-        raise UserError("model.image_size is for square pictures, a NaFlex model keeps their aspect: set model.num_patches instead")
+        raise UserError(
+            "model.image_size is for square pictures, a NaFlex model keeps their aspect: set model.num_patches instead"
+        )
     if config.model_type != NAFLEX and settings.num_patches:
-        raise UserError(f"model.num_patches is for NaFlex models, this one is {config.model_type!r}: set model.image_size instead")
+        raise UserError(
+            f"model.num_patches is for NaFlex models, this one is {config.model_type!r}: set model.image_size instead"
+        )
     text = config.text_config
     if settings.num_tokens and settings.num_tokens > text.max_position_embeddings:
         where = settings.path or "model.config.text_config"
-        raise UserError(f"model.num_tokens is {settings.num_tokens}, {where} has {text.max_position_embeddings} positions; lower it")
+        raise UserError(
+            f"model.num_tokens is {settings.num_tokens}, {where} has {text.max_position_embeddings} positions; lower it"
+        )
     check_tokenizer(config, tokenizer, settings)
     return config
 
@@ -89,7 +98,8 @@ def _new_pair(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
     vision = tower_config(settings.image, "model.image", "vision_config")
     if settings.image_size and settings.image_size != vision.image_size:
         raise UserError(
-            f"model.image_size is {settings.image_size}, the image tower of the pair is made for {vision.image_size}: leave it out"
+            f"model.image_size is {settings.image_size}, the image tower of the pair is made for "
+            f"{vision.image_size}: leave it out"
         )
     return pair_config(vision, tower_config(text, "model.text", "text_config"), settings.embed_dim)
 
@@ -120,7 +130,8 @@ def _fill_text(text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _check_keys(cls: type[PretrainedConfig], tree: dict[str, Any], where: str) -> None:
-    # Hugging Face keeps unknown config keys as attributes that nothing reads: a typing mistake would train another model.
+    # Hugging Face keeps unknown config keys as attributes that nothing reads: a typing mistake would train another
+    # model.
     known = {field.name for field in dataclasses.fields(cls)} | {"model_type"}
     for key in tree:
         if key not in known:
@@ -131,7 +142,9 @@ def _check_keys(cls: type[PretrainedConfig], tree: dict[str, Any], where: str) -
             raise UserError(f"'{where}.{key}' is {tree[key]!r}: a whole number from 1 is needed")
     side, patch = tree.get("image_size", 0), tree.get("patch_size", 0)
     if isinstance(side, int) and isinstance(patch, int) and 0 < side < patch:
-        raise UserError(f"'{where}.image_size' {side} is less than one patch ({patch}): raise it, or lower '{where}.patch_size'")
+        raise UserError(
+            f"'{where}.image_size' {side} is less than one patch ({patch}): raise it, or lower '{where}.patch_size'"
+        )
 
 
 def check_tokenizer(config: PretrainedConfig, tokenizer: Any, settings: ModelSettings) -> None:
@@ -144,23 +157,34 @@ def check_tokenizer(config: PretrainedConfig, tokenizer: Any, settings: ModelSet
             "use the model's own tokenizer, or leave vocab_size out of model.config.text_config"
         )
     if settings.path and settings.tokenizer and _own_vocabulary(settings.path) not in (None, tokenizer.get_vocab()):
-        raise UserError(f"model.tokenizer {name!r} differs from the one that model.path {settings.path!r} was trained with: leave it out")
+        raise UserError(
+            f"model.tokenizer {name!r} differs from the one that model.path {settings.path!r} was trained with: "
+            f"leave it out"
+        )
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer {name!r} has no padding token: set pad_token in its tokenizer_config.json")
     if config.model_type == NAFLEX and type(tokenizer).__name__ != "Siglip2Tokenizer":
-        raise UserError(f"tokenizer {name!r} is no Siglip2Tokenizer, which transformers reads for a siglip2 model: use model_type siglip")
+        raise UserError(
+            f"tokenizer {name!r} is no Siglip2Tokenizer, which transformers reads for a siglip2 model: use "
+            f"model_type siglip"
+        )
     if config.model_type != "clip":
         return
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
-        raise UserError(f"tokenizer {name!r} adds no end token, where CLIP reads a caption's embedding: add one in its post-processor")
+        raise UserError(
+            f"tokenizer {name!r} adds no end token, where CLIP reads a caption's embedding: add one in its "
+            f"post-processor"
+        )
     if text.eos_token_id == 2 and tokenizer.eos_token_id != largest:
         raise UserError(
-            f"tokenizer {name!r} ends captions with id 2, which transformers' CLIP takes for the sign of an old config and then reads "
+            f"tokenizer {name!r} ends captions with id 2, which transformers' CLIP takes for the sign of an old "
+            f"config and then reads "
             "the embedding at the largest id instead: give the end token another id, or use model_type: siglip"
         )
     if settings.config is not None and text.eos_token_id != tokenizer.eos_token_id:
         raise UserError(
-            f"model.config.text_config.eos_token_id is {text.eos_token_id}, the end token of {name!r} is {tokenizer.eos_token_id}: omit it"
+            f"model.config.text_config.eos_token_id is {text.eos_token_id}, the end token of {name!r} is "
+            f"{tokenizer.eos_token_id}: omit it"
         )
 
 
@@ -172,13 +196,17 @@ def _own_vocabulary(path: str) -> dict[str, int] | None:
 
 
 def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool) -> PreTrainedModel:
-    """The Hugging Face model in float32: from ``settings.path`` when ``weights``, else randomly initialised from ``config``."""
+    """The Hugging Face model in float32: from ``settings.path`` when ``weights``, else randomly initialised from
+    ``config``."""
     options: Any = {"dtype": torch.float32, "attn_implementation": settings.attention}
     with quietly():
         if weights and settings.image is not None and settings.text is not None:
             return join(config, settings.image, settings.text, options)
         if config.model_type == PAIR:
-            parts = {part: attention_of(getattr(config, part), settings.attention) for part in ("vision_config", "text_config")}
+            parts = {
+                part: attention_of(getattr(config, part), settings.attention)
+                for part in ("vision_config", "text_config")
+            }
             options["attn_implementation"] = parts
         if not weights or settings.config is not None:
             with making("model.config" if settings.config is not None else settings.path or "model.image, model.text"):
@@ -193,9 +221,11 @@ def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool
 
 
 def take_scale_bias(towers: PreTrainedModel, settings: ModelSettings, pretrained: bool) -> tuple[float, float | None]:
-    """Removes the temperature and bias from ``towers`` and returns t' (before the exponential) and b (None: a model without one).
+    """Removes the temperature and bias from ``towers`` and returns t' (before the exponential) and b (None: a model
+    without one).
 
-    DeepSpeed cannot hold CLIP's 0-dimensional ``logit_scale``, and ZeRO-3 must see both inside a module with its own forward.
+    DeepSpeed cannot hold CLIP's 0-dimensional ``logit_scale``, and ZeRO-3 must see both inside a module with its own
+    forward.
     """
     family = towers.config.model_type
     log_scale = _take(towers, "logit_scale")
@@ -221,7 +251,8 @@ def _take(towers: nn.Module, name: str) -> Any:
 
 @torch.no_grad()
 def resize_images(towers: PreTrainedModel, size: int) -> None:
-    """Makes the vision tower read ``size`` x ``size`` pictures: its position embeddings are resampled (bicubic, as FlexiViT's baseline)."""
+    """Makes the vision tower read ``size`` x ``size`` pictures: its position embeddings are resampled (bicubic, as
+    FlexiViT's baseline)."""
     config = towers.config.vision_config
     if size % config.patch_size:
         raise UserError(f"model.image_size {size} is not a multiple of the patch size {config.patch_size}")

@@ -1,4 +1,5 @@
-"""Any Hugging Face vision model with any text model: two towers that never met, joined by new projections (LiT, arXiv 2111.07991).
+"""Any Hugging Face vision model with any text model: two towers that never met, joined by new projections (LiT, arXiv
+2111.07991).
 
     model:
       image: {path: google/vit-base-patch16-224}
@@ -23,9 +24,9 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from trainer.models.hub import making, reading
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
+from trainer.models.hf_errors import making, reading
 
 PAIR = "vision-text-dual-encoder"
 
@@ -34,9 +35,15 @@ class TowerSettings(Settings):
     """One tower of a pair: pretrained, or new."""
 
     path: str | None = None
-    "Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or SigLIP: its tower."
+    (
+        "Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or "
+        "SigLIP: its tower."
+    )
     config: dict[str, Any] | None = None
-    "A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's config.json."
+    (
+        "A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's "
+        "config.json."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> TowerSettings:
@@ -46,7 +53,8 @@ class TowerSettings(Settings):
 
 
 def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConfig:
-    """The config of one tower; ``part`` (vision_config, text_config) is taken where ``path`` holds both. Raises UserError."""
+    """The config of one tower; ``part`` (vision_config, text_config) is taken where ``path`` holds both. Raises
+    UserError."""
     if settings.config is not None:
         tree = dict(settings.config)
         if "model_type" not in tree:
@@ -62,22 +70,32 @@ def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConf
 
 
 def pair_config(vision: PretrainedConfig, text: PretrainedConfig, embed_dim: int) -> PretrainedConfig:
-    """The config of the two together. Raises UserError for a vision model whose width it does not tell, or that pools otherwise."""
+    """The config of the two together. Raises UserError for a vision model whose width it does not tell, or that pools
+    otherwise."""
     if vision.model_type in ("resnet", "regnet"):
         raise UserError(
-            f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel cannot read: "
+            f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel "
+            f"cannot read: "
             "take efficientnet or convnext"
         )
-    if not hasattr(vision, "hidden_size"):  # convolutional models call it otherwise; VisionTextDualEncoderModel knows this name alone
+    if not hasattr(
+        vision, "hidden_size"
+    ):  # convolutional models call it otherwise; VisionTextDualEncoderModel knows this name alone
         stages = getattr(vision, "hidden_sizes", None)
         width = getattr(vision, "hidden_dim", None) or (stages[-1] if stages else None)
         if width is None:
-            raise UserError(f"model.image: the config of {vision.model_type!r} has neither hidden_size, hidden_dim nor hidden_sizes")
+            raise UserError(
+                f"model.image: the config of {vision.model_type!r} has neither hidden_size, hidden_dim nor hidden_sizes"
+            )
         vision.hidden_size = width
-    return VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=embed_dim)
+    return VisionTextDualEncoderConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=embed_dim
+    )
 
 
-def join(config: PretrainedConfig, image: TowerSettings, text: TowerSettings, options: dict[str, Any]) -> PreTrainedModel:
+def join(
+    config: PretrainedConfig, image: TowerSettings, text: TowerSettings, options: dict[str, Any]
+) -> PreTrainedModel:
     """The pair with pretrained weights where a tower has a path, and new projections."""
     vision_model = _tower(image, config.vision_config, "vision_model", options)
     text_model = _tower(text, config.text_config, "text_model", options)

@@ -8,20 +8,24 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
 from trainer.config import Recipe
-from trainer.planning.memory import Job
-from trainer.planning.search import largest, usable_bytes, zero_section
-from trainer.planning.survey import Device, Survey, look
-from trainer.types import UserError
+from trainer.core import distributed
+from trainer.core.types import UserError
+from trainer.plan.memory import Job
+from trainer.plan.profile import Device, Survey, look
+from trainer.plan.search import largest, usable_bytes, zero_section
 
 
 def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
-    """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide among them."""
+    """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide
+    among them."""
     size = recipe.batch.size
     if size % gpus:
         near = [size - size % gpus, size - size % gpus + gpus]
-        raise UserError(f"batch.size {size} does not divide among {gpus} GPUs; nearest that do: {', '.join(str(n) for n in near if n)}")
+        raise UserError(
+            f"batch.size {size} does not divide among {gpus} GPUs; nearest that do: "
+            f"{', '.join(str(n) for n in near if n)}"
+        )
     here, average = max(1, gpus // nodes), recipe.optim.ema > 0
     return Job(gpus, size // gpus, 1, recipe.batch.reduce, recipe.loss, node_ranks=here, average=average)
 
@@ -38,12 +42,15 @@ def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device:
     """
     precision = "bf16" if recipe.engine.autocasts else "fp32"
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
-    rows, _ = largest(look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes))
+    rows, _ = largest(
+        look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes)
+    )
     return max(1, rows)
 
 
 def micro_batch(recipe: Recipe) -> int | None:
-    """Rows per rank that the towers see at once; ``auto`` asks the planner. All ranks take the smallest answer: their cards may differ."""
+    """Rows per rank that the towers see at once; ``auto`` asks the planner. All ranks take the smallest answer: their
+    cards may differ."""
     if recipe.batch.micro_batch != "auto":
         return recipe.batch.micro_batch
     device = distributed.device()

@@ -3,7 +3,8 @@
     python -m trainer.plan trainer/recipes/glyphs.yaml --gpu-memory 16GiB --gpus 8
     python -m trainer.plan RECIPE batch.size=32768 --gpu-memory 24GiB --gpus 16 --nodes 2 --link 25Gbit --card rtx4090 --out plan.svg
 
-The model is built on the meta device and one micro-batch traced under fake tensors: no weights, no GPU, no network for well-known models.
+The model is built on the meta device and one micro-batch traced under fake tensors: no weights, no GPU, no network for
+well-known models.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any
 
 from trainer import config
 from trainer.config import Recipe
+from trainer.core.settings import check_out, run_verb
+from trainer.core.types import UserError
 from trainer.models import ModelSettings
-from trainer.models.lora import LoraSettings
-from trainer.models.recompute import RecomputeSettings
-from trainer.planning.auto import job_of, teacher_of
-from trainer.planning.draw import bars
-from trainer.planning.memory import Job
-from trainer.planning.search import RESERVE, Option, Way, choose, options, usable_bytes, zero_section
-from trainer.planning.speed import CARDS, STREAM, Card, default_card, wire_bytes
-from trainer.planning.survey import Curve, Device, look
-from trainer.settings import check_out, run_verb
-from trainer.types import UserError
+from trainer.models.adapt.lora import LoraSettings
+from trainer.models.adapt.recompute import RecomputeSettings
+from trainer.plan.auto import job_of, teacher_of
+from trainer.plan.bar_chart import bars
+from trainer.plan.memory import Job
+from trainer.plan.profile import Curve, Device, look
+from trainer.plan.roofline import CARDS, STREAM, Card, default_card, wire_bytes
+from trainer.plan.search import RESERVE, Option, Way, choose, options, usable_bytes, zero_section
 
 GIB = float(1 << 30)
 UNITS = {"gib": 2.0**30, "mib": 2.0**20, "gb": 1e9, "mb": 1e6, "gbit": 1e9 / 8, "mbit": 1e6 / 8}
@@ -58,10 +59,11 @@ def plan(
     reserve: float = RESERVE,
     device: Device = "cuda",
 ) -> Plan:
-    """Considers every ds_config, recomputation and LoRA for ``recipe`` on ``gpus`` cards (in all nodes) of ``memory_bytes`` each.
+    """Considers every ds_config, recomputation and LoRA for ``recipe`` on ``gpus`` cards (in all nodes) of
+    ``memory_bytes`` each.
 
-    ``link`` is bytes a second between nodes, ``tflops`` the attained matrix rate of a card where it is known. Raises UserError when the
-    global batch does not divide among the cards.
+    ``link`` is bytes a second between nodes, ``tflops`` the attained matrix rate of a card where it is known. Raises
+    UserError when the global batch does not divide among the cards.
     """
     card = card or default_card(memory_bytes)
     slowest = min(card.link, link) if link and nodes > 1 else card.link
@@ -78,14 +80,16 @@ def _of_teacher(job: Job) -> list[str]:
     if job.teacher is None:
         return []
     return [
-        f"teacher: {job.teacher.count / 1e6:.1f} M parameters, whole on every GPU ({job.teacher.parameters / GIB:.2f} GiB), its "
+        f"teacher: {job.teacher.count / 1e6:.1f} M parameters, whole on every GPU "
+        f"({job.teacher.parameters / GIB:.2f} GiB), its "
         f"forward pass and the divergence are counted",
         *([job.teacher.note] if job.teacher.note else []),
     ]
 
 
 def _ways(model: ModelSettings, precision: str, device: Device) -> tuple[list[Way], list[str]]:
-    """The recipe's model under every recomputation, with the recipe's LoRA and without (or with a plain one where it has none)."""
+    """The recipe's model under every recomputation, with the recipe's LoRA and without (or with a plain one where it
+    has none)."""
     ways: list[Way] = []
     notes: list[str] = []
     recomputations = {
@@ -106,7 +110,9 @@ def _ways(model: ModelSettings, precision: str, device: Device) -> tuple[list[Wa
             survey = look(variant, precision, device, inference)
             inference = survey.inference
             keys = (
-                [] if recompute == model.recompute else [f"model.recompute.{k}={v}" for k, v in recompute.model_dump(mode="json").items()]
+                []
+                if recompute == model.recompute
+                else [f"model.recompute.{k}={v}" for k, v in recompute.model_dump(mode="json").items()]
             )
             keys += [] if not other else ["model.lora=null" if lora is None else "'model.lora={}'"]
             ways.append(Way(label + (", LoRA" if lora else ""), tuple(keys), survey, not other))
@@ -136,16 +142,28 @@ def advice(result: Plan, job: Job, recipe: str, overrides: list[str], gpus: int,
     """The line to paste, and where the step's time and traffic go; or, where nothing fits, what would."""
     if result.chosen is not None:
         keys = shlex.join([*overrides, *result.chosen.overrides()])
-        where = f"--num_gpus {gpus}" if nodes == 1 else f"--hostfile hostfile --num_nodes {nodes} --num_gpus {gpus // nodes}"
-        return f"chosen:\n  deepspeed {where} --module trainer.train {shlex.quote(recipe)} {keys}\n{_spent(result.chosen, job)}"
+        where = (
+            f"--num_gpus {gpus}"
+            if nodes == 1
+            else f"--hostfile hostfile --num_nodes {nodes} --num_gpus {gpus // nodes}"
+        )
+        return (
+            f"chosen:\n  deepspeed {where} --module trainer.train {shlex.quote(recipe)} "
+            f"{keys}\n{_spent(result.chosen, job)}"
+        )
     same = min((o for o in result.options if o.way.same_training), key=lambda o: o.peak.total)
     need = same.peak.total / GIB
     lines = [
-        f"NOTHING FITS {result.budget / GIB:.1f} GiB: the least that this recipe takes is {need:.1f} GiB a GPU, one pair at a time, with "
-        f"{same.ds_config}, {same.way.label} (most of it {max(same.peak.parts, key=lambda part: same.peak.parts[part])})"
+        f"NOTHING FITS {result.budget / GIB:.1f} GiB: the least that this recipe takes is {need:.1f} GiB a GPU, one "
+        f"pair at a time, with "
+        f"{same.ds_config}, {same.way.label} (most of it "
+        f"{max(same.peak.parts, key=lambda part: same.peak.parts[part])})"
     ]
     card = need * GIB / 0.95 + RESERVE
-    lines.append(f"what would: cards of {card / GIB:.0f} GiB; or more cards (ZeRO-3 divides the states among them); or a smaller model")
+    lines.append(
+        f"what would: cards of {card / GIB:.0f} GiB; or more cards (ZeRO-3 divides the states among them); or a "
+        f"smaller model"
+    )
     others = [o for o in result.options if o.fits and not o.way.same_training]
     if others:
         best = min(others, key=lambda o: o.step_seconds)
@@ -155,10 +173,13 @@ def advice(result: Plan, job: Job, recipe: str, overrides: list[str], gpus: int,
 
 def _spent(option: Option, job: Job) -> str:
     """Seconds by what they go to, and bytes on the wire."""
-    seconds = ", ".join(f"{name} {value:.3g}" for name, value in option.seconds.items() if value > 0.001 * option.step_seconds)
+    seconds = ", ".join(
+        f"{name} {value:.3g}" for name, value in option.seconds.items() if value > 0.001 * option.step_seconds
+    )
     there = replace(job, micro_batch=option.micro_batch, reduce=option.reduce)
     sent = ", ".join(
-        f"{name} {size / GIB:.2f}" for name, size in wire_bytes(option.way.survey, zero_section(option.ds_config), there).items()
+        f"{name} {size / GIB:.2f}"
+        for name, size in wire_bytes(option.way.survey, zero_section(option.ds_config), there).items()
     )
     return f"a step: {option.step_seconds:.3g} s ({seconds}); GiB that each GPU sends: {sent}"
 
@@ -185,7 +206,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tflops", type=float, help="matrix TFLOP/s that a card attains, where you have measured it")
     parser.add_argument("--global-batch", type=int, help="the same as batch.size=...")
     parser.add_argument("--reserve", default="1GiB", help="for the CUDA context, cuBLAS and NCCL")
-    parser.add_argument("--out", type=Path, help="write the table as stacked bars into this SVG; the report shows RUN/plan.svg")
+    parser.add_argument(
+        "--out", type=Path, help="write the table as stacked bars into this SVG; the report shows RUN/plan.svg"
+    )
     options_, rest = parser.parse_known_args(argv)
     overrides = [*options_.overrides, *rest]
     if unknown := [text for text in rest if text.startswith("-")]:
@@ -199,7 +222,9 @@ def main(argv: list[str]) -> int:
     memory, link = amount(options_.gpu_memory), amount(options_.link) if options_.link else None
     reserve = amount(options_.reserve)
     if reserve >= memory:
-        raise UserError(f"--reserve {options_.reserve} leaves nothing of --gpu-memory {options_.gpu_memory} for tensors: lower it")
+        raise UserError(
+            f"--reserve {options_.reserve} leaves nothing of --gpu-memory {options_.gpu_memory} for tensors: lower it"
+        )
     if link == 0 or (options_.tflops is not None and options_.tflops <= 0):
         raise UserError("--link and --tflops are rates above 0; leave them out where you have not measured them")
     card = CARDS[options_.card] if options_.card else default_card(memory)
@@ -209,9 +234,17 @@ def main(argv: list[str]) -> int:
     for note in result.notes:
         print(f"note: {note}")
     print(_assumptions(result, recipe, job, card, options_) + "\n")
-    print(table(result, job) + "\n\n" + advice(result, job, str(options_.recipe), overrides, options_.gpus, options_.nodes))
+    print(
+        table(result, job)
+        + "\n\n"
+        + advice(result, job, str(options_.recipe), overrides, options_.gpus, options_.nodes)
+    )
     if options_.out:
-        _draw(result, options_.out, f"{options_.recipe.stem}: {recipe.batch.size} pairs on {options_.gpus} x {options_.gpu_memory}")
+        _draw(
+            result,
+            options_.out,
+            f"{options_.recipe.stem}: {recipe.batch.size} pairs on {options_.gpus} x {options_.gpu_memory}",
+        )
         print(f"drawn in {options_.out}")
     return 0 if result.chosen else 1
 
@@ -221,10 +254,13 @@ def _assumptions(result: Plan, recipe: Recipe, job: Job, card: Card, given: argp
     rate = given.tflops or card.attained(precision) / 1e12
     link = min(card.link, amount(given.link)) if given.link and given.nodes > 1 else card.link
     return (
-        f"{survey.count / 1e6:.1f} M parameters, {survey.trainable / 4e6:.1f} M trained; global batch {recipe.batch.size} = "
+        f"{survey.count / 1e6:.1f} M parameters, {survey.trainable / 4e6:.1f} M trained; global batch "
+        f"{recipe.batch.size} = "
         f"{job.ranks} x {job.local_batch} pairs; {precision}\n"
-        f"{given.gpu_memory} a card, {result.budget / GIB:.1f} GiB of it for tensors ({given.reserve} and 5% set aside)\n"
-        f"time: roofline of {card.name} at {rate:.0f} TFLOP/s and {STREAM * card.memory / 1e9:.0f} GB/s, links of {link / 1e9:.1f} GB/s, "
+        f"{given.gpu_memory} a card, {result.budget / GIB:.1f} GiB of it for tensors ({given.reserve} and 5% set "
+        f"aside)\n"
+        f"time: roofline of {card.name} at {rate:.0f} TFLOP/s and {STREAM * card.memory / 1e9:.0f} GB/s, links of "
+        f"{link / 1e9:.1f} GB/s, "
         "nothing overlaps"
     )
 
@@ -234,7 +270,13 @@ def _draw(result: Plan, out: Path, title: str) -> None:
     for option in sorted(result.options, key=lambda o: (not o.way.same_training, not o.fits, o.step_seconds)):
         speed = f"micro-batch {option.micro_batch}, {option.step_seconds:.2f} s" if option.fits else "does not fit"
         mark = " *" if option is result.chosen else ""
-        rows.append((f"{option.ds_config}, {option.way.label}", option.peak.parts, f"{option.peak.total / GIB:.1f} GiB, {speed}{mark}"))
+        rows.append(
+            (
+                f"{option.ds_config}, {option.way.label}",
+                option.peak.parts,
+                f"{option.peak.total / GIB:.1f} GiB, {speed}{mark}",
+            )
+        )
     out.write_text(bars(rows, result.budget, title), encoding="utf-8")
 
 

@@ -3,8 +3,9 @@
     peak = forecast(survey, zero, Job(ranks=8, local_batch=4096, micro_batch=64))
     peak.total, peak.parts["activations"], peak.phase, peak.host
 
-Follows DeepSpeed 0.19's flat buffers: ZeRO 1 and 2 keep the model's float32 weights whole and a second copy of the rank's partition for
-the optimizer; ZeRO-3 keeps partitions of weights, of the optimizer's copy and of gradients, and gathers weights as layers need them.
+Follows DeepSpeed 0.19's flat buffers: ZeRO 1 and 2 keep the model's float32 weights whole and a second copy of the
+rank's partition for the optimizer; ZeRO-3 keeps partitions of weights, of the optimizer's copy and of gradients, and
+gathers weights as layers need them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.losses.base import PairSettings
-from trainer.losses.ring import num_slices
-from trainer.planning.survey import Survey
+from trainer.losses.topology import num_slices
+from trainer.plan.profile import Survey
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "embeddings", "inputs", "buffers")
 MOST_REUSE = 1_000_000_000  # DeepSpeed's defaults, in elements, where trainer.engine sets none
@@ -127,7 +128,9 @@ def _phases(survey: Survey, states: _States, job: Job) -> Iterator[Peak]:
         held = 4 * joint
         later = {"gradients": states.gradients, "embeddings": held}  # from the second micro-batch on
         yield at("pass 2", parked, activations=training.forward_peak(rows), embeddings=held, buffers=end)
-        if job.num_micro_batches > 2:  # DeepSpeed does not prefetch in the second, whose order of layers it meets for the first time
+        if (
+            job.num_micro_batches > 2
+        ):  # DeepSpeed does not prefetch in the second, whose order of layers it meets for the first time
             yield at("pass 2", buffers=start, **later)
             yield at("pass 2", parked, activations=training.forward_peak(rows), buffers=end, **later)
         yield at("pass 2", parked, activations=training.peak(rows), buffers=back, **later)
@@ -136,7 +139,7 @@ def _phases(survey: Survey, states: _States, job: Job) -> Iterator[Peak]:
 
 
 def loss_bytes(width: int, job: Job) -> float:
-    """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/pairs.py)."""
+    """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/tiles.py)."""
     settings = job.loss or PairSettings()
     rows = job.local_batch
     lanes = {"gather": job.ranks, "hierarchical": min(job.node_ranks, job.ranks)}.get(settings.exchange, 1)
@@ -150,7 +153,8 @@ def loss_bytes(width: int, job: Job) -> float:
     own = 4.0 * width * rows + buffers + num_tiles * tile
     if job.teacher is None:
         return own
-    # The divergence runs after the loss, whose two gradients wait; it sends the teacher's texts along and holds five tiles.
+    # The divergence runs after the loss, whose two gradients wait; it sends the teacher's texts along and holds five
+    # tiles.
     riders = piece * job.teacher.embed_dim / width * ((slices + 1 if travels else 0) + 2 * (lanes - 1))
     return max(own, 8.0 * width * rows + 4.0 * width * rows + buffers + riders + 5 * tile)
 
@@ -159,7 +163,9 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
     stage = int(zero.get("stage", 0))
     whole, trained, share = float(survey.parameters), float(survey.trainable), 1.0 / job.ranks
     part = trained * share
-    bucket = 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS) * (2 if zero.get("overlap_comm") and stage < 3 else 1)
+    bucket = (
+        4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS) * (2 if zero.get("overlap_comm") and stage < 3 else 1)
+    )
     gather = min(whole, 4.0 * zero.get("allgather_bucket_size", BUCKET_ELEMENTS)) if job.ranks > 1 else 0.0
     model = {"buffers": float(survey.buffers)}
     offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -178,7 +184,8 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
         device = {"parameters": whole, "buffers": model["buffers"] + survey.largest}
         host += part if each else 0.0
     gradients = (2 * averaged + bucket) if each else trained
-    # Gradients that fill the bucket are dropped; it is flattened once more for the exchange, and only then the partition is allocated.
+    # Gradients that fill the bucket are dropped; it is flattened once more for the exchange, and only then the
+    # partition is allocated.
     filled = 0.0 if each else min(trained, 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
     flat = filled if job.ranks > 1 else 0.0
     finish = {"gradients": averaged if each else trained - filled, "buffers": bucket + max(averaged, flat)}
@@ -194,8 +201,9 @@ def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _S
     kept = float(sum(size for numel, size in survey.small.items() if numel <= threshold))
     prefetch = min(whole, 4.0 * zero.get("stage3_prefetch_bucket_size", PREFETCH))
     reuse = min(zero.get("stage3_max_reuse_distance", MOST_REUSE), zero.get("stage3_max_live_parameters", MOST_REUSE))
-    # Weights that are used again within the reuse distance stay gathered to the end of the forward pass. A gather lands in a flat buffer
-    # first, and two prefetches are under way while the pass begins; in the backward pass layers are fetched one by one.
+    # Weights that are used again within the reuse distance stay gathered to the end of the forward pass. A gather lands
+    # in a flat buffer first, and two prefetches are under way while the pass begins; in the backward pass layers are
+    # fetched one by one.
     away = whole - kept
     parked = (zero.get("offload_param") or {}).get("device", "none") != "none"
     held = min(away, 4.0 * reuse) if job.ranks > 1 or parked else 0.0
@@ -211,7 +219,8 @@ def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _S
     if parked:
         host += whole / job.ranks
         device["parameters"] = kept
-    # Gradients stay until the bucket that they were copied into is full, and are put in order once more for the exchange.
+    # Gradients stay until the bucket that they were copied into is full, and are put in order once more for the
+    # exchange.
     filled = min(trained, bucket)
     finish = {"gradients": filled if each else trained, "buffers": filled}
     gradients = (2 * bucket if trained > bucket else 0.0) if each else trained

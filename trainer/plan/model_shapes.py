@@ -13,23 +13,41 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
+from trainer.core.types import Preprocess
 from trainer.models import ModelSettings
 from trainer.models.preprocess import CLIP_MEAN, CLIP_STD, HALF, Tokenize, make_processor
 from trainer.models.towers import quietly
-from trainer.types import Preprocess
 
 
-def _siglip(width: int, depth: int, heads: int, hidden: int, side: int, patch: int, tokens: int, vocabulary: int) -> dict[str, Any]:
-    tower = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": hidden}
+def _siglip(
+    width: int, depth: int, heads: int, hidden: int, side: int, patch: int, tokens: int, vocabulary: int
+) -> dict[str, Any]:
+    tower = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+    }
     text = {**tower, "vocab_size": vocabulary, "max_position_embeddings": tokens, "projection_size": width}
-    return {"model_type": "siglip", "vision_config": {**tower, "image_size": side, "patch_size": patch}, "text_config": text}
+    return {
+        "model_type": "siglip",
+        "vision_config": {**tower, "image_size": side, "patch_size": patch},
+        "text_config": text,
+    }
 
 
-def _clip(image: tuple[int, int, int], side: int, patch: int, text: tuple[int, int, int], joint: int, ratio: float = 4) -> dict[str, Any]:
+def _clip(
+    image: tuple[int, int, int], side: int, patch: int, text: tuple[int, int, int], joint: int, ratio: float = 4
+) -> dict[str, Any]:
     def tower(shape: tuple[int, int, int], ratio: float) -> dict[str, Any]:
         width, depth, heads = shape
         hidden = int(width * ratio)
-        return {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": hidden}
+        return {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": heads,
+            "intermediate_size": hidden,
+        }
 
     vision_config = {**tower(image, ratio), "image_size": side, "patch_size": patch, "projection_dim": joint}
     text_config = {**tower(text, 4), "projection_dim": joint}
@@ -66,16 +84,23 @@ def lookup(name: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def stand_in(settings: ModelSettings, config: dict[str, Any]) -> Iterator[ModelSettings]:
-    """``settings`` with a directory in place of what would have to be downloaded: the config, and a tokenizer of the right size."""
+    """``settings`` with a directory in place of what would have to be downloaded: the config, and a tokenizer of the
+    right size."""
     cls: Any = CONFIG_MAPPING[config["model_type"]]
     with quietly():
         full = cls(**{key: value for key, value in config.items() if key != "model_type"})
     side, tokens = full.vision_config.image_size, full.text_config.max_position_embeddings
     with tempfile.TemporaryDirectory() as folder:
-        core = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[END]": full.text_config.vocab_size - 1}, unk_token="[UNK]"))
+        core = Tokenizer(
+            models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[END]": full.text_config.vocab_size - 1}, unk_token="[UNK]")
+        )
         core.pre_tokenizer = pre_tokenizers.Whitespace()
-        core.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", full.text_config.vocab_size - 1)])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
+        core.post_processor = processors.TemplateProcessing(
+            single="$A [END]", special_tokens=[("[END]", full.text_config.vocab_size - 1)]
+        )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+        )
         full.text_config.eos_token_id = full.text_config.vocab_size - 1
         clip = config["model_type"] == "clip"
         statistics = (CLIP_MEAN, CLIP_STD) if clip else (HALF, HALF)

@@ -1,4 +1,5 @@
-"""What a recipe's model weighs and does: parameters counted on the meta device, a micro-batch traced under fake tensors.
+"""What a recipe's model weighs and does: parameters counted on the meta device, a micro-batch traced under fake
+tensors.
 
 survey = look(recipe.model, precision="bf16", device="cuda")
 survey.training.peak(rows=32)                  # bytes of activations of a micro-batch of 32 pairs
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
+from trainer.core.types import Preprocess, UserError
 from trainer.models import ModelSettings, build
-from trainer.models.lora import hold_base
-from trainer.models.quantize import QUANTIZED
-from trainer.planning.known import lookup, stand_in
-from trainer.planning.layers import Shortened
-from trainer.planning.trace import Floats, Recorder, Trace
-from trainer.types import Preprocess, UserError
+from trainer.models.adapt.lora import hold_base
+from trainer.models.adapt.quantize import QUANTIZED
+from trainer.plan.model_shapes import lookup, stand_in
+from trainer.plan.repeated_layers import Shortened
+from trainer.plan.trace import Floats, Recorder, Trace
 
 Device = Literal["cpu", "cuda"]
 SIZES = (2, 4)  # rows of the two traces; a single row would meet kernels' special cases
@@ -68,7 +69,8 @@ class Curve:
         return Curve(live, small.gradients, flops, traffic, host, small.turn)
 
     def peak(self, rows: int, gradients: bool = False) -> float:
-        """Most bytes alive at once; ``gradients`` counts those of parameters as they appear (the first micro-batch of a step)."""
+        """Most bytes alive at once; ``gradients`` counts those of parameters as they appear (the first micro-batch of a
+        step)."""
         return float(np.max(self.live.at(rows) + (self.gradients if gradients else 0.0)))
 
     def forward_peak(self, rows: int) -> float:
@@ -116,14 +118,18 @@ class Survey:
     """Where the shapes come from when not from the recipe's own model."""
 
 
-def look(settings: ModelSettings, precision: str, device: Device, inference: Curve | None = None, held: bool = False) -> Survey:
+def look(
+    settings: ModelSettings, precision: str, device: Device, inference: Curve | None = None, held: bool = False
+) -> Survey:
     """Builds the model without weights and traces it; ``device`` says whose autocast and whose memory is meant.
 
-    ``inference`` saves a trace where it is known already: recomputation does not change it. ``held`` keeps locked weights as a teacher
-    does: in bf16 where that is computed in.
+    ``inference`` saves a trace where it is known already: recomputation does not change it. ``held`` keeps locked
+    weights as a teacher does: in bf16 where that is computed in.
     """
     if precision != "bf16" and settings != settings.at_rest:
-        raise UserError("model.lora.base bfloat16 is for cards that compute in bf16, and this one computes in fp32: leave it out")
+        raise UserError(
+            "model.lora.base bfloat16 is for cards that compute in bf16, and this one computes in fp32: leave it out"
+        )
     if settings.lora is not None and settings.lora.base in QUANTIZED:  # an upper bound
         settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"base": "bfloat16"})})
     with _readable(settings) as (readable, note), torch.device("meta"):
@@ -134,25 +140,35 @@ def look(settings: ModelSettings, precision: str, device: Device, inference: Cur
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
-        raise UserError("model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias")
+        raise UserError(
+            "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
+        )
     census: dict[str, Any] = {
         "count": sum(p.numel() for p in parameters),
         "parameters": sum(p.nbytes for p in parameters),
         "trainable": 4 * sum(p.numel() for p in trainable),
         "largest": 4 * max(p.numel() for p in trainable),
-        "small": {n: sum(p.nbytes for p in parameters if p.numel() == n) for n in sorted({p.numel() for p in parameters})},
+        "small": {
+            n: sum(p.nbytes for p in parameters if p.numel() == n) for n in sorted({p.numel() for p in parameters})
+        },
         "buffers": sum(b.nbytes for b in model.buffers()),
         "embed_dim": model.embed_dim,
         "image_bytes": _image_inputs(1, model.preprocess).nbytes,
         "token_bytes": _text_inputs(1, model.preprocess).nbytes + model.preprocess.num_tokens,
         "towers_trained": (model.trains("image"), model.trains("text")),
     }
-    periods = [layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)]
+    periods = [
+        layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)
+    ]
     shortened = Shortened(model, math.lcm(*periods))
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on(device) as parking:
         fake: Any = model.to_empty(device="cpu")
-        training = Curve.through(*(_trace(fake, shortened, rows, precision, census["towers_trained"], parking) for rows in SIZES))
-        inference = inference or Curve.through(*(_trace(fake, shortened, rows, precision, None, parking) for rows in SIZES))
+        training = Curve.through(
+            *(_trace(fake, shortened, rows, precision, census["towers_trained"], parking) for rows in SIZES)
+        )
+        inference = inference or Curve.through(
+            *(_trace(fake, shortened, rows, precision, None, parking) for rows in SIZES)
+        )
     return Survey(**census, training=training, inference=inference, note=note)
 
 
@@ -169,7 +185,9 @@ def _readable(settings: ModelSettings) -> Iterator[tuple[ModelSettings, str]]:
             with torch.device("meta"):
                 build(settings, weights=False)
         except UserError as error:
-            raise UserError(f"{error}; the planner's own table has no such model either, give a local directory") from error
+            raise UserError(
+                f"{error}; the planner's own table has no such model either, give a local directory"
+            ) from error
         yield settings, ""
         return
     with stand_in(settings, config) as local:
@@ -180,7 +198,8 @@ def _cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return all(
-        isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+        isinstance(try_to_load_from_cache(name, file), str)
+        for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
     )
 
 
@@ -204,11 +223,14 @@ class _Parking:
 
 @contextlib.contextmanager
 def _as_on(device: Device) -> Iterator[_Parking]:
-    """The traced tensors say "cpu", since a PyTorch without CUDA refuses fake ones; what a GPU does otherwise is put in its place here."""
+    """The traced tensors say "cpu", since a PyTorch without CUDA refuses fake ones; what a GPU does otherwise is put in
+    its place here."""
     parking = _Parking()
     layer_norm, save_on_cpu = F.layer_norm, torch.autograd.graph.save_on_cpu
 
-    def layer_norm_in_float32(input: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    def layer_norm_in_float32(
+        input: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
         if torch.is_autocast_enabled("cpu"):  # CUDA's autocast runs norms in float32, the CPU's in what comes
             input = input.float()
         return layer_norm(input, shape, weight, bias, eps)
@@ -245,7 +267,9 @@ def _text_inputs(rows: int, preprocess: Preprocess) -> Tensor:
     return torch.zeros(rows, preprocess.num_tokens, dtype=torch.int64)
 
 
-def _trace(model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: _Parking) -> Trace:
+def _trace(
+    model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: _Parking
+) -> Trace:
     """One micro-batch; ``trained`` None stops after the forward pass, without gradient."""
     pixels, tokens = _image_inputs(rows, model.preprocess), _text_inputs(rows, model.preprocess)
     image, text = trained if trained is not None and any(trained) else (True, True)
@@ -255,7 +279,9 @@ def _trace(model: Any, shortened: Shortened, rows: int, precision: str, trained:
             z = model(pixels if image else None, tokens if text else None)
         if trained is not None:
             leaf = [torch.zeros_like(part) for part in z[:4]]
-            terms = [torch.sum(part * gradient) for part, gradient in zip(z[:4], leaf, strict=True) if part.requires_grad]
+            terms = [
+                torch.sum(part * gradient) for part, gradient in zip(z[:4], leaf, strict=True) if part.requires_grad
+            ]
             total = torch.stack(terms).sum()
             recorder.turn()
             del z, terms

@@ -1,8 +1,8 @@
 """Deep towers are stacks of equal layers: trace a few, repeat the middle ones.
 
-A tower of 40 layers costs 40 times the tracing of one, and nothing new is learned after the first. ``Shortened`` cuts every stack of
-equal layers of a model to a few and marks where one period begins and ends, forward and backward; ``Shortened.restore`` puts the
-missing layers back into the trace, operator for operator.
+A tower of 40 layers costs 40 times the tracing of one, and nothing new is learned after the first. ``Shortened`` cuts
+every stack of equal layers of a model to a few and marks where one period begins and ends, forward and backward;
+``Shortened.restore`` puts the missing layers back into the trace, operator for operator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from trainer.planning.trace import Recorder, Trace
+from trainer.plan.trace import Recorder, Trace
 
 FIRST = 2  # around the first layers memory is not yet periodic: whoever called the stack still holds its input
 
@@ -49,7 +49,9 @@ class Shortened:
             del layers[keep:]
             self._stacks.append(stack)
             for index, mark in ((first, "first"), (first + period, "second")):
-                self._handles.append(layers[index].register_forward_pre_hook(self._marker(stack, mark), with_kwargs=True))
+                self._handles.append(
+                    layers[index].register_forward_pre_hook(self._marker(stack, mark), with_kwargs=True)
+                )
 
     def restore(self, trace: Trace) -> Trace:
         """The trace of the whole model, from that of the shortened one."""

@@ -1,8 +1,9 @@
-"""How long a step takes: a roofline over the traced operators, and a model of the links. Assumptions are stated, and printed.
+"""How long a step takes: a roofline over the traced operators, and a model of the links. Assumptions are stated, and
+printed.
 
-Every operator takes max(FLOPs / attained FLOP/s, bytes / attained bandwidth), attained being MATRIX and STREAM of the datasheet's dense
-figures. Collectives run at the slowest link on their ring and overlap with nothing: a step in practice is somewhat faster where DeepSpeed
-overlaps them.
+Every operator takes max(FLOPs / attained FLOP/s, bytes / attained bandwidth), attained being MATRIX and STREAM of the
+datasheet's dense figures. Collectives run at the slowest link on their ring and overlap with nothing: a step in
+practice is somewhat faster where DeepSpeed overlaps them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.planning.memory import Job
-from trainer.planning.survey import Survey
+from trainer.plan.memory import Job
+from trainer.plan.profile import Survey
 
 MATRIX, STREAM = 0.6, 0.8
 HOST_BYTES = 40e9  # a CPU's optimizer step, bytes a second
@@ -20,7 +21,8 @@ BUS_BYTES = 20e9  # between host and device
 
 @dataclass(frozen=True)
 class Card:
-    """Dense datasheet figures: bf16 (0 where there are no units for it) and fp32 FLOP/s, bytes a second of memory and to the next card."""
+    """Dense datasheet figures: bf16 (0 where there are no units for it) and fp32 FLOP/s, bytes a second of memory and
+    to the next card."""
 
     name: str
     half: float
@@ -67,8 +69,8 @@ def default_card(memory_bytes: float) -> Card:
 def step_seconds(
     survey: Survey, zero: dict[str, Any], job: Job, card: Card, precision: str, link: float, tflops: float | None = None
 ) -> dict[str, float]:
-    """Seconds of one step by what they are spent on. ``link`` is bytes a second on the slowest hop of a ring over all ranks;
-    ``tflops`` replaces the attained matrix rate.
+    """Seconds of one step by what they are spent on. ``link`` is bytes a second on the slowest hop of a ring over all
+    ranks; ``tflops`` replaces the attained matrix rate.
     """
     matrix = tflops * 1e12 if tflops else card.attained(precision)
     stream = STREAM * card.memory
@@ -80,7 +82,9 @@ def step_seconds(
         if len(sizes) > 1:
             seconds["pass 1"] += sizes.count(rows) * survey.inference.seconds(rows, matrix, stream)
     if job.teacher is not None:
-        seconds["teacher"] = sum(sizes.count(rows) * job.teacher.inference.seconds(rows, matrix, stream) for rows in set(sizes))
+        seconds["teacher"] = sum(
+            sizes.count(rows) * job.teacher.inference.seconds(rows, matrix, stream) for rows in set(sizes)
+        )
     parked = sum(2 * survey.training.host_bytes(rows) for rows in sizes)
     seconds["loss"] = 6.0 * job.local_batch * job.local_batch * job.ranks * survey.embed_dim / (MATRIX * card.single)
     if job.teacher is not None:  # two sweeps, each with the logits of both models; gradients in one
@@ -97,7 +101,8 @@ def step_seconds(
 
 
 def wire_bytes(survey: Survey, zero: dict[str, Any], job: Job) -> dict[str, float]:
-    """Bytes that each rank sends in a step: its part of the collectives on weights and gradients, and the exchange of embeddings."""
+    """Bytes that each rank sends in a step: its part of the collectives on weights and gradients, and the exchange of
+    embeddings."""
     if job.ranks == 1:
         return {"gradients": 0.0, "weights": 0.0, "embeddings": 0.0}
     stage, others = int(zero.get("stage", 0)), (job.ranks - 1) / job.ranks
@@ -118,6 +123,7 @@ def _lesson(survey: Survey, job: Job) -> float:
 
 
 def _fetched(survey: Survey, job: Job) -> float:
-    """Bytes of weights that ZeRO-3 gathers in a step: in both passes forward and in the backward pass of every micro-batch."""
+    """Bytes of weights that ZeRO-3 gathers in a step: in both passes forward and in the backward pass of every
+    micro-batch."""
     count = job.num_micro_batches
     return survey.parameters * (3.0 * count - (1 if count == 1 else 0))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.engine.ds_config import FOLDER, complete, load
-from trainer.planning.memory import Job, Peak, forecast
-from trainer.planning.speed import Card, step_seconds
-from trainer.planning.survey import Survey
+from trainer.plan.memory import Job, Peak, forecast
+from trainer.plan.profile import Survey
+from trainer.plan.roofline import Card, step_seconds
 
 RESERVE = 1 << 30
 USABLE = 0.95
@@ -50,7 +50,8 @@ class Option:
 
 
 def usable_bytes(memory_bytes: float, reserve: float = RESERVE) -> float:
-    """What tensors may take of a card: without the CUDA context, cuBLAS and NCCL (``reserve``), and a share for fragmentation."""
+    """What tensors may take of a card: without the CUDA context, cuBLAS and NCCL (``reserve``), and a share for
+    fragmentation."""
     return max(0.0, USABLE * (memory_bytes - reserve))
 
 
@@ -65,7 +66,8 @@ def zero_section(name: str) -> dict[str, Any]:
 
 
 def largest(survey: Survey, zero: dict[str, Any], job: Job, budget: float) -> tuple[int, Peak]:
-    """The largest micro-batch up to the local batch whose peak stays within ``budget`` bytes (0 when none does) and that peak.
+    """The largest micro-batch up to the local batch whose peak stays within ``budget`` bytes (0 when none does) and
+    that peak.
 
     Micro-batches are then evened out: the same number of them, of equal size.
     """
@@ -86,7 +88,9 @@ def largest(survey: Survey, zero: dict[str, Any], job: Job, budget: float) -> tu
     return even, peak(even)
 
 
-def options(ways: list[Way], job: Job, budget: float, card: Card, precision: str, link: float, tflops: float | None = None) -> list[Option]:
+def options(
+    ways: list[Way], job: Job, budget: float, card: Card, precision: str, link: float, tflops: float | None = None
+) -> list[Option]:
     """Every ds_config times every way, with the reduction that the stage allows when the recipe's own does not fit."""
     found = []
     for way in ways:
@@ -100,7 +104,15 @@ def options(ways: list[Way], job: Job, budget: float, card: Card, precision: str
 
 
 def _option(
-    way: Way, name: str, zero: dict[str, Any], job: Job, budget: float, card: Card, precision: str, link: float, tflops: float | None
+    way: Way,
+    name: str,
+    zero: dict[str, Any],
+    job: Job,
+    budget: float,
+    card: Card,
+    precision: str,
+    link: float,
+    tflops: float | None,
 ) -> Option:
     rows, peak = largest(way.survey, zero, job, budget)
     seconds = step_seconds(way.survey, zero, replace(job, micro_batch=max(rows, 1)), card, precision, link, tflops)
@@ -108,9 +120,12 @@ def _option(
 
 
 def choose(found: list[Option]) -> Option | None:
-    """The fastest option that trains what the recipe says; among those within 2%, the one with the most memory to spare."""
+    """The fastest option that trains what the recipe says; among those within 2%, the one with the most memory to
+    spare."""
     fitting = [option for option in found if option.fits and option.way.same_training]
     if not fitting:
         return None
     best = min(option.step_seconds for option in fitting)
-    return min((option for option in fitting if option.step_seconds <= 1.02 * best), key=lambda option: option.peak.total)
+    return min(
+        (option for option in fitting if option.step_seconds <= 1.02 * best), key=lambda option: option.peak.total
+    )

@@ -1,4 +1,5 @@
-"""One micro-batch of training traced under fake tensors: live bytes, operations and traffic, without weights and without a GPU.
+"""One micro-batch of training traced under fake tensors: live bytes, operations and traffic, without weights and
+without a GPU.
 
     with FakeTensorMode():
         recorder = Recorder(model.parameters())
@@ -8,10 +9,10 @@
             loss.backward()
         trace = recorder.trace()
 
-Every operator of the forward and backward pass goes through a dispatch mode that notes which storages exist after it: what an
-allocator would hand out, rounding and fragmentation aside. Equal layers need not all be run: ``Trace.spliced`` repeats the stretch
-between two marks. All numbers are affine in the number of rows, so two traces of different size give every other size
-(``trainer.planning.curve``).
+Every operator of the forward and backward pass goes through a dispatch mode that notes which storages exist after it:
+what an allocator would hand out, rounding and fragmentation aside. Equal layers need not all be run: ``Trace.spliced``
+repeats the stretch between two marks. All numbers are affine in the number of rows, so two traces of different size
+give every other size (``trainer.plan.curve``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Trace:
     traffic: Floats
     """Bytes that each operator reads and writes."""
     lives: NDArray[np.int64]
-    """[storages, 3]: the operator that made each storage, the first one that ran without it, and its bytes; in order of birth."""
+    """[storages, 3]: the operator that made each storage, the first one that ran without it, and its bytes; in order of
+    birth."""
     host: Floats
     """Bytes of activations parked in host memory by then."""
     turn: int
@@ -72,7 +74,8 @@ class Trace:
         lives = self.lives.copy()
         lives[:, :2] += np.where((lives[:, :2] >= stop) & (lives[:, :2] < NEVER), length, 0)
         live = np.cumsum(_repeated(np.diff(self.live, prepend=0.0), start, stop, times))
-        # What every period makes and one later event frees at once (autocast's cache of weights) is freed for the new periods too.
+        # What every period makes and one later event frees at once (autocast's cache of weights) is freed for the new
+        # periods too.
         first, second = np.searchsorted(self.lives[:, 0], [start, stop])
         period, following = self.lives[first:second], self.lives[second : 2 * second - first]
         together = np.flatnonzero((period[: len(following), 1] == following[:, 1]) & (following[:, 1] < NEVER))
@@ -113,7 +116,9 @@ class Recorder(TorchDispatchMode):
         self._columns: tuple[list[float], ...] = ([], [], [], [], [])
         self._hooks = [p.register_post_accumulate_grad_hook(self._book) for p in parameters if p.requires_grad]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]

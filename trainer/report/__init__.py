@@ -1,10 +1,11 @@
-"""One HTML page about a run, with everything inside it: what it reached, how it got there, and real pictures with their captions.
+"""One HTML page about a run, with everything inside it: what it reached, how it got there, and real pictures with their
+captions.
 
     python -m trainer.report runs/quickstart                # -> runs/quickstart/report.html
 
-Made from what lies in the run's directory: log.jsonl, evaluation.json, gallery.json, recipe.yaml, deepspeed.json, environment.json, and
-plan.svg where `python -m trainer.plan ... --out RUN/plan.svg` has drawn one. What is not there is left out, and said. It may be made while
-the run goes on.
+Made from what lies in the run's directory: log.jsonl, evaluation.json, gallery.json, recipe.yaml, deepspeed.json,
+environment.json, and plan.svg where `python -m trainer.plan ... --out RUN/plan.svg` has drawn one. What is not there is
+left out, and said. It may be made while the run goes on.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.core.settings import check_out
+from trainer.core.types import UserError
 from trainer.report.curves import read_log
 from trainer.report.page import Facts, render
-from trainer.settings import check_out
-from trainer.types import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -34,11 +35,14 @@ def main(argv: list[str]) -> int:
 
 
 def write_report(run: Path, out: Path) -> Path:
-    """Writes the page about the run in directory ``run``. Raises UserError where there is neither a log nor an evaluation."""
+    """Writes the page about the run in directory ``run``. Raises UserError where there is neither a log nor an
+    evaluation."""
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; name the directory of a run")
     if not (run / "log.jsonl").is_file() and not (run / "evaluation.json").is_file():
-        raise UserError(f"{run}: neither log.jsonl nor evaluation.json is there: nothing to report; name the directory of a run")
+        raise UserError(
+            f"{run}: neither log.jsonl nor evaluation.json is there: nothing to report; name the directory of a run"
+        )
     facts = Facts(
         name=run.resolve().name,
         log=read_log(run / "log.jsonl"),
@@ -69,5 +73,7 @@ def _json(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("not a mapping")
     except ValueError as error:
-        raise UserError(f"{path}: not readable ({error}); remove it, or make it anew with `python -m trainer.evaluate`") from None
+        raise UserError(
+            f"{path}: not readable ({error}); remove it, or make it anew with `python -m trainer.evaluate`"
+        ) from None
     return found

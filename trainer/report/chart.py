@@ -1,10 +1,11 @@
-"""A line chart as inline SVG. Lines stretch with the page, letters do not: ticks are HTML beside a picture without an aspect of its own."""
+"""A line chart as inline SVG. Lines stretch with the page, letters do not: ticks are HTML beside a picture without an
+aspect of its own."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -26,7 +27,9 @@ class Axis:
 
     def place(self, value: float) -> float:
         """0 at the low end, 1 at the high."""
-        low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (
+            (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return (value - low) / (high - low)
 
 
@@ -46,7 +49,9 @@ def log_axis(values: Sequence[float]) -> Axis:
     """1, 2 and 5 times powers of ten, or powers alone, around all values; they must be positive."""
     least, most = min(values), max(values)
     steps = [
-        factor * 10.0**power for power in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 1) for factor in (1, 2, 5)
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 1)
+        for factor in (1, 2, 5)
     ]
     low = max((step for step in steps if step <= least * 1.0001), default=steps[0])
     high = min((step for step in steps if step >= most * 0.9999), default=steps[-1])
@@ -74,10 +79,11 @@ def line_chart(
     about: str = "",
     wide: bool = False,
 ) -> str:
-    """HTML of a chart, or nothing where no curve has a point. Values are multiplied by ``scale`` before they are shown in ``unit``.
+    """HTML of a chart, or nothing where no curve has a point. Values are multiplied by ``scale`` before they are shown
+    in ``unit``.
 
-    ``log`` asks for a logarithmic axis, which is used where values differ by more than a factor of 5 and are positive; ``zero`` puts
-    zero on the axis, ``top`` its highest value.
+    ``log`` asks for a logarithmic axis, which is used where values differ by more than a factor of 5 and are positive;
+    ``zero`` puts zero on the axis, ``top`` its highest value.
     """
     shown = {name: curve for name, curve in curves.items() if curve is not None and curve.finite}
     if not shown:
@@ -95,14 +101,20 @@ def line_chart(
         drawn = _series(name, colour, curve, x_axis, y_axis, scale, x_scale)
         series.append(drawn)
         paths.append(_paths(drawn, y_axis, scale, curve))
-        key.append(f'<span class="key" style="--s:var(--{colour})"><i></i>{escape(name)}</span>' if len(shown) > 1 else "")
-    grid = "".join(f'<line class="grid" x1="0" x2="{WIDTH}" y1="{_y(y_axis, tick)}" y2="{_y(y_axis, tick)}"/>' for tick in y_axis.ticks)
+        key.append(
+            f'<span class="key" style="--s:var(--{colour})"><i></i>{escape(name)}</span>' if len(shown) > 1 else ""
+        )
+    grid = "".join(
+        f'<line class="grid" x1="0" x2="{WIDTH}" y1="{_y(y_axis, tick)}" y2="{_y(y_axis, tick)}"/>'
+        for tick in y_axis.ticks
+    )
     notes = " · ".join(part for part in (about, "log scale" if log else "") if part)
     data = {"x": x, "x_unit": x_unit, "unit": unit, "series": series}
     head = f"<h3>{escape(title)}{''.join(key)}<small>{escape(notes)}</small></h3>"
     return (
         f'<figure class="chart{" wide" if wide else ""}">{head}'
-        f'<div class="frame"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
+        f'<div class="frame"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(title)}">'
         f"{grid}{''.join(paths)}</svg>{_ticks(y_axis, unit)}{_x_ticks(x_axis, x, x_unit)}{json_script(data)}</div></figure>"
     )
 
@@ -129,8 +141,12 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _series(name: str, colour: str, curve: Curve, x_axis: Axis, y_axis: Axis, scale: float, x_scale: float) -> dict[str, Any]:
-    rounded: Callable[[float | None], float | None] = lambda value: None if value is None else float(f"{scale * value:.6g}")  # noqa: E731
+def _series(
+    name: str, colour: str, curve: Curve, x_axis: Axis, y_axis: Axis, scale: float, x_scale: float
+) -> dict[str, Any]:
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else float(f"{scale * value:.6g}")
+
     found: dict[str, Any] = {
         "name": name,
         "colour": colour,
@@ -184,4 +200,7 @@ def _x_ticks(axis: Axis, name: str, unit: str) -> str:
     middle = [tick for tick in inner if 0.12 < axis.place(tick) < 0.68]
     labels = [(axis.low, "x first", short(axis.low)), *((tick, "x", short(tick)) for tick in middle)]
     labels.append((axis.high, "x last", f"{short(float(f'{axis.high:.3g}'))}{unit} {name}"))
-    return "".join(f'<span class="{kind}" style="left:{100 * axis.place(tick):.2f}%">{escape(text)}</span>' for tick, kind, text in labels)
+    return "".join(
+        f'<span class="{kind}" style="left:{100 * axis.place(tick):.2f}%">{escape(text)}</span>'
+        for tick, kind, text in labels
+    )

@@ -14,7 +14,8 @@ MOST_POINTS = 500
 
 @dataclass
 class Curve:
-    """y over x. Where the log had more points than can be seen, each is the mean of a stretch, and ``low`` and ``high`` its extremes."""
+    """y over x. Where the log had more points than can be seen, each is the mean of a stretch, and ``low`` and ``high``
+    its extremes."""
 
     x: list[float]
     y: list[float | None]
@@ -84,7 +85,8 @@ def read_log(path: Path) -> Log:
 
 
 def thin(x: array[float], y: array[float], most: int) -> Curve:
-    """At most ``most`` points: equal stretches of the log, their mean, least and greatest. Nothing that peaked is lost."""
+    """At most ``most`` points: equal stretches of the log, their mean, least and greatest. Nothing that peaked is
+    lost."""
     if len(x) <= most:
         return Curve(list(x), [value if math.isfinite(value) else None for value in y])
     curve = Curve([], [], [], [])

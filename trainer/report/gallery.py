@@ -15,20 +15,30 @@ def gallery_html(gallery: dict[str, Any]) -> str:
     if not gallery:
         return ""
     probability = gallery["bias"] != 0
-    said = "the model's probability that picture and caption belong together" if probability else "the cosine of picture and caption"
+    said = (
+        "the model's probability that picture and caption belong together"
+        if probability
+        else "the cosine of picture and caption"
+    )
     parts = [
-        f"<h2>Pictures and captions</h2><p>Held-out queries, drawn at random among those that are answered right and those that are not, "
+        f"<h2>Pictures and captions</h2><p>Held-out queries, drawn at random among those that are answered right and "
+        f"those that are not, "
         f"with their five best answers. Numbers are {said}; green marks what belongs together.</p>"
     ]
     for dataset in gallery["datasets"]:
         if len(gallery["datasets"]) > 1:
             parts.append(f"<h3>{escape(dataset['name'])}</h3>")
-        for direction, title in (("image_to_text", "From a picture to its caption"), ("text_to_image", "From a caption to its picture")):
+        for direction, title in (
+            ("image_to_text", "From a picture to its caption"),
+            ("text_to_image", "From a caption to its picture"),
+        ):
             for right in (True, False):
                 queries = [query for query in dataset[direction] if (query["place"] == 1) == right]
                 cards = [_card(query, dataset["thumbnails"], gallery) for query in queries]
                 if cards:
-                    parts.append(f"<h3>{title}: {'right' if right else 'wrong'}</h3>{_fold(cards, direction == 'text_to_image')}")
+                    parts.append(
+                        f"<h3>{title}: {'right' if right else 'wrong'}</h3>{_fold(cards, direction == 'text_to_image')}"
+                    )
     return "".join(parts)
 
 
@@ -36,7 +46,10 @@ def _fold(cards: list[str], wide: bool) -> str:
     kind = "cards wide" if wide else "cards"
     shown = f'<div class="{kind}">{"".join(cards[:FIRST])}</div>'
     if len(cards) > FIRST:
-        shown += f'<details><summary>{len(cards) - FIRST} more</summary><div class="{kind}">{"".join(cards[FIRST:])}</div></details>'
+        shown += (
+            f"<details><summary>{len(cards) - FIRST} more</summary><div "
+            f'class="{kind}">{"".join(cards[FIRST:])}</div></details>'
+        )
     return shown
 
 
@@ -45,12 +58,17 @@ def _card(query: dict[str, Any], thumbnails: dict[str, str], gallery: dict[str, 
     verdict = "<b>right</b>" if right else f"<b>wrong</b>: the right one is number {query['place']:,}"
     place = f'<p class="place {"right" if right else "wrong"}">{verdict}</p>'
     if "captions" in query:
-        rows = [_row(answer["caption"], _score(answer["score"], gallery), answer["right"]) for answer in query["answers"]]
+        rows = [
+            _row(answer["caption"], _score(answer["score"], gallery), answer["right"]) for answer in query["answers"]
+        ]
         if not any(answer["right"] for answer in query["answers"]):
             rows.append(_row(query["captions"][0], "", True, missing=True))
         picture = f'<div class="picture">{_image(query["picture"], thumbnails)}{place}</div>'
         return f'<div class="card">{picture}<ol class="answers">{"".join(rows)}</ol></div>'
-    cells = [_cell(answer["picture"], _score(answer["score"], gallery), answer["right"], thumbnails) for answer in query["answers"]]
+    cells = [
+        _cell(answer["picture"], _score(answer["score"], gallery), answer["right"], thumbnails)
+        for answer in query["answers"]
+    ]
     if not any(answer["right"] for answer in query["answers"]):
         cells.append(_cell(query["picture"], "its own", True, thumbnails, missing=True))
     caption = f"<p>{escape(query['caption'])}</p>"

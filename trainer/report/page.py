@@ -54,9 +54,11 @@ def render(facts: Facts) -> str:
     style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
         f"<title>{escape(facts.name)}</title><style>{style}</style></head><body><main>{body}"
-        f"<footer>Made by RingLIP {trainer.__version__}, {made}. This page is one file and asks for nothing else.</footer>"
+        f"<footer>Made by RingLIP {trainer.__version__}, {made}. This page is one file and asks for nothing "
+        f"else.</footer>"
         f"</main><script>{script}</script></body></html>\n"
     )
 
@@ -67,7 +69,9 @@ def words(metric: str) -> str:
     if found:
         return f"{found['data'] or ''} {DIRECTIONS[found['way']]} R@{found['k']}".strip()
     return (
-        re.sub(r"_top(\d)$", r" top-\1", metric).replace("_mean_per_class", ", mean over classes").replace("_strict", ", filed name only,")
+        re.sub(r"_top(\d)$", r" top-\1", metric)
+        .replace("_mean_per_class", ", mean over classes")
+        .replace("_strict", ", filed name only,")
     )
 
 
@@ -129,7 +133,10 @@ def _metric_tile(evaluation: dict[str, Any], name: str) -> str:
 
 
 def _tile(title: str, value: str, note: str = "", main: bool = False) -> str:
-    return f'<div class="tile{" main" if main else ""}"><span>{escape(title)}</span><b>{value}</b><span>{escape(note)}</span></div>'
+    return (
+        f"<div "
+        f'class="tile{" main" if main else ""}"><span>{escape(title)}</span><b>{value}</b><span>{escape(note)}</span></div>'
+    )
 
 
 def _missing(facts: Facts) -> str:
@@ -161,23 +168,37 @@ def _results(facts: Facts) -> str:
         cells = [escape(words(name))]
         if base:
             cells += [_percent(base.get(name)), f"{100 * change:+.1f}"]
-        cells += [f"<b>{_percent(value)}</b>", f"{100 * errors[name]:.1f}" if name in errors else "", _percent(ceilings.get(name))]
+        cells += [
+            f"<b>{_percent(value)}</b>",
+            f"{100 * errors[name]:.1f}" if name in errors else "",
+            _percent(ceilings.get(name)),
+        ]
         kinds = ["", *(["", "up" if change > 0 else "down" if change < 0 else ""] if base else []), "", "", ""]
-        rows.append("<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, cells, strict=True)) + "</tr>")
+        rows.append(
+            "<tr>"
+            + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))
+            + "</tr>"
+        )
     sizes = "; ".join(_size(path, size) for path, size in evaluation["datasets"].items())
     against = f" The base is {escape(str(evaluation['against']))}." if base else ""
     note = (
-        "± is the standard error; at most, what a perfect model would reach, since nothing can tell apart what is the same to the last "
+        "± is the standard error; at most, what a perfect model would reach, since nothing can tell apart what is "
+        "the same to the last "
         "pixel or letter. Ties count as the chance to win them."
     )
-    table = f'<div class="table"><table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{"".join(rows)}</table></div>'
+    table = (
+        f"<div "
+        f'class="table"><table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{"".join(rows)}</table></div>'
+    )
     return f"<h2>Results</h2><p>{escape(sizes)}.{against} {note}</p>{table}{_classes(evaluation)}"
 
 
 def _size(path: str, size: dict[str, int]) -> str:
     of = f" of {size['samples']:,}" if size["pictures"] + size["damaged"] < size["samples"] else ""
     captions = f", {size['captions']:,} captions" if size["captions"] else ""
-    return f"{path}: {size['pictures']:,}{of} pictures{captions}" + (f", {size['damaged']:,} damaged left out" if size["damaged"] else "")
+    return f"{path}: {size['pictures']:,}{of} pictures{captions}" + (
+        f", {size['damaged']:,} damaged left out" if size["damaged"] else ""
+    )
 
 
 def _classes(evaluation: dict[str, Any], most: int = 40) -> str:
@@ -192,9 +213,12 @@ def _classes(evaluation: dict[str, Any], most: int = 40) -> str:
             f'<div><span>{escape(name)}</span><i style="--w:{100 * share:.1f}%"></i><em>{100 * share:.0f}%</em></div>'
             for name, share in by_class
         )
-        prompts = ", ".join(f"“{template}”" for template in named["templates"][:3]) + (" …" if len(named["templates"]) > 3 else "")
+        prompts = ", ".join(f"“{template}”" for template in named["templates"][:3]) + (
+            " …" if len(named["templates"]) > 3 else ""
+        )
         parts.append(
-            f"<h3>{escape(title)}, zero-shot, class by class ({about}; prompts {escape(prompts)})</h3><div class='bars'>{bars}</div>"
+            f"<h3>{escape(title)}, zero-shot, class by class ({about}; prompts {escape(prompts)})</h3><div "
+            f"class='bars'>{bars}</div>"
         )
     return "".join(parts)
 
@@ -204,7 +228,9 @@ def _curves(facts: Facts) -> str:
     evals = [key.removeprefix("eval.") for key in log.columns if key.startswith("eval.")]
     main = [name for name in evals if name.endswith(("_r1", "_top1")) and not name.endswith("_strict_top1")][:4]
     learning = [
-        line_chart("Loss", {"loss": log.curve("loss")}, "pairs", log=True, wide=True, about="mean over the global batch"),
+        line_chart(
+            "Loss", {"loss": log.curve("loss")}, "pairs", log=True, wide=True, about="mean over the global batch"
+        ),
         line_chart(
             "Held-out scores",
             {words(name): log.curve(f"eval.{name}") for name in main},
@@ -223,7 +249,16 @@ def _curves(facts: Facts) -> str:
     last = log.last.get("seconds", 0.0)
     unit, length = ("hours", 3600) if last > 2 * 3600 else ("minutes", 60) if last > 180 else ("seconds", 1)
     speed = [
-        line_chart(title, {title: log.curve(key, "seconds")}, unit, x_scale=1 / length, unit=sign, scale=scale, zero=True, about=about)
+        line_chart(
+            title,
+            {title: log.curve(key, "seconds")},
+            unit,
+            x_scale=1 / length,
+            unit=sign,
+            scale=scale,
+            zero=True,
+            about=about,
+        )
         for title, key, sign, scale, about in (
             ("Pairs per second", "pairs_per_second", "", 1.0, "all ranks together"),
             ("Step time", "step_seconds", " s", 1.0, ""),
@@ -236,7 +271,9 @@ def _curves(facts: Facts) -> str:
         about = "Over the pairs seen. Touch or point at a curve for its values."
         found += f'<h2>Learning</h2><p>{about}</p><div class="charts">{"".join(learning)}</div>'
     if any(speed):
-        found += f'<h2>Speed and memory</h2><p>Over the time spent training.</p><div class="charts">{"".join(speed)}</div>'
+        found += (
+            f'<h2>Speed and memory</h2><p>Over the time spent training.</p><div class="charts">{"".join(speed)}</div>'
+        )
     return found
 
 
@@ -269,4 +306,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     small = "<small>{}</small>".format
-    return f"{hours}{small(' h')} {minutes}{small(' min')}" if hours else f"{minutes}{small(' min')} {rest}{small(' s')}"
+    return (
+        f"{hours}{small(' h')} {minutes}{small(' min')}" if hours else f"{minutes}{small(' min')} {rest}{small(' s')}"
+    )

@@ -9,12 +9,14 @@ from typing import Any
 
 
 def plan_html(svg: str) -> str:
-    """The planner's picture of a run; nothing where none was drawn. As an image, so that nothing in the file can run or load."""
+    """The planner's picture of a run; nothing where none was drawn. As an image, so that nothing in the file can run or
+    load."""
     if not svg:
         return ""
     data = base64.b64encode(svg.encode()).decode()
     return (
-        "<h2>Memory forecast</h2><p>What one card would hold at the peak of a step, for every way to place the tensors, by "
+        "<h2>Memory forecast</h2><p>What one card would hold at the peak of a step, for every way to place the "
+        "tensors, by "
         "<code>python -m trainer.plan</code>. The red words say what a card has for them.</p>"
         f'<img class="plan" alt="stacked bars of forecast memory by ds_config" src="data:image/svg+xml;base64,{data}">'
     )
@@ -24,7 +26,11 @@ def provenance_html(evaluation: dict[str, Any], environment: dict[str, Any], rec
     """Commands, versions, hosts and settings; nothing where none of it is known."""
     parts = []
     if evaluation:
-        parts.append(_list({"evaluated": evaluation.get("model"), "at": evaluation.get("time"), "with": evaluation.get("command")}))
+        parts.append(
+            _list(
+                {"evaluated": evaluation.get("model"), "at": evaluation.get("time"), "with": evaluation.get("command")}
+            )
+        )
     for start in (environment.get("starts") or [])[-3:]:
         packages = ", ".join(f"{name} {number}" for name, number in (start.get("packages") or {}).items() if number)
         command = start.get("command")

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.whole import on_main
-from trainer.distributed import say
-from trainer.types import RunFailed, UserError
+from trainer.core.collectives import on_main
+from trainer.core.distributed import say
+from trainer.core.types import RunFailed, UserError
 
 PATIENCE = 60.0
 """Seconds for those before to finish their step, save and go."""
@@ -49,7 +49,9 @@ class RunLock:
         except OSError as error:
             if error.errno not in MISTAKES:
                 raise
-            raise UserError(f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another") from error
+            raise UserError(
+                f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another"
+            ) from error
         deadline = time.monotonic() + self._patience
         said = False
         while True:
@@ -60,8 +62,13 @@ class RunLock:
                 if error.errno in NOT_HERE:
                     return {}
                 if time.monotonic() > deadline:
-                    raise RunFailed(f"{self._run_dir}: another job is training there; end it, or choose another run.directory") from error
+                    raise RunFailed(
+                        f"{self._run_dir}: another job is training there; end it, or choose another run.directory"
+                    ) from error
             if not said:
                 said = True
-                say(f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to end")
+                say(
+                    f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to "
+                    f"end"
+                )
             time.sleep(0.2)

@@ -6,8 +6,9 @@
             keeper.save(...)
             sys.exit(EXIT_AGAIN)
 
-SIGTERM and SIGUSR1 are what queues send before they take the machine away; Ctrl-C asks for the same, and a second one stops at once. A
-launcher that dies (it was killed, its terminal closed) counts as SIGHUP: its ranks would otherwise train on beside those of the next start.
+SIGTERM and SIGUSR1 are what queues send before they take the machine away; Ctrl-C asks for the same, and a second one
+stops at once. A launcher that dies (it was killed, its terminal closed) counts as SIGHUP: its ranks would otherwise
+train on beside those of the next start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
+from trainer.core import distributed
 
 EXIT_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command goes on from there."""
@@ -58,7 +59,8 @@ class StopSignals:
                 print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def agreed(self) -> str | None:
-        """The name of the signal that any rank has caught, the same on every rank, or None. Every rank calls it after each step."""
+        """The name of the signal that any rank has caught, the same on every rank, or None. Every rank calls it after
+        each step."""
         caught = self._caught or (signal.SIGHUP if distributed.orphaned() else 0)
         if distributed.world_size() > 1:
             votes = torch.tensor([ORDER.index(caught)], device=distributed.device())

@@ -1,12 +1,13 @@
-"""Convolutional towers, as ALIGN's EfficientNet (arXiv 2102.05918): batch normalisation keeps the statistics it was pretrained with.
+"""Convolutional towers, as ALIGN's EfficientNet (arXiv 2102.05918): batch normalisation keeps the statistics it was
+pretrained with.
 
     model:
       image: {path: google/efficientnet-b0}
       text: {path: google-bert/bert-base-uncased}
 
-Statistics of a batch would make an embedding depend on the other pictures of its micro-batch and of its rank: the second pass of a step
-would not repeat the first, and the micro-batch would change what is learnt. With fixed ones every picture is embedded by itself, and the
-step is exact. The layers' own scale and shift are trained.
+Statistics of a batch would make an embedding depend on the other pictures of its micro-batch and of its rank: the
+second pass of a step would not repeat the first, and the micro-batch would change what is learnt. With fixed ones every
+picture is embedded by itself, and the step is exact. The layers' own scale and shift are trained.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 
 def fixed_batch_norms(towers: nn.Module, pretrained: bool) -> list[nn.Module]:
-    """The layers that are to stay in evaluation mode. Raises UserError for a new tower, whose layers know no statistics yet."""
+    """The layers that are to stay in evaluation mode. Raises UserError for a new tower, whose layers know no statistics
+    yet."""
     layers: list[nn.Module] = [module for module in towers.modules() if isinstance(module, _BatchNorm)]
     if layers and not pretrained:
         raise UserError(
-            "model.image.config: a new tower with batch normalisation has no statistics to keep, and those of a micro-batch would make the "
-            "gradient depend on it: start from a pretrained one (model.image.path), or from one with layer norms (convnext, vit)"
+            "model.image.config: a new tower with batch normalisation has no statistics to keep, and those of a "
+            "micro-batch would make the "
+            "gradient depend on it: start from a pretrained one (model.image.path), or from one with layer norms "
+            "(convnext, vit)"
         )
     return layers

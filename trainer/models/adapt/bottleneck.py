@@ -1,9 +1,11 @@
-"""A token embedding through a bottleneck, for the large vocabularies of multilingual tokenizers (mSigLIP, arXiv 2303.15343, 3.5).
+"""A token embedding through a bottleneck, for the large vocabularies of multilingual tokenizers (mSigLIP, arXiv
+2303.15343, 3.5).
 
     model: {config: {...}, tokenizer: google/mt5-base, token_bottleneck: 96}
 
-V x K and K x W parameters stand in place of V x W: 24 M instead of 192 M for 250,000 tokens, a width of 768 and K = 96, and so much less of
-gradients and moments. Exported, the two are multiplied: plain transformers loads the model as any other.
+V x K and K x W parameters stand in place of V x W: 24 M instead of 192 M for 250,000 tokens, a width of 768 and K = 96,
+and so much less of gradients and moments. Exported, the two are multiplied: plain transformers loads the model as any
+other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.types import UserError
+from trainer.core.types import UserError
 
 
 class BottleneckEmbedding(nn.Module):
@@ -38,7 +40,9 @@ def narrow_embedding(towers: PreTrainedModel, narrow: int) -> None:
     table = text.get_input_embeddings()
     vocabulary, width = table.weight.shape
     if narrow >= width:
-        raise UserError(f"model.token_bottleneck is {narrow}, the text tower is {width} wide: choose less, or leave it out")
+        raise UserError(
+            f"model.token_bottleneck is {narrow}, the text tower is {width} wide: choose less, or leave it out"
+        )
     std = 0.02 if table.weight.is_meta else table.weight.detach().std().item()
     text.set_input_embeddings(BottleneckEmbedding(vocabulary, narrow, width, std))
 

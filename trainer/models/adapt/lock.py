@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from trainer.models.names import Tower, depth_of, num_layers, tower_of
-from trainer.models.pair import PAIR
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
+from trainer.models.param_groups import Tower, depth_of, num_layers, tower_of
+from trainer.models.vision_text import PAIR
 
 
 class LockSettings(Settings):
@@ -17,11 +17,18 @@ class LockSettings(Settings):
     image: bool = False
     "Lock the image tower (LiT); the projection of a pair, which is new, trains all the same."
     image_layers: int = Field(default=0, ge=0)
-    "Last layers of a locked image tower that train all the same, with its final norm, pooling head and projection; 0: none of it trains."
+    (
+        "Last layers of a locked image tower that train all the same, with its final norm, pooling head and "
+        "projection; "
+        "0: none of it trains."
+    )
     text: bool = False
     "Lock the text tower."
     text_layers: int = Field(default=0, ge=0)
-    "Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it trains."
+    (
+        "Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it "
+        "trains."
+    )
     scale: bool = False
     "Keep the temperature and the bias."
 
@@ -37,7 +44,10 @@ def lock_towers(towers: PreTrainedModel, settings: LockSettings) -> None:
 def _lock(towers: PreTrainedModel, tower: Tower, last: int) -> None:
     layers = num_layers(towers, tower)
     if last > layers:
-        raise UserError(f"model.lock.{tower}_layers is {last}, the {tower} tower has {layers} layers: leave model.lock.{tower} out instead")
+        raise UserError(
+            f"model.lock.{tower}_layers is {last}, the {tower} tower has {layers} layers: leave model.lock.{tower} "
+            f"out instead"
+        )
     for name, parameter in towers.named_parameters():
         if towers.config.model_type == PAIR and "_projection." in name:
             continue  # new, and nothing without training

@@ -1,4 +1,5 @@
-"""LoRA (arXiv 2106.09685) through PEFT: the adapter that is trained here is a plain PEFT adapter of the plain Hugging Face model.
+"""LoRA (arXiv 2106.09685) through PEFT: the adapter that is trained here is a plain PEFT adapter of the plain Hugging
+Face model.
 
 model:
   path: openai/clip-vit-large-patch14-336
@@ -22,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.models.hub import reading
-from trainer.models.names import tower_of
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
+from trainer.models.hf_errors import reading
+from trainer.models.param_groups import tower_of
 
 SIDECAR = "ringlip.json"
 """Beside PEFT's two files: what PEFT does not record (the base's digest, the temperature and the bias)."""
@@ -41,7 +42,10 @@ class LoraSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     "Dropout on the adapter's input."
     targets: str | list[str] = "all-linear"
-    "Modules that get an adapter: all-linear, a list of names (q_proj, fc1, ... or longer ones), or one regular expression on full names."
+    (
+        "Modules that get an adapter: all-linear, a list of names (q_proj, fc1, ... or longer ones), or one regular "
+        "expression on full names."
+    )
     towers: Literal["both", "image", "text"] = "both"
     "Which tower is adapted; the other one stays as it is."
     rslora: bool = False
@@ -53,12 +57,17 @@ class LoraSettings(Settings):
     path: str | None = None
     "An adapter directory to start from; its base must be this model."
     base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
-    "How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training; int8 and nf4 round (GPU, bitsandbytes)."
+    (
+        "How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training; int8 and nf4 "
+        "round (GPU, bitsandbytes)."
+    )
 
     @model_validator(mode="after")
     def _dora_reads_weights(self) -> LoraSettings:
         if self.dora and self.base != "float32":
-            raise ValueError("dora computes with the base's weights, which lora.base would round: leave base out, or dora")
+            raise ValueError(
+                "dora computes with the base's weights, which lora.base would round: leave base out, or dora"
+            )
         return self
 
 
@@ -70,10 +79,12 @@ class Targets(NamedTuple):
 
 
 def choose_targets(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
-    """Resolves ``targets`` against the model; raises UserError that lists the nearest names for one that does not exist."""
+    """Resolves ``targets`` against the model; raises UserError that lists the nearest names for one that does not
+    exist."""
     inside = {name for name, module in towers.named_modules() if settings.towers in ("both", tower_of(name))}
     linear = [name for name, module in towers.named_modules() if name in inside and isinstance(module, nn.Linear)]
-    # nn.MultiheadAttention (SigLIP's pooling head) reads out_proj.weight without calling it: an adapter there would never learn.
+    # nn.MultiheadAttention (SigLIP's pooling head) reads out_proj.weight without calling it: an adapter there would
+    # never learn.
     unfit = {f"{name}.out_proj" for name, module in towers.named_modules() if isinstance(module, nn.MultiheadAttention)}
     if settings.targets == "all-linear":
         matched = linear
@@ -93,19 +104,27 @@ def choose_targets(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
             matched += [name for name in found if name not in matched]
     chosen = [name for name in matched if name not in unfit]
     if not chosen:
-        raise UserError(f"model.lora.targets {settings.targets!r} names only {', '.join(matched)}, which cannot learn an adapter")
+        raise UserError(
+            f"model.lora.targets {settings.targets!r} names only {', '.join(matched)}, which cannot learn an adapter"
+        )
     return Targets(chosen, [name for name in matched if name in unfit])
 
 
 def _unknown(target: str, linear: list[str]) -> UserError:
     short = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    close = difflib.get_close_matches(target, short, n=3, cutoff=0.4) or difflib.get_close_matches(target, linear, n=3, cutoff=0.4) or short
-    return UserError(f"model.lora.targets: no linear module {target!r} in the chosen towers; nearest: {', '.join(close)}")
+    close = (
+        difflib.get_close_matches(target, short, n=3, cutoff=0.4)
+        or difflib.get_close_matches(target, linear, n=3, cutoff=0.4)
+        or short
+    )
+    return UserError(
+        f"model.lora.targets: no linear module {target!r} in the chosen towers; nearest: {', '.join(close)}"
+    )
 
 
 def add_lora(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
-    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen. Names of parameters grow ``base_layer``,
-    ``lora_A.default``, ``lora_B.default``.
+    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen. Names of parameters grow
+    ``base_layer``, ``lora_A.default``, ``lora_B.default``.
     """
     targets = choose_targets(towers, settings)
     names = {part for name, _ in towers.named_modules() for part in (name, name.rsplit(".", 1)[-1])}
@@ -127,16 +146,18 @@ def add_lora(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
     LoraModel(towers, config, "default")
     for module in towers.modules():
         if isinstance(module, LoraLayer):
-            # PEFT would copy a bf16 input to float32 for the adapter, and autocast back: a copy kept for each of q, k and v instead of one.
+            # PEFT would copy a bf16 input to float32 for the adapter, and autocast back: a copy kept for each of q, k
+            # and v instead of one.
             module.cast_input_dtype_enabled = False
     return targets
 
 
 def hold_base(towers: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keeps the weights that autocast rounds in every forward anyway (frozen linear layers and convolutions) in ``dtype`` for good.
+    """Keeps the weights that autocast rounds in every forward anyway (frozen linear layers and convolutions) in
+    ``dtype`` for good.
 
-    Norms, embeddings and the projections inside nn.MultiheadAttention are read in float32 and stay so: the numbers of bf16 training do
-    not change. The adapter, the temperature and the bias are float32.
+    Norms, embeddings and the projections inside nn.MultiheadAttention are read in float32 and stay so: the numbers of
+    bf16 training do not change. The adapter, the temperature and the bias are float32.
     """
     for module in towers.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -161,8 +182,11 @@ def base_digest(towers: PreTrainedModel, state: dict[str, Tensor] | None = None)
     return digest.hexdigest()
 
 
-def save_adapter(towers: PreTrainedModel, folder: Path, state: dict[str, Tensor], base: str | None, extra: dict[str, Any]) -> None:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which ``peft.PeftModel.from_pretrained(base, folder)`` loads.
+def save_adapter(
+    towers: PreTrainedModel, folder: Path, state: dict[str, Tensor], base: str | None, extra: dict[str, Any]
+) -> None:
+    """Writes ``adapter_model.safetensors`` and ``adapter_config.json``, which ``peft.PeftModel.from_pretrained(base,
+    folder)`` loads.
 
     ``state`` holds full weights by the names of ``towers``.
     """
@@ -186,29 +210,41 @@ def read_sidecar(folder: str) -> dict[str, Any]:
 
 
 def load_adapter(towers: PreTrainedModel, folder: str, base: str | None) -> None:
-    """Loads the weights of an adapter directory into the injected adapter; raises UserError when it belongs to another base."""
+    """Loads the weights of an adapter directory into the injected adapter; raises UserError when it belongs to another
+    base."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"model.lora.path {folder!r} holds no adapter_model.safetensors: give the directory that PEFT or RingLIP wrote")
+        raise UserError(
+            f"model.lora.path {folder!r} holds no adapter_model.safetensors: give the directory that PEFT or RingLIP "
+            f"wrote"
+        )
     with reading("model.lora.path", folder, "the adapter"):
         recorded, saved = read_sidecar(folder).get("base"), load_file(path)
     if recorded and base and recorded != base:
         raise UserError(
-            f"model.lora.path {folder!r} was trained on another base (digest {recorded[:12]}, this model's weights {base[:12]}): "
+            f"model.lora.path {folder!r} was trained on another base (digest {recorded[:12]}, this model's weights "
+            f"{base[:12]}): "
             "set model.path to the model it was trained on"
         )
     weights = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
-    shapes = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(towers, save_embedding_layers=False).items()}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in get_peft_model_state_dict(towers, save_embedding_layers=False).items()
+    }
     if shapes != {name: tuple(value.shape) for name, value in weights.items()}:
-        odd = sorted(set(shapes) ^ set(weights)) or sorted(name for name in shapes if shapes[name] != tuple(weights[name].shape))
+        odd = sorted(set(shapes) ^ set(weights)) or sorted(
+            name for name in shapes if shapes[name] != tuple(weights[name].shape)
+        )
         raise UserError(
-            f"model.lora.path {folder!r} does not fit model.lora and its base: {odd[0]} differs; use the settings it was trained with"
+            f"model.lora.path {folder!r} does not fit model.lora and its base: {odd[0]} differs; use the settings it "
+            f"was trained with"
         )
     set_peft_model_state_dict(towers, weights)
 
 
 def merged_weights(towers: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` (full weights by the names of ``towers``) with the adapter merged into the plain model's weights; both stay as they are."""
+    """``state`` (full weights by the names of ``towers``) with the adapter merged into the plain model's weights; both
+    stay as they are."""
     adapted: Any = towers.peft_config["default"]
     with torch.device("meta"):
         plain: Any = type(towers)(towers.config)

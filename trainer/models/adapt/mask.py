@@ -1,4 +1,5 @@
-"""FLIP (arXiv 2212.00794): the image tower sees a random part of each picture's patches, and a step costs that much less.
+"""FLIP (arXiv 2212.00794): the image tower sees a random part of each picture's patches, and a step costs that much
+less.
 
 CLIPA (arXiv 2305.07017) does the same to captions: the text tower sees a few of their tokens.
 """
@@ -12,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
 
 
 class MaskSettings(Settings):
@@ -26,14 +27,18 @@ class MaskSettings(Settings):
     tokens_kept: Literal["first", "random", "block"] = "first"
     "Which tokens of a longer caption stay, in their order: the first, random ones, or a random stretch."
     unmasked: float = Field(default=0.0, ge=0, le=1)
-    "Fraction at the end of the run that trains on whole pictures and captions, which closes most of the gap to training without a mask."
+    (
+        "Fraction at the end of the run that trains on whole pictures and captions, which closes most of the gap to "
+        "training without a mask."
+    )
 
 
 class PatchDrop:
-    """A forward hook on the vision tower's embeddings that keeps a random subset of the patches of each picture, in order.
+    """A forward hook on the vision tower's embeddings that keeps a random subset of the patches of each picture, in
+    order.
 
-    It draws from torch's default generator alone, so that replaying the random state repeats the choice: the second pass of a step
-    sees the same patches as the first.
+    It draws from torch's default generator alone, so that replaying the random state repeats the choice: the second
+    pass of a step sees the same patches as the first.
     """
 
     def __init__(self, settings: MaskSettings, num_special: int) -> None:
@@ -67,8 +72,8 @@ class TokenDrop:
     def __call__(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens [b, n] int64, mask [b, n] bool) -> [b, k] both.
 
-        The first and the last real token stay (what a tokenizer adds there is where CLIP and BERT read a caption); what is kept moves
-        together, so that the positions are 0 to k - 1. A caption of k tokens or fewer keeps all of them.
+        The first and the last real token stay (what a tokenizer adds there is where CLIP and BERT read a caption); what
+        is kept moves together, so that the positions are 0 to k - 1. A caption of k tokens or fewer keeps all of them.
         """
         assert self.settings.tokens is not None
         kept, (rows, total) = min(self.settings.tokens, tokens.shape[1]), tokens.shape
@@ -94,7 +99,9 @@ def drop_tokens(settings: MaskSettings, num_tokens: int) -> TokenDrop | None:
     if settings.tokens is None:
         return None
     if settings.tokens >= num_tokens:
-        raise UserError(f"model.mask.tokens is {settings.tokens}, captions have {num_tokens} tokens (model.num_tokens): lower it")
+        raise UserError(
+            f"model.mask.tokens is {settings.tokens}, captions have {num_tokens} tokens (model.num_tokens): lower it"
+        )
     return TokenDrop(settings)
 
 
@@ -104,7 +111,8 @@ def drop_patches(towers: PreTrainedModel, settings: MaskSettings) -> PatchDrop |
         return None
     if towers.config.model_type not in ("siglip", "clip"):
         raise UserError(
-            f"model.mask.drop works for siglip and clip vision towers, this model is {towers.config.model_type!r}: leave it out"
+            f"model.mask.drop works for siglip and clip vision towers, this model is {towers.config.model_type!r}: "
+            f"leave it out"
         )
     hook = PatchDrop(settings, num_special=1 if towers.config.model_type == "clip" else 0)
     towers.get_submodule("vision_model.embeddings").register_forward_hook(hook)

@@ -1,10 +1,11 @@
-"""A frozen base in 8 or 4 bits under a float32 adapter, through bitsandbytes: LLM.int8() (arXiv 2208.07339), NF4 (arXiv 2305.14314).
+"""A frozen base in 8 or 4 bits under a float32 adapter, through bitsandbytes: LLM.int8() (arXiv 2208.07339), NF4 (arXiv
+2305.14314).
 
     model: {path: google/siglip-so400m-patch14-384, lora: {base: nf4}}
 
-The linear layers of the transformer blocks are quantised, all else stays float32. Training sees the rounded weights; what is exported is
-the adapter, or the adapter merged into the base as it is in ``model.path``. Tested on bitsandbytes' CPU kernels: speed and memory on a GPU
-are unmeasured.
+The linear layers of the transformer blocks are quantised, all else stays float32. Training sees the rounded weights;
+what is exported is the adapter, or the adapter merged into the base as it is in ``model.path``. Tested on bitsandbytes'
+CPU kernels: speed and memory on a GPU are unmeasured.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.models.names import in_layer
-from trainer.types import UserError
+from trainer.core.types import UserError
+from trainer.models.param_groups import in_layer
 
 QUANTIZED = ("int8", "nf4")
 
@@ -28,7 +29,8 @@ def has_gpu() -> bool:
 
 
 def quantize(towers: PreTrainedModel, kind: str) -> None:
-    """Replaces the frozen linear layers of the transformer blocks; weights are packed when the model moves to its device.
+    """Replaces the frozen linear layers of the transformer blocks; weights are packed when the model moves to its
+    device.
 
     Raises UserError without bitsandbytes or a GPU.
     """
@@ -40,13 +42,19 @@ def quantize(towers: PreTrainedModel, kind: str) -> None:
         if type(module) is nn.Linear and in_layer(name):
             parent, _, last = name.rpartition(".")
             setattr(towers.get_submodule(parent), last, _packed(module, kind))
-    setattr(towers, {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}[kind], True)  # PEFT chooses its layers by this
+    setattr(
+        towers, {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}[kind], True
+    )  # PEFT chooses its layers by this
 
 
 def _packed(layer: nn.Linear, kind: str) -> nn.Module:
     import bitsandbytes
 
-    sizes: dict[str, Any] = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
+    sizes: dict[str, Any] = {
+        "input_features": layer.in_features,
+        "output_features": layer.out_features,
+        "bias": layer.bias is not None,
+    }
     if kind == "int8":
         packed = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
     else:

@@ -1,10 +1,11 @@
-"""Recomputation: a layer keeps only its input in the forward pass and is run again in the backward pass (Chen et al., arXiv 1604.06174).
+"""Recomputation: a layer keeps only its input in the forward pass and is run again in the backward pass (Chen et al.,
+arXiv 1604.06174).
 
     model:
-      recompute: {image: all, text: 2, offload: true}     # every layer of the image tower, every second one of the text tower
+      recompute: {image: all, text: 2, offload: true}  # every layer of the image tower, every second one of the text tower
 
-Activations of the encoders are what fills memory at large micro-batches, not the loss. Gradients are the same numbers either way: dropout
-draws again from the random state it had. One extra forward pass of the chosen layers is the price.
+Activations of the encoders are what fills memory at large micro-batches, not the loss. Gradients are the same numbers
+either way: dropout draws again from the random state it had. One extra forward pass of the chosen layers is the price.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pydantic import field_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.settings import Settings
-from trainer.types import UserError
+from trainer.core.settings import Settings
+from trainer.core.types import UserError
 
 Layers = Literal["none", "all"] | int
 
@@ -28,7 +29,10 @@ class RecomputeSettings(Settings):
     """Which layers forget their activations and compute them again when the gradient needs them."""
 
     image: Layers = "none"
-    "Layers of the image tower: none, all, or k for every k-th. Each chosen layer keeps one activation instead of about fifteen."
+    (
+        "Layers of the image tower: none, all, or k for every k-th. Each chosen layer keeps one activation instead of "
+        "about fifteen."
+    )
     text: Layers = "none"
     "The same for the text tower."
     offload: bool = False
@@ -58,7 +62,8 @@ def recompute(tower: nn.Module, layers: Layers, offload: bool = False) -> int:
     longest = max(stacks, key=lambda stack: len(stack))
     if step > len(longest):
         raise UserError(
-            f"model.recompute: {type(tower).__name__} has {len(longest)} layers, every {step}-th of them is none: lower the number"
+            f"model.recompute: {type(tower).__name__} has {len(longest)} layers, every {step}-th of them is none: "
+            f"lower the number"
         )
     chosen = list(longest)[step - 1 :: step]
     for layer in chosen:

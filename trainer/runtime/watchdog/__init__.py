@@ -4,15 +4,16 @@
         watch.doing("reading data", step)          # as often as you like: it only sets two fields
         ...
 
-Every rank keeps a connection to rank 0 and says twice a second where it is. When a process dies, its system closes the connection:
-rank 0 knows at once. When a machine or a whole process stops, nothing is heard for ``silence`` seconds. A rank that fails by an exception
-says so in its last words. Rank 0 waits a moment for what belongs together (a dead rank makes its neighbours fail as well), picks the
-cause, prints the line and tells the others, which exit wherever they are: in a collective, waiting for data, writing a checkpoint. When
-rank 0 itself is gone every rank sees it, and rank 1 prints the line (with a whole machine lost, the first rank of each machine).
+Every rank keeps a connection to rank 0 and says twice a second where it is. When a process dies, its system closes the
+connection: rank 0 knows at once. When a machine or a whole process stops, nothing is heard for ``silence`` seconds. A
+rank that fails by an exception says so in its last words. Rank 0 waits a moment for what belongs together (a dead rank
+makes its neighbours fail as well), picks the cause, prints the line and tells the others, which exit wherever they are:
+in a collective, waiting for data, writing a checkpoint. When rank 0 itself is gone every rank sees it, and rank 1
+prints the line (with a whole machine lost, the first rank of each machine).
 
 Threads and not collectives do this, so that it works while the main thread hangs in one.
 """
 
-from trainer.watchdog.member import Watchdog
+from trainer.runtime.watchdog.client import Watchdog
 
 __all__ = ["Watchdog"]

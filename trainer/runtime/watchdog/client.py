@@ -17,10 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
-from trainer.types import PeerLost, RunFailed, UserError
-from trainer.watchdog.hub import Hub
-from trainer.watchdog.wire import BEAT, CUT_OFF, DIED, FAILED, GRACE, SILENT, SOCKETS, Line, Patience, Verdict
+from trainer.core import collectives, distributed
+from trainer.core.types import PeerLost, RunFailed, UserError
+from trainer.runtime.watchdog.protocol import (
+    BEAT,
+    CUT_OFF,
+    DIED,
+    FAILED,
+    GRACE,
+    SILENT,
+    SOCKETS,
+    Line,
+    Patience,
+    Verdict,
+)
+from trainer.runtime.watchdog.server import Hub
 
 ADMISSION = 30.0
 """Seconds that a rank waits for rank 0 to answer when the run starts."""
@@ -62,8 +73,9 @@ class Watchdog:
         self._thread.start()
         if not self._welcomed.wait(ADMISSION):
             raise self._unreachable(port, f"no answer in {ADMISSION:g} s")
-        # Before all are known nobody may leave: a run that has nothing to do is over at once, and would look like a death.
-        distributed.barrier()
+        # Before all are known nobody may leave: a run that has nothing to do is over at once, and would look like a
+        # death.
+        collectives.barrier()
         return self
 
     def _connect(self, port: int) -> Line:
@@ -75,8 +87,10 @@ class Watchdog:
 
     def _unreachable(self, port: int, why: str) -> UserError:
         return UserError(
-            f"rank {distributed.rank()} on {socket.gethostname()} cannot reach rank 0 at {os.environ.get('MASTER_ADDR', '127.0.0.1')} port "
-            f"{port} ({why}): let nodes connect to each other on all ports, or set run.silence=0 to do without the watchdog"
+            f"rank {distributed.rank()} on {socket.gethostname()} cannot reach rank 0 at "
+            f"{os.environ.get('MASTER_ADDR', '127.0.0.1')} port "
+            f"{port} ({why}): let nodes connect to each other on all ports, or set run.silence=0 to do without the "
+            f"watchdog"
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -133,7 +147,8 @@ class Watchdog:
         return {"step": self._step, "doing": self._doing}
 
     def _end(self, verdict: Verdict, says: bool) -> None:
-        """Prints the line, where this is the rank to do it, and ends this process, unless it is ending by an error of its own already."""
+        """Prints the line, where this is the rank to do it, and ends this process, unless it is ending by an error of
+        its own already."""
         if says:
             print(verdict, file=sys.stderr, flush=True)
         raises = isinstance(self._error, UserError) or (self._error is not None and verdict.rank == distributed.rank())
@@ -151,5 +166,7 @@ def _last_words(error: BaseException) -> dict[str, Any]:
     text = " ".join(str(error).split())[:2000]
     if isinstance(error, UserError):
         return {"error": text, "kind": FAILED, "code": error.code}
-    lost = isinstance(error, PeerLost | dist.DistError) or any(word in text for word in ("gloo/", "Connection closed by peer", "NCCL"))
+    lost = isinstance(error, PeerLost | dist.DistError) or any(
+        word in text for word in ("gloo/", "Connection closed by peer", "NCCL")
+    )
     return {"error": f"{type(error).__name__}: {text}", "kind": CUT_OFF if lost else FAILED, "code": RunFailed.code}

@@ -16,7 +16,8 @@ GRACE = 1.0
 """Seconds that rank 0 collects what belongs to one failure before it names the cause."""
 LONGEST_LINE = 65536
 GONE, FAILED, CUT_OFF = range(3)
-"""How near an event is to the cause: a process without last words, an error of its own, an error in talking to others."""
+"""How near an event is to the cause: a process without last words, an error of its own, an error in talking to
+others."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-DIED = "its process is gone without a word: killed, out of memory, or crashed (see its own output, and dmesg on that machine)"
+DIED = (
+    "its process is gone without a word: killed, out of memory, or crashed (see its own output, and dmesg on "
+    "that machine)"
+)
 SILENT = "its machine, the network or the whole process hangs"
 
 

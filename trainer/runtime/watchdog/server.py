@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from threading import Thread
 from typing import Any
 
-from trainer.types import RunFailed
-from trainer.watchdog.wire import BEAT, CUT_OFF, DIED, GONE, GRACE, SILENT, SOCKETS, Line, Patience, Verdict
+from trainer.core.types import RunFailed
+from trainer.runtime.watchdog.protocol import BEAT, CUT_OFF, DIED, GONE, GRACE, SILENT, SOCKETS, Line, Patience, Verdict
 
 
 @dataclass
@@ -50,7 +50,9 @@ class Hub:
     def __init__(self, token: int, world: int, silence: float) -> None:
         self._token, self._world, self._silence = token, world, silence
         dual = socket.has_dualstack_ipv6()
-        self._server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=world, dualstack_ipv6=dual)
+        self._server = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=world, dualstack_ipv6=dual
+        )
         self.port = int(self._server.getsockname()[1])
         SOCKETS.add(self._server)
         self._selector = selectors.DefaultSelector()
@@ -73,7 +75,16 @@ class Hub:
             now = time.monotonic()
             if now - told >= BEAT:
                 told = now
-                self._tell(next(({"host": m.host, "step": m.step, "doing": m.doing} for m in self._members.values() if m.rank == 0), {}))
+                self._tell(
+                    next(
+                        (
+                            {"host": m.host, "step": m.step, "doing": m.doing}
+                            for m in self._members.values()
+                            if m.rank == 0
+                        ),
+                        {},
+                    )
+                )
                 self._look_for_silence()
             if self._troubles:
                 deadline = deadline or now + GRACE
@@ -130,7 +141,10 @@ class Hub:
         hanging = [one for one in self._members.values() if one.rank >= 0 and one.rank not in self._troubles]
         if first.kind == CUT_OFF and hanging:  # the others gave up waiting for it
             member = min(hanging, key=lambda one: one.changed)
-            cause = f"it has been there for {time.monotonic() - member.changed:.0f} s and the others waited in vain ({cause})"
+            cause = (
+                f"it has been there for {time.monotonic() - member.changed:.0f} s and the others waited in vain "
+                f"({cause})"
+            )
         return Verdict(member.rank, member.host, member.step, member.doing, cause, first.code)
 
     def _tell(self, message: dict[str, Any]) -> None:
