@@ -207,8 +207,7 @@ SHOWN = {
 def test_the_line() -> None:
     assert render(SHOWN, 5_120_000) == (
         "step 1,234/10,000 12% · 632k pairs · loss 2.0000 · lr 1.00e-03 · grad 0.5 · t 10.00 · b -10.00 · 780 "
-        "pairs/s · 3.2 GB · "
-        "data 1% · ETA 1:35:51"
+        "pairs/s · 3.2 GB · data 1% · ETA 1:35:51"
     )
     assert "loss" not in render(SHOWN | {"loss": None}, 5_120_000)
     assert render(SHOWN, 5_120_000, 80) == "step 1,234/10,000 12% · loss 2.0000 · 780 pairs/s · 3.2 GB · ETA 1:35:51"

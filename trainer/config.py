@@ -41,10 +41,8 @@ class RunSettings(Settings):
     timeout: float = Field(600.0, gt=0)
     "Seconds after which a rank that hears nothing from its peers in a collective gives up."
     silence: float = Field(20.0, ge=0)
-    (
-        "Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: "
-        "no watchdog."
-    )
+    """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
+    watchdog."""
 
 
 class Recipe(Settings):

@@ -82,8 +82,7 @@ class Teacher:
         if any(recorded.get(key) != value for key, value in self.identity.items()):
             raise UserError(
                 f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): "
-                f"give that one, "
-                "or begin another run.directory"
+                "give that one, or begin another run.directory"
             )
 
 
@@ -127,6 +126,5 @@ def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
     if token_inputs(student) != token_inputs(teacher):
         raise UserError(
             f"distill.teacher {path!r} has another tokenizer than the student: take a teacher with the student's, or "
-            f"train the student "
-            f"with model.tokenizer={path}"
+            f"train the student with model.tokenizer={path}"
         )

@@ -88,8 +88,7 @@ def card(
     scale, bias = (value.item() for value in model.head())
     notes = [
         f"{json.loads((source / 'checkpoint.json').read_text())['samples_seen']:,} pairs seen, global batch "
-        f"{recipe.batch.size:,}, "
-        f"loss `{recipe.loss.name}`",
+        f"{recipe.batch.size:,}, loss `{recipe.loss.name}`",
         f"temperature t = {scale:.4g}, bias b = {bias:.4g}: logits are t · cosine + b",
     ]
     if average:

@@ -39,18 +39,13 @@ class OptimSettings(Settings):
     lr: float = Field(default=1e-3, gt=0)
     "Peak learning rate."
     weight_decay: float = Field(default=1e-4, ge=0)
-    (
-        "Decoupled weight decay of matrices; vectors (norms, biases), the scale and the bias are never decayed. "
-        "SigLIP: "
-        "1e-4, CLIP: 0.2."
-    )
+    """Decoupled weight decay of matrices; vectors (norms, biases), the scale and the bias are never decayed. SigLIP:
+    1e-4, CLIP: 0.2."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     "First-moment decay."
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    (
-        "Second-moment decay; at large batch 0.999 forgets a gradient spike too slowly and training diverges (SigLIP, "
-        "arXiv 2303.15343, 4.6)."
-    )
+    """Second-moment decay; at large batch 0.999 forgets a gradient spike too slowly and training diverges (SigLIP,
+    arXiv 2303.15343, 4.6)."""
     eps: float = Field(default=1e-8, gt=0)
     "Added to the root of the second moment."
     warmup: float = Field(default=0.05, ge=0)
@@ -71,10 +66,8 @@ class OptimSettings(Settings):
     max_bad_steps: int = Field(default=10, ge=1)
     "Steps in a row with a loss or gradient that is not finite (each is skipped) before the run ends."
     max_scale: float | None = Field(default=None, gt=0)
-    (
-        "Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no "
-        "ceiling."
-    )
+    """Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no
+    ceiling."""
 
 
 def learning_rate(settings: OptimSettings, samples_seen: int, total_samples: int) -> float:
@@ -172,10 +165,8 @@ class Guard:
         if self._bad_in_a_row >= self.settings.max_bad_steps:
             raise UserError(
                 f"training diverged: loss or gradient was not finite in {self._bad_in_a_row} steps in a row "
-                f"(log.jsonl names their "
-                "samples); resume from the last checkpoint with a lower optim.lr, a longer optim.warmup, optim.clip "
-                "1.0, or "
-                "optim.spike.action skip"
+                "(log.jsonl names their samples); resume from the last checkpoint with a lower optim.lr, a longer "
+                "optim.warmup, optim.clip 1.0, or optim.spike.action skip"
             )
 
     def state_dict(self) -> dict[str, Any]:

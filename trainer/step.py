@@ -44,21 +44,14 @@ class BatchSettings(Settings):
     """How many pairs a step sees, and how many of them at once."""
 
     size: int = Field(gt=0)
-    (
-        "Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other "
-        "keys "
-        "do not."
-    )
+    """Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do
+    not."""
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(None)
-    (
-        "Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the "
-        "planner finds to fit."
-    )
+    """Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner
+    finds to fit."""
     reduce: Reduce = "once"
-    (
-        "once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3 "
-        "then keep a shard only)."
-    )
+    """once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3
+    then keep a shard only)."""
 
 
 @dataclass(frozen=True)

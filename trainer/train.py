@@ -186,8 +186,7 @@ def check_tower(run: Run, resumed: Resumed) -> None:
     if before and now and before != now:
         raise UserError(
             f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
-            f"model.stored is "
-            f"{now[:12]}): give that tower again, or begin another run.directory"
+            f"model.stored is {now[:12]}): give that tower again, or begin another run.directory"
         )
 
 

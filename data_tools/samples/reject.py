@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 REASONS = {
-    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an "
-    "object)",
+    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an object)",
     "not_utf8": "a row, caption or .json that is not UTF-8 (Latin-1 perhaps: iconv -f LATIN1 -t UTF-8)",
     "not_json": "a row or .json that is broken JSON",
     "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted comma perhaps)",

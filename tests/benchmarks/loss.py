@@ -286,17 +286,15 @@ def summary(rows: list[Row]) -> list[str]:
         if floor and ours:
             said.append(
                 f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / floor.seconds:.2f}x the time of the "
-                f"matrix products alone, "
-                f"{ours.cpu / floor.cpu:.2f}x their CPU seconds"
+                f"matrix products alone, {ours.cpu / floor.cpu:.2f}x their CPU seconds"
             )
         if peers and ours:
             wall, cpu = (min(peers, key=lambda row, key=key: getattr(row, key)) for key in ("seconds", "cpu"))
             least = min(row.tensors for row in peers)
             said.append(
                 f"{case.ranks} ranks, b={case.rows}: ring takes {ours.seconds / wall.seconds:.2f}x the time of "
-                f"{wall.variant}, "
-                f"{ours.cpu / cpu.cpu:.2f}x the CPU seconds of {cpu.variant}, {ours.tensors / least:.2f}x the memory "
-                f"of the leanest peer"
+                f"{wall.variant}, {ours.cpu / cpu.cpu:.2f}x the CPU seconds of {cpu.variant}, "
+                f"{ours.tensors / least:.2f}x the memory of the leanest peer"
             )
     return said
 

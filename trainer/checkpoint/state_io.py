@@ -236,8 +236,7 @@ def load_weights(model: nn.Module, where: Path, only_trained: bool = False, aver
         if tower != ours:
             raise UserError(
                 f"{folder} was trained on stored embeddings of another tower (fingerprint {tower[:12]}, that of the "
-                f"recipe's path "
-                f"is {ours[:12]} now): put the pretrained tower back"
+                f"recipe's path is {ours[:12]} now): put the pretrained tower back"
             )
     averages = _averages(folder) if average else {}
     with torch.no_grad():

@@ -68,8 +68,7 @@ def init(timeout_seconds: float = 600.0) -> None:
             raise
         raise RunFailed(
             f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken: end the ranks of an earlier "
-            f"start if some are "
-            "left, or take another (deepspeed --master_port N, torchrun --master-port N)"
+            "start if some are left, or take another (deepspeed --master_port N, torchrun --master-port N)"
         ) from error
 
 

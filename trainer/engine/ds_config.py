@@ -27,10 +27,8 @@ class EngineSettings(Settings):
     """How DeepSpeed holds the model."""
 
     ds_config: str = "zero1"
-    (
-        "Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: "
-        "where tensors live."
-    )
+    """Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: where
+    tensors live."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 computes the towers under torch autocast; weights, gradients, optimizer and loss are float32 either way.
     auto: bf16 where the processor has bf16 matrix units, else fp32, which is then several times faster; all ranks of a
@@ -81,11 +79,9 @@ REFUSED = {
     "gradient_allreduce_op": "a sum over ranks is not the gradient of the global batch; RingLIP averages",
     "sparse_gradients": "it changes how embeddings are averaged and is untested with the two-pass step",
     "elasticity": "DeepSpeed has removed elastic training; a RingLIP checkpoint resumes on any number of ranks",
-    "zero_force_ds_cpu_optimizer": "RingLIP always steps with torch's AdamW, so that every ds_config gives the same "
-    "weights",
+    "zero_force_ds_cpu_optimizer": "RingLIP always steps with torch's AdamW, so that every ds_config gives the same weights",
     "zero_allow_untested_optimizer": "RingLIP sets it",
-    "zero_optimization.round_robin_gradients": "it reorders gradients between ranks and is not exact with gradient "
-    "inspection",
+    "zero_optimization.round_robin_gradients": "it reorders gradients between ranks and is not exact with gradient inspection",
     "zero_optimization.compute_grad_norm": "optim.clip and the guard against spikes need the norm of the gradient",
     "zero_optimization.zero_quantized_gradients": "quantised gradients are not exact",
     "zero_optimization.zero_quantized_weights": "quantised weights are not exact",
@@ -97,8 +93,7 @@ REFUSED = {
 """Keys that would change the result, and how."""
 
 NVME = {
-    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after one step, once tensors are large "
-    "enough to be swapped)",
+    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after one step, once tensors are large enough to be swapped)",
     "offload_param": "weights on NVMe are exact but cannot be put back from a checkpoint",
 }
 

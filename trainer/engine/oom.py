@@ -12,8 +12,7 @@ from trainer.core.types import SharedOutOfMemory, UserError, is_out_of_memory
 
 REMEDY = (
     "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), "
-    "model.recompute, "
-    "or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
+    "model.recompute, or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
 )
 LOSS_REMEDY = (
     "lower loss.rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
@@ -56,8 +55,7 @@ class OutOfMemory:
         if self._communicates and not isinstance(error, SharedOutOfMemory):
             raise UserError(
                 f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the "
-                f"other ranks, which only "
-                f"leaves the last checkpoint: {REMEDY}"
+                f"other ranks, which only leaves the last checkpoint: {REMEDY}"
             ) from error
         self.here = True
         error.__traceback__ = None  # its frames hold the tensors that filled the memory

@@ -56,13 +56,11 @@ def reading(key: str, path: str, what: str) -> Iterator[None]:
         if _unreachable(error):
             raise RunFailed(
                 f"{key} {path!r} is no directory here, and {what} could not be fetched from the Hugging Face hub (no "
-                f"network, or "
-                "HF_HUB_OFFLINE?): give a directory, or download it where there is a network"
+                "network, or HF_HUB_OFFLINE?): give a directory, or download it where there is a network"
             ) from error
         raise UserError(
             f"{key} {path!r} is neither a directory here nor a name on the Hugging Face hub whose "
-            f"{what.removeprefix('its ')} can be read "
-            f"({_words(error)})"
+            f"{what.removeprefix('its ')} can be read ({_words(error)})"
         ) from error
 
 

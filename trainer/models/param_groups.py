@@ -29,15 +29,11 @@ class RateSettings(Settings):
     text: float = Field(default=1.0, gt=0)
     "Factor on the rate of the text tower."
     head: float = Field(default=1.0, gt=0)
-    (
-        "Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move "
-        "them."
-    )
+    """Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move
+    them."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    (
-        "Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 "
-        "usual when finetuning."
-    )
+    """Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 usual
+    when finetuning."""
 
 
 class ParameterGroup(NamedTuple):

@@ -39,10 +39,8 @@ class StoredSettings(Settings):
     """Train on stored embeddings of a locked tower: it is never run, and its inputs are never decoded."""
 
     image: str | None = None
-    (
-        "Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. "
-        "null: run the tower."
-    )
+    """Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. null:
+    run the tower."""
     text: str | None = None
     "The same for the text tower; needs model.lock.text and one caption a picture."
 

@@ -23,10 +23,8 @@ class ModelSettings(Settings):
     path: str | None = None
     "Directory or hub name of a Hugging Face CLIP or SigLIP model; its weights, temperature and bias are kept."
     config: dict[str, Any] | None = None
-    (
-        "A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config, "
-        "text_config, ...)."
-    )
+    """A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config,
+    text_config, ...)."""
     image: TowerSettings | None = None
     "A pair instead: any Hugging Face vision model ..."
     text: TowerSettings | None = None
@@ -34,34 +32,24 @@ class ModelSettings(Settings):
     embed_dim: int = Field(default=512, gt=0)
     "Width of the embeddings of a new pair."
     tokenizer: str | None = None
-    (
-        "Directory or hub name of a tokenizer; needed with config, otherwise the one in path. The vocabulary size is "
-        "taken from it."
-    )
+    """Directory or hub name of a tokenizer; needed with config, otherwise the one in path. The vocabulary size is taken
+    from it."""
     token_bottleneck: int | None = Field(default=None, gt=0)
-    (
-        "Numbers that a token of a new text tower is looked up as before they are widened: for large vocabularies "
-        "(mSigLIP). null: full width."
-    )
+    """Numbers that a token of a new text tower is looked up as before they are widened: for large vocabularies
+    (mSigLIP). null: full width."""
     image_size: int | None = Field(default=None, gt=0)
     "Side of the square pictures in pixels; null: what the model says. Pretrained position embeddings are resampled."
     num_patches: int | None = Field(default=None, gt=0, lt=65536)
-    (
-        "NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the "
-        "checkpoint's processor says."
-    )
+    """NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the
+    checkpoint's processor says."""
     num_tokens: int | None = Field(default=None, gt=0)
     "Context length in tokens; null: what the model says."
     scale: float | None = Field(default=None, gt=0)
-    (
-        "Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343), "
-        "1/0.07 for a new CLIP."
-    )
+    """Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343),
+    1/0.07 for a new CLIP."""
     bias: float | None = None
-    (
-        "Initial b, added to the logits; null: what path holds, -10 for a new SigLIP, none for CLIP. A number gives a "
-        "CLIP model a bias."
-    )
+    """Initial b, added to the logits; null: what path holds, -10 for a new SigLIP, none for CLIP. A number gives a CLIP
+    model a bias."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     "Attention implementation of transformers."
 

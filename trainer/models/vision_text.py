@@ -35,15 +35,11 @@ class TowerSettings(Settings):
     """One tower of a pair: pretrained, or new."""
 
     path: str | None = None
-    (
-        "Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or "
-        "SigLIP: its tower."
-    )
+    """Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or
+    SigLIP: its tower."""
     config: dict[str, Any] | None = None
-    (
-        "A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's "
-        "config.json."
-    )
+    """A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's
+    config.json."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TowerSettings:
@@ -75,8 +71,7 @@ def pair_config(vision: PretrainedConfig, text: PretrainedConfig, embed_dim: int
     if vision.model_type in ("resnet", "regnet"):
         raise UserError(
             f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel "
-            f"cannot read: "
-            "take efficientnet or convnext"
+            "cannot read: take efficientnet or convnext"
         )
     if not hasattr(
         vision, "hidden_size"

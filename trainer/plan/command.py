@@ -80,9 +80,8 @@ def _of_teacher(job: Job) -> list[str]:
     if job.teacher is None:
         return []
     return [
-        f"teacher: {job.teacher.count / 1e6:.1f} M parameters, whole on every GPU "
-        f"({job.teacher.parameters / GIB:.2f} GiB), its "
-        f"forward pass and the divergence are counted",
+        f"teacher: {job.teacher.count / 1e6:.1f} M parameters, whole on every GPU ({job.teacher.parameters / GIB:.2f} "
+        "GiB), its forward pass and the divergence are counted",
         *([job.teacher.note] if job.teacher.note else []),
     ]
 
@@ -155,8 +154,7 @@ def advice(result: Plan, job: Job, recipe: str, overrides: list[str], gpus: int,
     need = same.peak.total / GIB
     lines = [
         f"NOTHING FITS {result.budget / GIB:.1f} GiB: the least that this recipe takes is {need:.1f} GiB a GPU, one "
-        f"pair at a time, with "
-        f"{same.ds_config}, {same.way.label} (most of it "
+        f"pair at a time, with {same.ds_config}, {same.way.label} (most of it "
         f"{max(same.peak.parts, key=lambda part: same.peak.parts[part])})"
     ]
     card = need * GIB / 0.95 + RESERVE

@@ -21,9 +21,8 @@ def gallery_html(gallery: dict[str, Any]) -> str:
         else "the cosine of picture and caption"
     )
     parts = [
-        f"<h2>Pictures and captions</h2><p>Held-out queries, drawn at random among those that are answered right and "
-        f"those that are not, "
-        f"with their five best answers. Numbers are {said}; green marks what belongs together.</p>"
+        "<h2>Pictures and captions</h2><p>Held-out queries, drawn at random among those that are answered right and "
+        f"those that are not, with their five best answers. Numbers are {said}; green marks what belongs together.</p>"
     ]
     for dataset in gallery["datasets"]:
         if len(gallery["datasets"]) > 1:

@@ -183,8 +183,7 @@ def _results(facts: Facts) -> str:
     against = f" The base is {escape(str(evaluation['against']))}." if base else ""
     note = (
         "± is the standard error; at most, what a perfect model would reach, since nothing can tell apart what is "
-        "the same to the last "
-        "pixel or letter. Ties count as the chance to win them."
+        "the same to the last pixel or letter. Ties count as the chance to win them."
     )
     table = (
         f"<div "

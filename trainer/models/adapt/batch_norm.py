@@ -25,8 +25,7 @@ def fixed_batch_norms(towers: nn.Module, pretrained: bool) -> list[nn.Module]:
     if layers and not pretrained:
         raise UserError(
             "model.image.config: a new tower with batch normalisation has no statistics to keep, and those of a "
-            "micro-batch would make the "
-            "gradient depend on it: start from a pretrained one (model.image.path), or from one with layer norms "
-            "(convnext, vit)"
+            "micro-batch would make the gradient depend on it: start from a pretrained one (model.image.path), or "
+            "from one with layer norms (convnext, vit)"
         )
     return layers

@@ -17,18 +17,13 @@ class LockSettings(Settings):
     image: bool = False
     "Lock the image tower (LiT); the projection of a pair, which is new, trains all the same."
     image_layers: int = Field(default=0, ge=0)
-    (
-        "Last layers of a locked image tower that train all the same, with its final norm, pooling head and "
-        "projection; "
-        "0: none of it trains."
-    )
+    """Last layers of a locked image tower that train all the same, with its final norm, pooling head and projection; 0:
+    none of it trains."""
     text: bool = False
     "Lock the text tower."
     text_layers: int = Field(default=0, ge=0)
-    (
-        "Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it "
-        "trains."
-    )
+    """Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it
+    trains."""
     scale: bool = False
     "Keep the temperature and the bias."
 

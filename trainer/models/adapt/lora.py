@@ -42,10 +42,8 @@ class LoraSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     "Dropout on the adapter's input."
     targets: str | list[str] = "all-linear"
-    (
-        "Modules that get an adapter: all-linear, a list of names (q_proj, fc1, ... or longer ones), or one regular "
-        "expression on full names."
-    )
+    """Modules that get an adapter: all-linear, a list of names (q_proj, fc1, ... or longer ones), or one regular
+    expression on full names."""
     towers: Literal["both", "image", "text"] = "both"
     "Which tower is adapted; the other one stays as it is."
     rslora: bool = False
@@ -57,10 +55,8 @@ class LoraSettings(Settings):
     path: str | None = None
     "An adapter directory to start from; its base must be this model."
     base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
-    (
-        "How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training; int8 and nf4 "
-        "round (GPU, bitsandbytes)."
-    )
+    """How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training; int8 and nf4 round
+    (GPU, bitsandbytes)."""
 
     @model_validator(mode="after")
     def _dora_reads_weights(self) -> LoraSettings:
@@ -223,8 +219,7 @@ def load_adapter(towers: PreTrainedModel, folder: str, base: str | None) -> None
     if recorded and base and recorded != base:
         raise UserError(
             f"model.lora.path {folder!r} was trained on another base (digest {recorded[:12]}, this model's weights "
-            f"{base[:12]}): "
-            "set model.path to the model it was trained on"
+            f"{base[:12]}): set model.path to the model it was trained on"
         )
     weights = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
     shapes = {

@@ -27,10 +27,8 @@ class MaskSettings(Settings):
     tokens_kept: Literal["first", "random", "block"] = "first"
     "Which tokens of a longer caption stay, in their order: the first, random ones, or a random stretch."
     unmasked: float = Field(default=0.0, ge=0, le=1)
-    (
-        "Fraction at the end of the run that trains on whole pictures and captions, which closes most of the gap to "
-        "training without a mask."
-    )
+    """Fraction at the end of the run that trains on whole pictures and captions, which closes most of the gap to
+    training without a mask."""
 
 
 class PatchDrop:

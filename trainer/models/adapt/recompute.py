@@ -29,10 +29,8 @@ class RecomputeSettings(Settings):
     """Which layers forget their activations and compute them again when the gradient needs them."""
 
     image: Layers = "none"
-    (
-        "Layers of the image tower: none, all, or k for every k-th. Each chosen layer keeps one activation instead of "
-        "about fifteen."
-    )
+    """Layers of the image tower: none, all, or k for every k-th. Each chosen layer keeps one activation instead of
+    about fifteen."""
     text: Layers = "none"
     "The same for the text tower."
     offload: bool = False

@@ -88,9 +88,8 @@ class Watchdog:
     def _unreachable(self, port: int, why: str) -> UserError:
         return UserError(
             f"rank {distributed.rank()} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{os.environ.get('MASTER_ADDR', '127.0.0.1')} port "
-            f"{port} ({why}): let nodes connect to each other on all ports, or set run.silence=0 to do without the "
-            f"watchdog"
+            f"{os.environ.get('MASTER_ADDR', '127.0.0.1')} port {port} ({why}): let nodes connect to each other on "
+            "all ports, or set run.silence=0 to do without the watchdog"
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
