@@ -65,7 +65,7 @@ class Lesson:
         self.loss, self.teacher, self.sizes, self.traffic = loss, teacher, sizes, {}
         for part in loss.modules():
             if isinstance(part, PairLoss) and teacher.text.dtype == torch.float64:
-                part.wire_gradient = torch.float64  # a recipe's gradients travel as float32 at most
+                part.comm_gradient_dtype = torch.float64  # a recipe's gradients travel as float32 at most
 
     def __call__(self, z: Embeddings) -> Tensor:
         start = sum(self.sizes[: distributed.rank()])
@@ -94,13 +94,13 @@ def lesson_errors(
 def test_the_divergence_and_its_gradients_are_the_dense_ones(
     sizes: list[int], dtype: torch.dtype, t: float, limit: float
 ) -> None:
-    found = lesson_errors(lambda: AffinityLoss(rows=5), divergence, sizes, dtype, t)
+    found = lesson_errors(lambda: AffinityLoss(tile_rows=5), divergence, sizes, dtype, t)
     assert max(found.values()) <= limit, found
 
 
 @pytest.mark.parametrize("exchange", ["bidirectional", "gather"])
 def test_other_exchanges_say_the_same(exchange: Any) -> None:
-    found = lesson_errors(lambda: AffinityLoss(rows=5, exchange=exchange), divergence, [9, 12, 4], torch.float64)
+    found = lesson_errors(lambda: AffinityLoss(tile_rows=5, exchange=exchange), divergence, [9, 12, 4], torch.float64)
     assert max(found.values()) <= 1e-12, found
 
 
@@ -108,7 +108,9 @@ def test_other_exchanges_say_the_same(exchange: Any) -> None:
 def test_it_adds_to_the_main_loss_by_its_weight(main: str) -> None:
     def loss() -> TaughtLoss:
         return TaughtLoss(
-            SigmoidLoss(rows=5) if main == "sigmoid" else SoftmaxLoss(rows=5), 2.5, SigmoidSettings(rows=5)
+            SigmoidLoss(tile_rows=5) if main == "sigmoid" else SoftmaxLoss(tile_rows=5),
+            2.5,
+            SigmoidSettings(tile_rows=5),
         )
 
     found = lesson_errors(
@@ -122,7 +124,7 @@ def test_it_adds_to_the_main_loss_by_its_weight(main: str) -> None:
 
 def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn() -> None:
     z = dense_losses.take(dense_losses.batch(23, b=0.0), [23], 0)
-    loss = AffinityLoss(rows=5)(z._replace(teacher=Embeddings(*(value.detach() for value in z[:4]))))
+    loss = AffinityLoss(tile_rows=5)(z._replace(teacher=Embeddings(*(value.detach() for value in z[:4]))))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert z.image.grad is not None and z.image.grad.norm() < 1e-6
@@ -153,7 +155,7 @@ def tiny_teacher() -> Any:
 
 def taught_steps(case: Case, micro_batches: list[int | None]) -> list[tuple[float, dict[str, Tensor]]]:
     engine, teacher = case.engine(), Teacher(tiny_teacher(), "tiny")
-    loss = TaughtLoss(SigmoidLoss(rows=3), WEIGHT, SigmoidSettings(rows=3))
+    loss = TaughtLoss(SigmoidLoss(tile_rows=3), WEIGHT, SigmoidSettings(tile_rows=3))
     batch = local_slice(global_batch(case.rows))
     found = []
     for rows in micro_batches:
@@ -269,9 +271,9 @@ def test_a_teacher_sees_what_the_student_sees(teachers: Path) -> None:
 
 
 def test_stored_embeddings_show_a_teacher_nothing(recipe: Path, teachers: Path) -> None:
-    stored = [f"model={{path: {teachers / 'one'}, lock: {{image: true}}, stored: {{image: tiny}}}}"]
+    stored = [f"model={{path: {teachers / 'one'}, lock: {{image: true}}, precomputed: {{image: tiny}}}}"]
     text = run_ranks(mistake, 1, recipe, *stored, f"distill.teacher={teachers / 'other'}")[0]
-    assert "take model.stored out" in text
+    assert "take model.precomputed out" in text
 
 
 def test_the_planner_counts_the_teacher(teachers: Path, recipe: Path) -> None:

@@ -28,7 +28,7 @@ from trainer.runtime.signals import EXIT_AGAIN
 
 ROWS = 80
 DAMAGED = 7
-LOCKED, STORED = "model.lock.image=true", "model.stored.image=tiny"
+LOCKED, STORED = "model.lock.image=true", "model.precomputed.image=tiny"
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,9 @@ def embedded(world: Path) -> Path:
     recipe = world / "recipe.yaml"
     assert run_ranks(embed.main, 2, [str(recipe), STORED]) == [0, 0]
     for options in (
-        [str(recipe), "model.stored.image=tiny8", "--storage", "int8"],
-        [str(recipe), "model.lock={text: true}", "model.stored.text=words"],
-        [str(world / "pair.yaml"), "model.stored.image=vit"],
+        [str(recipe), "model.precomputed.image=tiny8", "--storage", "int8"],
+        [str(recipe), "model.lock={text: true}", "model.precomputed.text=words"],
+        [str(world / "pair.yaml"), "model.precomputed.image=vit"],
     ):
         assert run_ranks(embed.main, 1, options) == [0]
     return world
@@ -118,7 +118,7 @@ def test_the_curve_is_that_of_the_tower_that_is_run(embedded: Path, tmp_path: Pa
     run = train(1, recipe, tmp_path / "run", LOCKED, "engine.ds_config=zero0", "batch.micro_batch=16")
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     stored = train(ranks, recipe, tmp_path / "stored", STORED, config)
-    eighth = train(ranks, recipe, tmp_path / "int8", "model.stored.image=tiny8", config)
+    eighth = train(ranks, recipe, tmp_path / "int8", "model.precomputed.image=tiny8", config)
     print(f"largest difference of the loss: fp16 {worst(run, stored):.1e}, int8 {worst(run, eighth):.1e}")
     assert worst(run, stored) < 1e-4
     assert worst(run, eighth) < 2e-3
@@ -128,8 +128,8 @@ def test_the_curve_is_that_of_the_tower_that_is_run(embedded: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("recipe", "run", "stored"),
     [
-        ("recipe.yaml", ["model.lock={text: true}"], ["model.stored.text=words"]),
-        ("pair.yaml", ["engine.ds_config=zero3"], ["model.stored.image=vit"]),
+        ("recipe.yaml", ["model.lock={text: true}"], ["model.precomputed.text=words"]),
+        ("pair.yaml", ["engine.ds_config=zero3"], ["model.precomputed.image=vit"]),
         ("recipe.yaml", ["engine.ds_config=zero1"], [STORED, "data.cache_decoded=0"]),
     ],
     ids=["text", "a pair whose projection trains", "read row by row"],
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_and_the_manifest_comes_last(
         written.append(part)
 
     monkeypatch.setattr(storing.ColumnWriter, "write", write)
-    command = [str(world / "recipe.yaml"), "model.stored.image=again", "--data", str(copy)]
+    command = [str(world / "recipe.yaml"), "model.precomputed.image=again", "--data", str(copy)]
     with pytest.raises(Killed):
         embed.main(command)
     assert "again" not in json.loads((copy / "manifest.json").read_text()).get("columns", {})
@@ -266,7 +266,8 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
     assert run_ranks(saved_with_another_tower, 1, embedded / "recipe.yaml", *run, "run.samples=32") == [0]
     [text] = run_ranks(mistake, 1, embedded / "recipe.yaml", *run)
     assert (
-        "was trained on stored embeddings of another tower (fingerprint 000000000000, that of model.stored is " in text
+        "was trained on stored embeddings of another tower (fingerprint 000000000000, that of model.precomputed is "
+        in text
     )
 
 
@@ -285,12 +286,12 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["model.stored.image=nothing"], "are not there, or not finished (columns: "),
+        (["model.precomputed.image=nothing"], "are not there, or not finished (columns: "),
         (["model.path={world}/other", STORED], "were made by another tower (fingerprint"),
-        (["model.stored.image=vit"], "have shape [80, 48], the tower gives 32 numbers a sample"),
-        (["model.stored.image=words"], "are of the text tower"),
+        (["model.precomputed.image=vit"], "have shape [80, 48], the tower gives 32 numbers a sample"),
+        (["model.precomputed.image=words"], "are of the text tower"),
         (
-            ["model.lock={text: true}", "model.stored.text=words", "data.caption=other"],
+            ["model.lock={text: true}", "model.precomputed.text=words", "data.caption=other"],
             "data.caption asks for ['other']",
         ),
         (["model.lock.image=false", STORED], "only a tower that never changes can be stored: model.lock.image=true"),
@@ -298,9 +299,9 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
         (["model.image_size=32", STORED], "were made by another tower"),
         ([STORED, "data.augment.flip=0.5"], "data.augment: stored image embeddings are of the whole pictures"),
         ([STORED, "model.mask.drop=0.5"], "cannot be dropped"),
-        (["model.stored.image=../../x"], "'model.stored.image': '../../x' cannot name a column"),
-        (["model.stored.image=''"], "'model.stored.image': '' cannot name a column"),
-        (["model.stored={image: a, text: b}"], "one tower can be stored"),
+        (["model.precomputed.image=../../x"], "'model.precomputed.image': '../../x' cannot name a column"),
+        (["model.precomputed.image=''"], "'model.precomputed.image': '' cannot name a column"),
+        (["model.precomputed={image: a, text: b}"], "one tower can be stored"),
     ],
 )
 def test_a_mistake_is_one_clear_line(embedded: Path, tmp_path: Path, overrides: list[str], says: str) -> None:

@@ -41,7 +41,7 @@ def payload_and_sums(world, exchange, node_size, rows, payload_bytes, sum_bytes)
 def check_exchange(world, exchange, node_size=None):
     sizes = uneven(world)
     batches = [dense_losses.batch(sum(sizes), t=t, b=b) for t, b in TEMPERATURES]
-    make = lambda: SigmoidLoss(rows=5, exchange=exchange, node_size=node_size)  # noqa: E731
+    make = lambda: SigmoidLoss(tile_rows=5, exchange=exchange, node_size=node_size)  # noqa: E731
     for found, z in zip(dense_losses.errors(make, dense_losses.sigmoid, batches, sizes), batches, strict=True):
         assert max(found.values()) <= 1e-6, (z.scale, z.bias, found)
     ranks = run_ranks(dense_losses.on_ranks, world, make, batches[:1], sizes)
@@ -80,7 +80,7 @@ def test_more_slices_of_a_larger_batch(monkeypatch):
     monkeypatch.setattr("trainer.losses.topology.SLICE_ROWS", 20)  # eight of 150 rows
     for exchange in EXCHANGES:
         sizes = [130, 7, 150, 128]
-        make = partial(SigmoidLoss, rows=60, exchange=exchange, node_size=2)
+        make = partial(SigmoidLoss, tile_rows=60, exchange=exchange, node_size=2)
         (found,) = dense_losses.errors(make, dense_losses.sigmoid, [dense_losses.batch(sum(sizes))], sizes)
         assert max(found.values()) <= 1e-6
 
@@ -88,12 +88,12 @@ def test_more_slices_of_a_larger_batch(monkeypatch):
 def test_traffic_of_equal_batches_is_the_docstrings_formula():
     """Each rank sends (W - 1) b d e + W b d 4 on the ring."""
     world, rows, width = 3, 8, 32
-    for wire, gradient, e, g in (
+    for comm_dtype, gradient, e, g in (
         (None, "float32", 4, 4),
         ("bfloat16", "float32", 2, 4),
         ("bfloat16", "bfloat16", 2, 2),
     ):
-        make = partial(SigmoidLoss, wire=wire, wire_gradient=gradient)
+        make = partial(SigmoidLoss, comm_dtype=comm_dtype, comm_gradient_dtype=gradient)
         for (_, _, sent), *_ in run_ranks(
             dense_losses.on_ranks, world, make, [dense_losses.batch(24, width)], [rows] * world
         ):
@@ -134,7 +134,7 @@ def test_no_process_group_and_both_shapes_of_scale():
         z = z._replace(
             scale=z.scale.detach().reshape(shape).requires_grad_(), bias=z.bias.detach().reshape(shape).requires_grad_()
         )
-        SigmoidLoss(rows=4)(z).backward()
+        SigmoidLoss(tile_rows=4)(z).backward()
         assert z.scale.grad.shape == z.scale.shape and z.bias.grad.shape == z.bias.shape
 
 
@@ -159,7 +159,7 @@ def test_evaluation_does_no_gradient_work():
 
     def work():
         mine = dense_losses.take(dense_losses.batch(12), [6, 6], dist.get_rank())
-        loss = SigmoidLoss(rows=4)
+        loss = SigmoidLoss(tile_rows=4)
         with torch.no_grad():
             value = loss(mine)
         assert not value.requires_grad and not loss.traffic["sums"] and loss.traffic["text"]
@@ -200,7 +200,7 @@ def test_float64_embeddings_pass_gradcheck_precision():
         scale=torch.tensor([30.0], dtype=torch.float64), bias=torch.tensor(-3.0).double()
     )
     z = dense_losses.take(batch, [13], 0)
-    SigmoidLoss(rows=4)(z).backward()
+    SigmoidLoss(tile_rows=4)(z).backward()
     gradients = torch.autograd.grad(dense_losses.sigmoid(z), z[:4])
     for leaf, gradient in zip(z[:4], gradients, strict=True):
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-14)
@@ -221,7 +221,7 @@ def test_bf16_embeddings_err_less_than_their_rounding(t):
     (exact_loss, exact), (rounded_loss, best) = gradients(full), gradients(rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the loss does not let autocast in
         z = dense_losses.take(rounded, [96], 0)
-        loss = SigmoidLoss(rows=40)(z)
+        loss = SigmoidLoss(tile_rows=40)(z)
     loss.backward()
     assert loss.dtype == torch.float32 and z.image.grad.dtype == torch.bfloat16
     assert abs(loss.item() - rounded_loss) <= abs(rounded_loss - exact_loss)
@@ -233,14 +233,14 @@ def test_the_wires_dtype_rounds_alike_on_any_number_of_ranks():
     full = dense_losses.batch(24)
     rounded = full._replace(text=full.text.bfloat16().float())
     for sizes in ([24], [10, 14]):
-        ranks = run_ranks(dense_losses.on_ranks, len(sizes), partial(SigmoidLoss, wire="bfloat16"), [full], sizes)
+        ranks = run_ranks(dense_losses.on_ranks, len(sizes), partial(SigmoidLoss, comm_dtype="bfloat16"), [full], sizes)
         truth = dense_losses.sigmoid(Embeddings(*[value.double() for value in rounded[:4]]))
         assert sum(rank[0][0] for rank in ranks) / len(sizes) == pytest.approx(truth.item(), rel=1e-6)
 
 
 def test_bf16_sums_are_rounded_only_on_the_wire():
     (found,) = dense_losses.errors(
-        partial(SigmoidLoss, wire_gradient="bfloat16"), dense_losses.sigmoid, [dense_losses.batch(24)], [8, 8, 8]
+        partial(SigmoidLoss, comm_gradient_dtype="bfloat16"), dense_losses.sigmoid, [dense_losses.batch(24)], [8, 8, 8]
     )
     assert found["image"] <= 1e-6 and 1e-6 < found["text"] <= 3 * 2**-9  # a rounding for each of three hops
 
@@ -250,7 +250,7 @@ def test_precision_set_outside_changes_nothing_and_is_left_as_it_was():
     before, seen = backend.fp32_precision, []
     backend.fp32_precision = "bf16"
     try:
-        hook = SigmoidLoss(rows=4)
+        hook = SigmoidLoss(tile_rows=4)
         objective = hook.objective
 
         def spy(pairs, *sides):
@@ -334,7 +334,7 @@ def _fail_at_hop(exchange, how, patience):
     rank = dist.get_rank()
     group = dist.new_group(timeout=timedelta(seconds=patience))
     z = dense_losses.take(dense_losses.batch(64), [16] * 4, rank)
-    loss = SigmoidLoss(rows=8, exchange=exchange, node_size=2, group=group)
+    loss = SigmoidLoss(tile_rows=8, exchange=exchange, node_size=2, group=group)
     if rank == 2:
         seen = []
         objective = loss.objective
@@ -416,7 +416,7 @@ def test_running_out_of_memory_on_one_rank_is_known_to_all_and_leaves_nobody_wai
     def work():
         rank = dist.get_rank()
         z = dense_losses.take(dense_losses.batch(64), [16] * 4, rank)
-        module = loss(rows=8, exchange=exchange, node_size=2)
+        module = loss(tile_rows=8, exchange=exchange, node_size=2)
         before = module(z).item()
         target, name, call = (
             (exchange_module._Traversal, "__init__", 0) if where == "buffers" else (Pairs, "_against", 3)
@@ -453,8 +453,13 @@ def test_hierarchical_asks_every_launcher_how_many_ranks_a_node_has(monkeypatch)
 
 
 def test_build_makes_what_the_recipe_says():
-    loss = build(SigmoidSettings(rows=64, exchange="bidirectional", wire="bfloat16", same_group="mask"))
+    loss = build(SigmoidSettings(tile_rows=64, exchange="bidirectional", comm_dtype="bfloat16", same_group="mask"))
     assert isinstance(loss, SigmoidLoss)
-    assert (loss.rows, loss.exchange, loss.wire, loss.same_group) == (64, "bidirectional", torch.bfloat16, "mask")
+    assert (loss.tile_rows, loss.exchange, loss.comm_dtype, loss.same_group) == (
+        64,
+        "bidirectional",
+        torch.bfloat16,
+        "mask",
+    )
     with pytest.raises(UserError, match=r"loss\.rows"):
-        SigmoidLoss(rows=0)
+        SigmoidLoss(tile_rows=0)

@@ -38,7 +38,7 @@ for rows, columns, width, t, b, shift in cases:
 sigmoid.fused_kernel = lambda image: sigmoid_tile
 for sizes in ([37], [20, 17]):
     batches = [dense.batch(sum(sizes), t=t, b=b) for t, b in ((10., -10.), (120., 0.))]
-    for found in dense.errors(lambda: SigmoidLoss(rows=12), dense.sigmoid, batches, sizes):
+    for found in dense.errors(lambda: SigmoidLoss(tile_rows=12), dense.sigmoid, batches, sizes):
         assert max(found.values()) <= 1e-6, found
 print("kernel agrees")
 """

@@ -43,7 +43,7 @@ def test_sigmoid_and_groups(sizes, same_group):
             return dense_losses.sigmoid(z, positives=dense_losses.same(z))
         return dense_losses.sigmoid(z, weight=(~dense_losses.same(z) | dense_losses.eye(z)).double())
 
-    check(lambda: SigmoidLoss(rows=5, same_group=same_group), reference, sizes)
+    check(lambda: SigmoidLoss(tile_rows=5, same_group=same_group), reference, sizes)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
@@ -65,7 +65,7 @@ def test_extreme_negatives_of_the_global_batch(sizes, keep, same_group):
         return dense_losses.sigmoid(z, weight=(kept | dense_losses.eye(z)).double())
 
     check(
-        lambda: SigmoidLoss(rows=5, same_group=same_group, negatives=NegativeSettings(keep=keep, ratio=2.5)),
+        lambda: SigmoidLoss(tile_rows=5, same_group=same_group, negatives=NegativeSettings(keep=keep, ratio=2.5)),
         reference,
         sizes,
         MILD,
@@ -79,7 +79,7 @@ def test_random_negatives_do_not_depend_on_ranks_and_come_at_the_ratio():
 
     def run(sizes, rows, samples_seen, exchange="ring"):
         def make():
-            loss = SigmoidLoss(rows=rows, exchange=exchange, negatives=settings)
+            loss = SigmoidLoss(tile_rows=rows, exchange=exchange, negatives=settings)
             loss.progress(samples_seen, 10_000)
             return loss
 
@@ -109,7 +109,7 @@ def test_weighted_negatives(sizes):
     def reference(z):
         return dense_losses.sigmoid(z, weight=torch.where(dense_losses.eye(z), 1.0, 0.125))
 
-    check(lambda: SigmoidLoss(rows=7, negatives=NegativeSettings(weight=0.125)), reference, sizes)
+    check(lambda: SigmoidLoss(tile_rows=7, negatives=NegativeSettings(weight=0.125)), reference, sizes)
 
 
 def test_negatives_warm_up_from_one_per_positive():
@@ -117,7 +117,7 @@ def test_negatives_warm_up_from_one_per_positive():
     assert settings.ratio_at(0, 1000, 64) == 1
     assert settings.ratio_at(250, 1000, 64) == pytest.approx(63**0.5)
     assert settings.ratio_at(500, 1000, 64) is None
-    loss, z = SigmoidLoss(rows=7, negatives=settings), dense_losses.batch(64)
+    loss, z = SigmoidLoss(tile_rows=7, negatives=settings), dense_losses.batch(64)
     seen = []
     for samples in (0, 250, 400, 500):
         loss.progress(samples, 1000)
@@ -138,7 +138,7 @@ def test_matched_samples_keep_the_number_of_scored_pairs():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_softmax(sizes, smoothing):
     check(
-        lambda: SoftmaxLoss(rows=5, label_smoothing=smoothing),
+        lambda: SoftmaxLoss(tile_rows=5, label_smoothing=smoothing),
         partial(dense_losses.softmax, smoothing=smoothing),
         sizes,
         near=0.35,
@@ -154,7 +154,7 @@ def test_softmax_shares_the_target_among_a_group(sizes, smoothing):
         values = dense_losses.logits(z)
         return -(target * (values.log_softmax(1) + values.log_softmax(0))).sum() / (2 * rows)
 
-    check(lambda: SoftmaxLoss(rows=5, same_group="positive", label_smoothing=smoothing), reference, sizes)
+    check(lambda: SoftmaxLoss(tile_rows=5, same_group="positive", label_smoothing=smoothing), reference, sizes)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
@@ -163,7 +163,7 @@ def test_softmax_masks_a_group(sizes):
         values = dense_losses.logits(z).masked_fill(dense_losses.same(z) & ~dense_losses.eye(z), float("-inf"))
         return -(values.log_softmax(1).diagonal() + values.log_softmax(0).diagonal()).mean() / 2
 
-    check(lambda: SoftmaxLoss(rows=5, same_group="mask"), reference, sizes, near=0.35)
+    check(lambda: SoftmaxLoss(tile_rows=5, same_group="mask"), reference, sizes, near=0.35)
     with pytest.raises(UserError, match="label_smoothing"):
         SoftmaxLoss(same_group="mask", label_smoothing=0.1)
 
@@ -183,7 +183,7 @@ def test_queue_holds_past_texts_in_their_global_order(sizes, size):
         return -(wide.log_softmax(1).diagonal() + values.log_softmax(0).diagonal()).mean() / 2
 
     temperatures = ((10.0, 0.0), (20.0, 0.0), (120.0, 0.0), (40.0, -1.0))
-    check(lambda: QueueLoss(rows=5, width=32, size=size), reference, sizes, temperatures, 0.35)
+    check(lambda: QueueLoss(tile_rows=5, width=32, size=size), reference, sizes, temperatures, 0.35)
 
 
 def test_queue_is_left_alone_by_evaluation_and_refuses_another_width():
@@ -218,7 +218,7 @@ def test_sinkhorn_targets(sizes, iterations):
         values = dense_losses.logits(z)
         return -(targets[0] * values.log_softmax(1) + targets[1] * values.log_softmax(0)).sum() / (2 * cost.shape[0])
 
-    make = lambda: SinkhornLoss(rows=5, mix=0.7, temperature=0.1, num_iterations=iterations)  # noqa: E731
+    make = lambda: SinkhornLoss(tile_rows=5, mix=0.7, temperature=0.1, num_iterations=iterations)  # noqa: E731
     check(make, reference, sizes, ((10.0, 0.0), (120.0, -1.0)), near=0.35)
 
 
@@ -235,7 +235,7 @@ def test_triplet_with_the_hardest_negative(sizes, same_group, margin):
             F.relu(margin + negatives.amax(1) - matched) + F.relu(margin + negatives.amax(0) - matched)
         ).sum() / len(matched)
 
-    check(lambda: TripletLoss(rows=5, margin=margin, same_group=same_group), reference, sizes, near=0.35)
+    check(lambda: TripletLoss(tile_rows=5, margin=margin, same_group=same_group), reference, sizes, near=0.35)
 
 
 @pytest.mark.parametrize("make", [lambda: SigmoidLoss(same_group="mask"), lambda: SoftmaxLoss(same_group="positive")])

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import dense_losses
-from trainer.core.settings import Settings, parse
+from trainer.core.settings import Settings, parse, warn_renamed
 from trainer.core.types import UserError
 from trainer.losses import (
     LOSSES,
@@ -17,6 +17,7 @@ from trainer.losses import (
     TripletSettings,
     build,
 )
+from trainer.step import BatchSettings
 
 
 class Recipe(Settings):
@@ -25,7 +26,10 @@ class Recipe(Settings):
 
 RECIPES = [
     ({"name": "sigmoid"}, SigmoidLoss),
-    ({"name": "sigmoid", "rows": 64, "exchange": "hierarchical", "node_size": 2, "wire": "bfloat16"}, SigmoidLoss),
+    (
+        {"name": "sigmoid", "tile_rows": 64, "exchange": "hierarchical", "node_size": 2, "comm_dtype": "bfloat16"},
+        SigmoidLoss,
+    ),
     ({"name": "sigmoid", "negatives": {"keep": "hardest", "ratio": 2}}, SigmoidLoss),
     ({"name": "sigmoid", "negatives": {"keep": "random", "warmup": 0.1}}, SigmoidLoss),
     ({"name": "sigmoid", "negatives": {"weight": 0.1}, "same_group": "mask"}, SigmoidLoss),
@@ -53,10 +57,12 @@ def test_a_section_without_a_name_is_of_the_default_kind():
     class Defaulting(Settings):
         loss: LossSettings = SigmoidSettings()
 
-    assert parse(Defaulting, {"loss": {"wire": "bfloat16"}}, "recipe.yaml").loss == SigmoidSettings(wire="bfloat16")
+    assert parse(Defaulting, {"loss": {"comm_dtype": "bfloat16"}}, "recipe.yaml").loss == SigmoidSettings(
+        comm_dtype="bfloat16"
+    )
     assert parse(Defaulting, {"loss": {"name": "triplet"}}, "recipe.yaml").loss == TripletSettings()
     with pytest.raises(UserError, match=r"'loss.name' is required"):
-        parse(Recipe, {"loss": {"wire": "bfloat16"}}, "recipe.yaml")
+        parse(Recipe, {"loss": {"comm_dtype": "bfloat16"}}, "recipe.yaml")
 
 
 def test_every_loss_is_in_a_recipe_here():
@@ -77,3 +83,19 @@ def test_every_loss_is_in_a_recipe_here():
 def test_mistakes_name_the_key(section, message):
     with pytest.raises(UserError, match=message):
         parse(Recipe, {"loss": section}, "recipe.yaml")
+
+
+def test_old_names_of_keys_still_work_and_name_the_new_one(capfd: pytest.CaptureFixture[str]) -> None:
+    class Defaulting(Settings):
+        loss: LossSettings = SigmoidSettings()
+
+    warn_renamed.cache_clear()
+    assert parse(Defaulting, {"loss": {"rows": 64, "wire": "bfloat16"}}, "r.yaml").loss == SigmoidSettings(
+        tile_rows=64, comm_dtype="bfloat16"
+    )
+    assert BatchSettings.model_validate({"size": 8, "reduce": "each"}).grad_reduction == "per_micro_batch"
+    told = capfd.readouterr().err
+    for line in ("rows is now called tile_rows", "wire is now called", "grad_reduction: each is now called per_micro"):
+        assert line in told
+    with pytest.raises(UserError, match=r"unknown key 'loss\.rows'"):  # both names: which is meant?
+        parse(Defaulting, {"loss": {"rows": 64, "tile_rows": 32}}, "r.yaml")

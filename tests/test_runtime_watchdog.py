@@ -44,7 +44,7 @@ class Ended(NamedTuple):
 
 
 def ranks(
-    folder: Path, world: int, work: Callable[[Watchdog], None], silence: float = 20.0, timeout: float = 60.0
+    folder: Path, world: int, work: Callable[[Watchdog], None], heartbeat_timeout: float = 20.0, timeout: float = 60.0
 ) -> list[int]:
     """Forks ranks that run ``work`` under a watchdog; returns their process ids. Each writes its stderr to
     ``folder``."""
@@ -61,7 +61,7 @@ def ranks(
                 dist.init_process_group(
                     "gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
                 )
-                with Watchdog(silence) as watch:
+                with Watchdog(heartbeat_timeout) as watch:
                     work(watch)
                 code = 0
             except UserError as error:
@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_all_others_with_one_line(
 @pytest.mark.slow  # seconds of silence: on a busy machine more than its margin may pass
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_hangs_is_noticed_by_its_silence(tmp_path: Path, victim: int) -> None:
-    pids = ranks(tmp_path, 3, started(tmp_path, apart), silence=6)
+    pids = ranks(tmp_path, 3, started(tmp_path, apart), heartbeat_timeout=6)
     for rank in range(3):
         wait_for(tmp_path / f"ready-{rank}")
     os.kill(pids[victim], signal.SIGSTOP)
@@ -256,7 +256,7 @@ def test_a_forked_worker_does_not_hide_the_death_of_its_rank(tmp_path: Path) -> 
             os._exit(0)
         apart(watch)
 
-    pids = ranks(tmp_path, 2, started(tmp_path, work), silence=500)
+    pids = ranks(tmp_path, 2, started(tmp_path, work), heartbeat_timeout=500)
     wait_for(tmp_path / "worker")
     os.kill(pids[1], signal.SIGKILL)
     ended = collect(tmp_path, pids)

@@ -29,12 +29,16 @@ def check(case: Case, world: int, pieces: list[Pieces], timeout: float = 60.0) -
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradient_equals_dense_float64(stage: int) -> None:
     """One engine, one step after the other: what a step leaves in ZeRO's buffers must not reach the next."""
-    check(Case(stage=stage), 2, [WHOLE, Pieces(4), Pieces(3), Pieces(3, "each"), Pieces(4, "each"), Pieces(2)])
+    check(
+        Case(stage=stage),
+        2,
+        [WHOLE, Pieces(4), Pieces(3), Pieces(3, "per_micro_batch"), Pieces(4, "per_micro_batch"), Pieces(2)],
+    )
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (4, 0), (4, 2), (4, 3)])
 def test_any_number_of_ranks(world: int, stage: int) -> None:
-    check(Case(stage=stage), world, [Pieces(2), Pieces(2, "each")])
+    check(Case(stage=stage), world, [Pieces(2), Pieces(2, "per_micro_batch")])
 
 
 PAIRWISE = [
@@ -52,7 +56,7 @@ PAIRWISE = [
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
 def test_dropout_recomputation_adapters_and_offload(case: Case) -> None:
     """Every pair of these appears; the slow matrix has every combination."""
-    check(case, 2, [Pieces(4), Pieces(4, "each"), WHOLE])
+    check(case, 2, [Pieces(4), Pieces(4, "per_micro_batch"), WHOLE])
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("siglip", "random"), ("clip", "block")])
@@ -71,7 +75,7 @@ def test_patches_and_tokens_left_out(kind: str, kept: Any) -> None:
 def test_locked_towers(stage: int, locked: str) -> None:
     """The locked tower draws dropout masks in pass 1 and is left out of pass 2; with both locked, scale and bias still
     learn."""
-    check(Case(stage=stage, locked=locked, dropout=0.2), 2, [Pieces(4), Pieces(4, "each")])
+    check(Case(stage=stage, locked=locked, dropout=0.2), 2, [Pieces(4), Pieces(4, "per_micro_batch")])
 
 
 class SometimesMore(nn.Module):
@@ -88,13 +92,13 @@ class SometimesMore(nn.Module):
         return z._replace(image=normalize(self.extra(z.image), dim=-1)) if self.more and len(z.image) else z
 
 
-def unused_later(case: Case, reduce: Any) -> list[float]:
+def unused_later(case: Case, grad_reduction: Any) -> list[float]:
     """Norm of the extra layer's gradient in steps with, without, and with it."""
     engine = case.engine(model=SometimesMore())
     norms = []
     for more in (True, False, True):
         engine.module.more = more
-        train_step(engine, local_slice(global_batch(8)), GatheredSigmoid(), 2, reduce=reduce)
+        train_step(engine, local_slice(global_batch(8)), GatheredSigmoid(), 2, grad_reduction=grad_reduction)
         norms.append(
             sum(float(gradient.norm()) for name, gradient in captured(engine).items() if name.startswith("extra."))
         )
@@ -102,20 +106,22 @@ def unused_later(case: Case, reduce: Any) -> list[float]:
 
 
 UNUSED = [
-    (0, "", "once"),
-    (1, "optimizer", "once"),
-    (2, "", "once"),
-    (2, "", "each"),
-    (2, "optimizer", "each"),
-    (3, "", "once"),
-    (3, "", "each"),
+    (0, "", "per_step"),
+    (1, "optimizer", "per_step"),
+    (2, "", "per_step"),
+    (2, "", "per_micro_batch"),
+    (2, "optimizer", "per_micro_batch"),
+    (3, "", "per_step"),
+    (3, "", "per_micro_batch"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "offload", "reduce"), [*UNUSED, (3, "optimizer", "once"), (3, "optimizer", "each")])
-def test_what_a_step_does_not_use_has_no_gradient(stage: int, offload: str, reduce: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "offload", "grad_reduction"), [*UNUSED, (3, "optimizer", "per_step"), (3, "optimizer", "per_micro_batch")]
+)
+def test_what_a_step_does_not_use_has_no_gradient(stage: int, offload: str, grad_reduction: str) -> None:
     """ZeRO's buffers still hold what it had one step ago."""
-    first, second, third = run_ranks(unused_later, 2, Case(stage=stage, offload=offload), reduce)[0]
+    first, second, third = run_ranks(unused_later, 2, Case(stage=stage, offload=offload), grad_reduction)[0]
     assert first > 0
     assert second == 0
     assert third == pytest.approx(first, rel=1e-5)

@@ -34,7 +34,7 @@ class Troubled(GatheredSigmoid):
 
 
 def train(
-    stage: int, offload: str, reduce: Any, troubles: list[dict[str, Any]]
+    stage: int, offload: str, grad_reduction: Any, troubles: list[dict[str, Any]]
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Plain gradient descent, so that weights show every gradient that was used; a step for each of ``troubles``."""
     engine = Case(stage=stage, offload=offload).engine(lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
@@ -44,30 +44,32 @@ def train(
         loss = Troubled()
         for name, value in trouble.items():
             setattr(loss, name, value)
-        results.append(train_step(engine, local_slice(global_batch(16, seed)), loss, 4, reduce=reduce, guard=guard))
+        results.append(
+            train_step(engine, local_slice(global_batch(16, seed)), loss, 4, grad_reduction=grad_reduction, guard=guard)
+        )
         guard.check()
     return results, weights(engine)
 
 
 STAGES = [
-    (0, "", "once"),
-    (1, "", "once"),
-    (2, "", "each"),
-    (2, "optimizer", "once"),
-    (3, "", "once"),
-    (3, "optimizer", "each"),
+    (0, "", "per_step"),
+    (1, "", "per_step"),
+    (2, "", "per_micro_batch"),
+    (2, "optimizer", "per_step"),
+    (3, "", "per_step"),
+    (3, "optimizer", "per_micro_batch"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "offload", "reduce"), STAGES)
-def test_bad_steps_are_skipped_on_all_ranks_and_leave_no_trace(stage: int, offload: str, reduce: str) -> None:
+@pytest.mark.parametrize(("stage", "offload", "grad_reduction"), STAGES)
+def test_bad_steps_are_skipped_on_all_ranks_and_leave_no_trace(stage: int, offload: str, grad_reduction: str) -> None:
     nan_loss, nan_gradient, spike = (
         {"factor": math.nan, "alone": True},
         {"poison": True, "alone": True},
         {"factor": 1e4},
     )
     troubles: list[dict[str, Any]] = [{}, nan_loss, {}, nan_gradient, {}, spike, {}]
-    both = run_ranks(train, 2, stage, offload, reduce, troubles, timeout=180)
+    both = run_ranks(train, 2, stage, offload, grad_reduction, troubles, timeout=180)
     results, bad = both[0]
     assert [result.skipped for result in results] == ["", "not finite", "", "not finite", "", "spike", ""]
     assert [result.skipped for result in both[1][0]] == [result.skipped for result in results]
@@ -89,7 +91,7 @@ def test_bad_steps_are_skipped_on_all_ranks_and_leave_no_trace(stage: int, offlo
 
 def diverge() -> str:
     try:
-        train(1, "", "once", [{"factor": math.inf}] * 3)
+        train(1, "", "per_step", [{"factor": math.inf}] * 3)
     except UserError as error:
         return str(error)
     raise AssertionError("it went on")

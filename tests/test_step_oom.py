@@ -41,7 +41,7 @@ class CountingLoss(SigmoidLoss):
     calls: Tensor
 
     def __init__(self) -> None:
-        super().__init__(rows=3)
+        super().__init__(tile_rows=3)
         self.register_buffer("calls", torch.zeros(1))
         self.failures = 0
 
@@ -87,7 +87,7 @@ class Fault:
 
 
 def interrupted(
-    stage: int, offload: str, where: str, micro_batch: int | None, reduce: Any = "once", times: int = 1
+    stage: int, offload: str, where: str, micro_batch: int | None, grad_reduction: Any = "per_step", times: int = 1
 ) -> list[dict[str, Any]]:
     """A step that is interrupted and one that had the smaller micro-batch from the start, each after an ordinary
     step."""
@@ -107,7 +107,7 @@ def interrupted(
             )
         else:
             rows = (micro_batch or 8) // 2**times
-        result = train_step(engine, local_slice(global_batch(ROWS, 2)), loss, rows, reduce=reduce)
+        result = train_step(engine, local_slice(global_batch(ROWS, 2)), loss, rows, grad_reduction=grad_reduction)
         found.append({
             "result": result,
             "gradients": captured(engine),
@@ -119,27 +119,27 @@ def interrupted(
 
 
 CASES = [
-    (0, "", "first pass", 4, "once", 1),
-    (0, "", "second pass", 4, "once", 1),
-    (0, "", "backward", 4, "once", 1),
-    (1, "", "first pass", 4, "once", 1),
-    (1, "", "backward", 4, "once", 1),
-    (1, "", "loss", None, "once", 1),
-    (2, "", "second pass", 4, "once", 1),
-    (3, "", "loss", None, "each", 1),
-    (1, "", "second pass", None, "once", 2),  # a single pass becomes two passes
-    (2, "", "backward", None, "once", 1),
-    (2, "optimizer", "backward", 4, "once", 2),
-    (2, "optimizer", "first pass", 4, "each", 1),
+    (0, "", "first pass", 4, "per_step", 1),
+    (0, "", "second pass", 4, "per_step", 1),
+    (0, "", "backward", 4, "per_step", 1),
+    (1, "", "first pass", 4, "per_step", 1),
+    (1, "", "backward", 4, "per_step", 1),
+    (1, "", "loss", None, "per_step", 1),
+    (2, "", "second pass", 4, "per_step", 1),
+    (3, "", "loss", None, "per_micro_batch", 1),
+    (1, "", "second pass", None, "per_step", 2),  # a single pass becomes two passes
+    (2, "", "backward", None, "per_step", 1),
+    (2, "optimizer", "backward", 4, "per_step", 2),
+    (2, "optimizer", "first pass", 4, "per_micro_batch", 1),
 ]
 
 
-@pytest.mark.parametrize(("stage", "offload", "where", "micro_batch", "reduce", "times"), CASES)
+@pytest.mark.parametrize(("stage", "offload", "where", "micro_batch", "grad_reduction", "times"), CASES)
 def test_a_step_interrupted_on_one_rank_ends_as_if_nothing_had_happened(
-    stage: int, offload: str, where: str, micro_batch: int | None, reduce: str, times: int
+    stage: int, offload: str, where: str, micro_batch: int | None, grad_reduction: str, times: int
 ) -> None:
     """Bit for bit, dropout and the loss's own state included, and so does the step after it."""
-    ranks = run_ranks(interrupted, 2, stage, offload, where, micro_batch, reduce, times, timeout=180)
+    ranks = run_ranks(interrupted, 2, stage, offload, where, micro_batch, grad_reduction, times, timeout=180)
     for broken, whole in ranks:
         assert broken["result"] == whole["result"]
         assert broken["result"].micro_batch == (micro_batch or 8) // 2**times
@@ -163,7 +163,7 @@ def loss_alone_is_too_large() -> str:
 def test_a_loss_that_does_not_fit_beside_nothing_is_not_tried_again() -> None:
     for message in run_ranks(loss_alone_is_too_large, 2):
         assert message.startswith(
-            "out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.rows"
+            "out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.tile_rows"
         )
 
 
@@ -181,13 +181,13 @@ def test_without_dropout_the_result_is_that_of_the_larger_micro_batch_too() -> N
     assert max(relative_errors(repeated, {name: value.double() for name, value in whole.items()}).values()) < 1e-5
 
 
-def fails_always(stage: int, where: str, reduce: Any) -> tuple[str, float]:
+def fails_always(stage: int, where: str, grad_reduction: Any) -> tuple[str, float]:
     engine = Case(stage=stage).engine()
     train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 2)
     Fault(engine.module.towers.text_model.encoder.layers[1], where, times=100)
     start = time.monotonic()
     try:
-        train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 2, reduce=reduce)
+        train_step(engine, local_slice(global_batch(ROWS, 1)), GatheredSigmoid(), 2, grad_reduction=grad_reduction)
     except (UserError, RuntimeError) as error:
         if distributed.rank() == 1:
             torch.distributed.destroy_process_group()  # as a process that ends does
@@ -196,7 +196,7 @@ def fails_always(stage: int, where: str, reduce: Any) -> tuple[str, float]:
 
 
 def test_one_pair_too_many_is_said_with_what_would_help() -> None:
-    for message, _ in run_ranks(fails_always, 2, 1, "second pass", "once"):
+    for message, _ in run_ranks(fails_always, 2, 1, "second pass", "per_step"):
         assert message.startswith("UserError: out of memory with one pair at a time")
         assert "ds_config" in message
         assert "recompute" in message
@@ -230,11 +230,12 @@ def test_a_loss_that_leaves_its_peers_waiting_ends_the_run_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "where", "reduce"), [(3, "first pass", "once"), (3, "backward", "once"), (2, "backward", "each")]
+    ("stage", "where", "grad_reduction"),
+    [(3, "first pass", "per_step"), (3, "backward", "per_step"), (2, "backward", "per_micro_batch")],
 )
-def test_amid_an_exchange_the_run_ends_at_once_and_says_why(stage: int, where: str, reduce: str) -> None:
+def test_amid_an_exchange_the_run_ends_at_once_and_says_why(stage: int, where: str, grad_reduction: str) -> None:
     """Peers inside a collective cannot be told: they must not sit there until the timeout (60 s here)."""
-    (_, waited), (message, _) = run_ranks(fails_always, 2, stage, where, reduce)
+    (_, waited), (message, _) = run_ranks(fails_always, 2, stage, where, grad_reduction)
     assert message.startswith("UserError: rank 1 ran out of memory")
     assert "micro_batch" in message
     assert waited < 15

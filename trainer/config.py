@@ -1,7 +1,7 @@
 """A recipe: one YAML file whose sections are the settings of the components they name.
 
     python -m trainer.train --help                                 # every key, its default and what it does
-    python -m trainer.train trainer/recipes/glyphs.yaml optim.lr=1e-3 loss.rows=256
+    python -m trainer.train trainer/recipes/glyphs.yaml optim.lr=1e-3 loss.tile_rows=256
 
 What is computed stands here; where tensors live stands in ``ds_configs/``.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -32,6 +32,8 @@ from trainer.step import BatchSettings
 class RunSettings(Settings):
     """What a run is called and how long it is."""
 
+    renamed: ClassVar = {"silence": "heartbeat_timeout"}
+
     directory: Path = Path("runs/default")
     "Where everything the run writes goes; a run that is there already is resumed."
     samples: int = Field(gt=0)
@@ -40,7 +42,7 @@ class RunSettings(Settings):
     "Fixes the initial weights, the order of samples, augmentation and dropout."
     timeout: float = Field(600.0, gt=0)
     "Seconds after which a rank that hears nothing from its peers in a collective gives up."
-    silence: float = Field(20.0, ge=0)
+    heartbeat_timeout: float = Field(20.0, ge=0)
     """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
     watchdog."""
 
@@ -77,9 +79,9 @@ class Recipe(Settings):
             raise ValueError(
                 f"run.samples is {self.run.samples}, less than one global batch (batch.size {self.batch.size})"
             )
-        if self.distill is not None and self.model.stored.side is not None:
+        if self.distill is not None and self.model.precomputed.side is not None:
             raise ValueError(
-                "distill.teacher would have to see what is not read where embeddings are stored; take model.stored out"
+                "distill.teacher would have to see what is not read where embeddings are stored; take model.precomputed out"
             )
         return self
 
@@ -93,16 +95,16 @@ NOT_LEARNT = (
     *(
         "run.directory",
         "run.timeout",
-        "run.silence",
+        "run.heartbeat_timeout",
         "batch.micro_batch",
-        "batch.reduce",
+        "batch.grad_reduction",
         "engine.ds_config",
         "checkpoint",
         "log",
         "eval",
     ),
     *(
-        "loss.rows",
+        "loss.tile_rows",
         "loss.exchange",
         "loss.node_size",
         "model.attention",

@@ -1,8 +1,8 @@
 """Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv
 2303.15343, section 4.2).
 
-    python -m trainer.embed RECIPE  # what RECIPE's model.stored names, for its data.train
-    python -m trainer.embed RECIPE model.stored.image=vit_b16 --storage int8
+    python -m trainer.embed RECIPE  # what RECIPE's model.precomputed names, for its data.train
+    python -m trainer.embed RECIPE model.precomputed.image=vit_b16 --storage int8
     torchrun --nproc-per-node 8 -m trainer.embed RECIPE  # or deepspeed --module: every rank embeds its share
     deepspeed --module trainer.train RECIPE                                    # reads them
 
@@ -40,7 +40,7 @@ from trainer.data.source import Source
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.dual_encoder import stored_tower, whole
-from trainer.models.precomputed import StoredSettings
+from trainer.models.precomputed import PrecomputedSettings
 
 
 def main(argv: list[str]) -> int:
@@ -48,16 +48,16 @@ def main(argv: list[str]) -> int:
     recipe = config.load(options.recipe, options.overrides)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
-    if recipe.model.stored.side is None:
+    if recipe.model.precomputed.side is None:
         raise UserError(
-            "model.stored is empty: name the column to write, for example model.stored.image=vit_b16 (with "
+            "model.precomputed is empty: name the column to write, for example model.precomputed.image=vit_b16 (with "
             "model.lock.image)"
         )
     if "RANK" in os.environ:
         distributed.init(recipe.run.timeout)
     try:
         model = build(whole(recipe.model))
-        stored = stored_tower(model.towers, model.preprocess, recipe.model.stored)
+        stored = stored_tower(model.towers, model.preprocess, recipe.model.precomputed)
         embedder = Embedder(
             model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision
         )
@@ -160,7 +160,7 @@ class Embedder:
 
 def tower_path(settings: ModelSettings) -> str:
     """Where the stored tower comes from."""
-    tower = settings.image if settings.stored.side == "image" else settings.text
+    tower = settings.image if settings.precomputed.side == "image" else settings.text
     return str(settings.path or (tower.path if tower else ""))
 
 
@@ -197,7 +197,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.embed",
         description=__doc__,
-        epilog=describe(StoredSettings, "model.stored."),
+        epilog=describe(PrecomputedSettings, "model.precomputed."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")

@@ -18,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,7 +35,7 @@ from trainer.optim import Guard
 if TYPE_CHECKING:
     from trainer.engine import Engine
 
-Reduce = Literal["once", "each"]
+GradReduction = Literal["per_step", "per_micro_batch"]
 Teacher = Callable[[Batch, int], Embeddings]
 Skipped = Literal["", "not finite", "spike"]
 
@@ -43,13 +43,15 @@ Skipped = Literal["", "not finite", "spike"]
 class BatchSettings(Settings):
     """How many pairs a step sees, and how many of them at once."""
 
+    renamed: ClassVar = {"reduce": "grad_reduction", "grad_reduction": {"once": "per_step", "each": "per_micro_batch"}}
+
     size: int = Field(gt=0)
     """Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do
     not."""
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(None)
     """Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner
     finds to fit."""
-    reduce: Reduce = "once"
+    grad_reduction: GradReduction = "per_step"
     """once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3
     then keep a shard only)."""
 
@@ -79,7 +81,7 @@ def train_step(
     loss: Loss,
     micro_batch: int | None = None,
     *,
-    reduce: Reduce = "once",
+    grad_reduction: GradReduction = "per_step",
     guard: Guard | None = None,
     teacher: Teacher | None = None,
 ) -> StepResult:
@@ -94,7 +96,7 @@ def train_step(
     start = RandomState.take(engine.device)
     buffers = _loss_buffers(loss)
     while True:
-        attempt = _Attempt(engine, batch, loss, rows, reduce, teacher)
+        attempt = _Attempt(engine, batch, loss, rows, grad_reduction, teacher)
         gradient = attempt.run()
         if gradient is not None:
             result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
@@ -166,14 +168,20 @@ class _Attempt:
     """One try at a gradient with a given micro-batch. ``run`` returns None when some rank ran out of memory."""
 
     def __init__(
-        self, engine: Engine, batch: Batch, loss: Loss, rows: int, reduce: Reduce, teacher: Teacher | None
+        self,
+        engine: Engine,
+        batch: Batch,
+        loss: Loss,
+        rows: int,
+        grad_reduction: GradReduction,
+        teacher: Teacher | None,
     ) -> None:
-        self.engine, self.batch, self.loss, self.rows, self.reduce, self.teacher = (
+        self.engine, self.batch, self.loss, self.rows, self.grad_reduction, self.teacher = (
             engine,
             batch,
             loss,
             rows,
-            reduce,
+            grad_reduction,
             teacher,
         )
         self.taught: Embeddings | None = None
@@ -228,7 +236,7 @@ class _Attempt:
         del value
         if self.trouble.anywhere():
             return None
-        self.engine.start_gradients(each=self.reduce == "each")
+        self.engine.start_gradients(each=self.grad_reduction == "per_micro_batch")
         with self.trouble.during("in the second pass", self.engine.backward_communicates):
             self._backpropagate(leaves, calls)
         if self.trouble.anywhere():
@@ -306,7 +314,7 @@ class _Attempt:
         """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
         # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal
         # parts.
-        shares = len(calls) if self.reduce == "each" else 1
+        shares = len(calls) if self.grad_reduction == "per_micro_batch" else 1
         for index, call in enumerate(calls):
             call.random.restore(self.engine.device)
             z = self._forward(call.rows, call.image, call.text)

@@ -81,7 +81,7 @@ class Run:
             batch,
             self.loss,
             self.micro_batch,
-            reduce=recipe.batch.reduce,
+            grad_reduction=recipe.batch.grad_reduction,
             guard=self.guard,
             teacher=self.teacher,
         )
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
     recipe = config.from_command_line("deepspeed --module trainer.train", __doc__ or "", argv)
     distributed.init(recipe.run.timeout)
     try:
-        with Watchdog(recipe.run.silence) as watch, RunLock(recipe.run.directory):
+        with Watchdog(recipe.run.heartbeat_timeout) as watch, RunLock(recipe.run.directory):
             return train(recipe, watch)
     finally:
         distributed.shutdown()
@@ -186,7 +186,7 @@ def check_tower(run: Run, resumed: Resumed) -> None:
     if before and now and before != now:
         raise UserError(
             f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
-            f"model.stored is {now[:12]}): give that tower again, or begin another run.directory"
+            f"model.precomputed is {now[:12]}): give that tower again, or begin another run.directory"
         )
 
 

@@ -24,10 +24,12 @@ from trainer.config import RunSettings
 from trainer.runtime.watchdog import Watchdog
 
 
-def measure(world: int, victim: int, work: Callable[[Watchdog], None], number: signal.Signals, silence: float) -> float:
+def measure(
+    world: int, victim: int, work: Callable[[Watchdog], None], number: signal.Signals, heartbeat_timeout: float
+) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pids = ranks(folder, world, started(folder, work), silence=silence, timeout=600)
+        pids = ranks(folder, world, started(folder, work), heartbeat_timeout=heartbeat_timeout, timeout=600)
         for rank in range(world):
             wait_for(folder / f"ready-{rank}")
         os.kill(pids[victim], number)
@@ -42,11 +44,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    silence = RunSettings(samples=1).silence
+    heartbeat_timeout = RunSettings(samples=1).heartbeat_timeout
     for number in (signal.SIGKILL, signal.SIGSTOP):
         for victim in (0, options.ranks - 1):
             for work in (collectives, apart):
-                times = [measure(options.ranks, victim, work, number, silence) for _ in range(options.rounds)]
+                times = [measure(options.ranks, victim, work, number, heartbeat_timeout) for _ in range(options.rounds)]
                 case = {"fault": number.name, "rank": victim, "of": options.ranks, "others": work.__name__}
                 found = {"median": round(statistics.median(times), 2), "worst": round(max(times), 2)}
                 print(json.dumps(case | {"rounds": options.rounds} | found), flush=True)

@@ -51,10 +51,10 @@ def embed_images(bench: Bench) -> list[str]:
         f"data.train={bench.shards('train', NEW)}",
         *bench.pretrained(),
         "model.lock.image=true",
-        "model.stored.image=base",
+        "model.precomputed.image=base",
     ]
     embed.main([RECIPE, f"run.directory={bench.out / 'runs' / 'embed'}", *keys])
-    return ["model.stored.image=base"]
+    return ["model.precomputed.image=base"]
 
 
 ROWS = [

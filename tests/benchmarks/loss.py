@@ -73,7 +73,7 @@ OURS = {
     "bidirectional": {"exchange": "bidirectional"},
     "gather": {"exchange": "gather"},
     "hierarchical, nodes of 2": {"exchange": "hierarchical", "node_size": 2},
-    "ring, bf16 wire": {"wire": "bfloat16", "wire_gradient": "bfloat16"},
+    "ring, bf16 wire": {"comm_dtype": "bfloat16", "comm_gradient_dtype": "bfloat16"},
 }
 PEERS = ("bidir", "shift", "reduce", "gather")
 DENSE = "all-gather, autograd"

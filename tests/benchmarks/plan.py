@@ -54,7 +54,7 @@ class Setting:
     micro_batch: int = 4
     ds_config: str = "zero1"
     precision: str = "fp32"
-    reduce: str = "once"
+    grad_reduction: str = "per_step"
     model: dict[str, Any] = field(default_factory=dict)
     """Further keys of ``model:``."""
 
@@ -100,10 +100,10 @@ SETTINGS = [
     Setting("2 ranks", ranks=2, ds_config="zero0"),
     Setting("2 ranks", ranks=2, ds_config="zero1"),
     Setting("2 ranks", ranks=2, ds_config="zero2"),
-    Setting("2 ranks, reduce each", ranks=2, ds_config="zero2", reduce="each"),
+    Setting("2 ranks, reduced per micro-batch", ranks=2, ds_config="zero2", grad_reduction="per_micro_batch"),
     Setting("2 ranks", ranks=2, ds_config="zero3"),
     Setting("2 ranks, larger model", ranks=2, ds_config="zero3", width=512, rows=8, micro_batch=2),
-    Setting("2 ranks, reduce each", ranks=2, ds_config="zero3", reduce="each"),
+    Setting("2 ranks, reduced per micro-batch", ranks=2, ds_config="zero3", grad_reduction="per_micro_batch"),
     Setting("2 ranks, offload", ranks=2, ds_config="zero2_offload"),
     Setting("2 ranks, offload", ranks=2, ds_config="zero3_offload"),
     Setting("2 ranks, offload parameters", ranks=2, ds_config="zero3_offload_params"),
@@ -121,7 +121,14 @@ SETTINGS = [
 def predicted(setting: Setting) -> tuple[Peak, Survey]:
     """What the planner says; on a CPU the host's part of the peak is in the same memory."""
     survey = look(setting.settings(), setting.precision, "cpu")
-    job = Job(setting.ranks, setting.rows, setting.micro_batch, setting.reduce, SigmoidSettings(), inputs_on_host=False)
+    job = Job(
+        setting.ranks,
+        setting.rows,
+        setting.micro_batch,
+        setting.grad_reduction,
+        SigmoidSettings(),
+        inputs_on_host=False,
+    )
     return forecast(survey, zero_section(setting.ds_config), job), survey
 
 
@@ -138,7 +145,7 @@ def train_three_steps(setting: Setting) -> Engine:
     batch, loss = batch_of(setting), SigmoidLoss()
     for _ in range(3):
         allocator.reset_peak()
-        train_step(engine, batch, loss, setting.micro_batch, reduce=setting.reduce)  # type: ignore[arg-type]
+        train_step(engine, batch, loss, setting.micro_batch, grad_reduction=setting.grad_reduction)  # type: ignore[arg-type]
     return engine
 
 

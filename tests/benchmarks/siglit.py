@@ -120,7 +120,9 @@ def main() -> None:
         began = time.perf_counter()
         run_ranks(embed.main, options.ranks, [str(path)], timeout=3600)
         print(f"embedded {options.pictures} pictures in {time.perf_counter() - began:.1f} s")
-        contenders = {"stored": []} if options.only_stored else {"stored": [], "tower": ["model.stored.image=null"]}
+        contenders = (
+            {"stored": []} if options.only_stored else {"stored": [], "tower": ["model.precomputed.image=null"]}
+        )
         median = {}
         for name, overrides in contenders.items():
             ranks = run_ranks(measure, options.ranks, path, options.rounds, overrides, timeout=3600)

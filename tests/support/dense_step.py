@@ -1,6 +1,6 @@
 """What a training step must equal: the gradient of one dense float64 computation on the concatenated batch.
 
-    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "each")])  # {parameter: relative error}, on real ranks
+    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "per_micro_batch")])  # {parameter: relative error}, on real ranks
 
 The engine runs with an optimizer that puts gradients aside instead of using them, so that they are read exactly as any
 optimizer meets them, at every ZeRO stage, several steps in a row on the same weights.
@@ -32,7 +32,7 @@ from trainer.engine import Engine, EngineSettings, build_engine
 from trainer.engine.state import WEIGHT, read_state
 from trainer.models.adapt.mask import MaskSettings
 from trainer.models.adapt.recompute import Layers, recompute
-from trainer.step import Reduce, train_step
+from trainer.step import GradReduction, train_step
 
 
 def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Pieces(NamedTuple):
     """How one step is cut."""
 
     micro_batch: int | None
-    reduce: Reduce = "once"
+    grad_reduction: GradReduction = "per_step"
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,14 @@ def steps_of(case: Case, pieces: list[Pieces]) -> list[tuple[float, dict[str, Te
     """On one rank: a step each, on other data each time; (loss, captured gradients)."""
     engine = case.engine()
     found = []
-    for data_seed, (micro_batch, reduce) in enumerate(pieces):
+    for data_seed, (micro_batch, grad_reduction) in enumerate(pieces):
         seed_rank(distributed.rank())
         result = train_step(
-            engine, local_slice(global_batch(case.rows, data_seed)), GatheredSigmoid(), micro_batch, reduce=reduce
+            engine,
+            local_slice(global_batch(case.rows, data_seed)),
+            GatheredSigmoid(),
+            micro_batch,
+            grad_reduction=grad_reduction,
         )
         assert not result.skipped
         found.append((result.loss, captured(engine)))

@@ -17,8 +17,9 @@ import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -30,6 +31,26 @@ class Settings(BaseModel):
     """Base of every section: frozen, documented by attribute docstrings, closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    renamed: ClassVar[dict[str, str | dict[str, str]]] = {}
+    """Old names that still work for one release: a key, or ``{"key": {old value: new value}}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not any(key in tree for key in cls.renamed):
+            return tree
+        result: dict[str, Any] = {}
+        for key, value in tree.items():
+            new = cls.renamed.get(key)
+            if isinstance(new, str) and new not in tree:
+                warn_renamed(f"{key} is now called {new}")
+                key, new = new, cls.renamed.get(new)
+            if isinstance(new, dict) and isinstance(value, str) and value in new:
+                warn_renamed(f"{key}: {value} is now called {new[value]}")
+                value = new[value]
+            result[key] = value
+        return result
 
     @model_validator(mode="before")
     @classmethod
@@ -45,6 +66,13 @@ class Settings(BaseModel):
             for key, name in named.items()
             if name is not None and isinstance(tree.get(key), dict)
         }
+
+
+@cache
+def warn_renamed(text: str) -> None:
+    """Tells the new name of a setting, once a process and on one rank of each node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"note: {text}; the old name goes with the next release", file=sys.stderr, flush=True)
 
 
 KIND = re.compile(r"str|int|constrained-int|float|bool|(list|literal|function-\w+)\[.*\]")

@@ -42,7 +42,7 @@ class StoredColumn:
     def __init__(self, dataset: Dataset, stored: Stored, captions: list[str]) -> None:
         where = f"{dataset.root}: the stored embeddings {stored.column!r}"
         again = (
-            f"write others with `python -m trainer.embed RECIPE model.stored.{stored.side}=ANOTHER_NAME`, or "
+            f"write others with `python -m trainer.embed RECIPE model.precomputed.{stored.side}=ANOTHER_NAME`, or "
             f"name the ones that fit"
         )
         entry = dataset.manifest.get("columns", {}).get(stored.column)
@@ -57,7 +57,7 @@ class StoredColumn:
             )
         if entry["side"] != stored.side:
             raise UserError(
-                f"{where} are of the {entry['side']} tower, model.stored.{stored.side} needs the other's; {again}"
+                f"{where} are of the {entry['side']} tower, model.precomputed.{stored.side} needs the other's; {again}"
             )
         try:
             values = dataset.column(stored.column)

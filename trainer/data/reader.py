@@ -98,7 +98,7 @@ class Reader:
         if self.stored is not None and self.stored.side == "image" and settings.augment.active:
             raise UserError(
                 "data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or "
-                "model.stored"
+                "model.precomputed"
             )
         self.columns = (
             [StoredColumn(source.dataset, self.stored, source.fields) for source in self.sources] if self.stored else []

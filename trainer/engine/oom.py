@@ -12,10 +12,10 @@ from trainer.core.types import SharedOutOfMemory, UserError, is_out_of_memory
 
 REMEDY = (
     "choose a smaller batch.micro_batch, a ds_config with a higher ZeRO stage or offload (ds_configs/README.md), "
-    "model.recompute, or fewer loss.rows; `python -m trainer.plan RECIPE` says what fits"
+    "model.recompute, or fewer loss.tile_rows; `python -m trainer.plan RECIPE` says what fits"
 )
 LOSS_REMEDY = (
-    "lower loss.rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
+    "lower loss.tile_rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
     "`python -m trainer.plan RECIPE` says what fits"
 )
 

@@ -3,7 +3,7 @@
     from trainer.losses import SigmoidLoss
     from trainer.core.types import Embeddings
 
-    loss = SigmoidLoss(rows=512, exchange="ring")(Embeddings(image, text, scale, bias))
+    loss = SigmoidLoss(tile_rows=512, exchange="ring")(Embeddings(image, text, scale, bias))
 
 A recipe's ``loss:`` section chooses by ``name``; a new loss is one file and one line in LOSSES.
 """

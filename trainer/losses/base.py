@@ -6,7 +6,7 @@ The forward pass already holds exact gradients of the global batch; backward mul
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,15 @@ from trainer.losses.tiles import Pairs
 from trainer.losses.topology import Exchange, Ring
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-Wire = Literal["float32", "bfloat16", "float16"]
+CommDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class PairSettings(Settings):
     """Keys that every loss over pairs has: they change memory, traffic and speed."""
 
-    rows: int = Field(default=1024, ge=1)
+    renamed: ClassVar = {"rows": "tile_rows", "wire": "comm_dtype", "wire_gradient": "comm_gradient_dtype"}
+
+    tile_rows: int = Field(default=1024, ge=1)
     """Images in a tile of logits. Memory grows with it; below some hundreds the matrix products lose speed."""
     exchange: Exchange = "ring"
     """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with
@@ -35,10 +37,10 @@ class PairSettings(Settings):
     node_size: int | None = Field(default=None, ge=1)
     """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
     Open MPI)."""
-    wire: Wire | None = None
+    comm_dtype: CommDtype | None = None
     """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on
     every rank alike."""
-    wire_gradient: Wire = "float32"
+    comm_gradient_dtype: CommDtype = "float32"
     """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in
     float32."""
 
@@ -92,20 +94,20 @@ class PairLoss(nn.Module):
 
     def __init__(
         self,
-        rows: int = 1024,
+        tile_rows: int = 1024,
         exchange: Exchange = "ring",
         *,
         node_size: int | None = None,
-        wire: Wire | None = None,
-        wire_gradient: Wire = "float32",
+        comm_dtype: CommDtype | None = None,
+        comm_gradient_dtype: CommDtype = "float32",
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if rows < 1:
-            raise UserError(f"loss.rows: {rows} rows make no tile; 256 to 2048 are usual")
-        self.rows, self.exchange, self.node_size, self.group = rows, exchange, node_size, group
-        self.wire = DTYPES[wire] if wire else None
-        self.wire_gradient = DTYPES[wire_gradient]
+        if tile_rows < 1:
+            raise UserError(f"loss.tile_rows: {tile_rows} rows make no tile; 256 to 2048 are usual")
+        self.tile_rows, self.exchange, self.node_size, self.group = tile_rows, exchange, node_size, group
+        self.comm_dtype = DTYPES[comm_dtype] if comm_dtype else None
+        self.comm_gradient_dtype = DTYPES[comm_gradient_dtype]
         self.traffic: Counter[str] = Counter()
         """Bytes this rank has sent, by kind ("text", "sums"), since it was last cleared."""
 
@@ -129,7 +131,7 @@ class PairLoss(nn.Module):
 
     def evaluate(self, z: Embeddings, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and the gradients of image, text, scale, bias that ``needs`` asks for."""
-        image, text = z.image.detach().contiguous(), z.text.detach().to(self.wire or z.text.dtype).contiguous()
+        image, text = z.image.detach().contiguous(), z.text.detach().to(self.comm_dtype or z.text.dtype).contiguous()
         dtype = torch.float64 if z.image.dtype == torch.float64 else torch.float32
         scale, bias = (value.detach().to(dtype).reshape(()) for value in (z.scale, z.bias))
         if not self.uses_scale:
@@ -139,7 +141,7 @@ class PairLoss(nn.Module):
         signature = (image.shape[1], list(DTYPES.values()).index(text.dtype), needs[1] + 2 * (z.groups is not None))
         ring = Ring(image.shape[0], signature, self.exchange, self.node_size, self.group, image.device, self.traffic)
         groups = None if z.groups is None else z.groups.contiguous()
-        pairs = Pairs(image, text, scale, bias, groups, ring, self.rows, z.teacher)
+        pairs = Pairs(image, text, scale, bias, groups, ring, self.tile_rows, z.teacher)
         share = ring.world / ring.total_rows
         value = (self.objective(pairs, with_image, needs[1]) * share).to(dtype)
         return value, self._gradients(z, pairs, needs, share) if any(needs) else [None] * 4

@@ -33,7 +33,7 @@ class AffinityLoss(PairLoss):
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         teacher = _teacher_of(pairs)
-        texts = teacher.text.to(self.wire or teacher.text.dtype).contiguous()
+        texts = teacher.text.to(self.comm_dtype or teacher.text.dtype).contiguous()
         rows, columns = self._log_sum_exps(pairs, texts)
         total = torch.zeros((), dtype=torch.float64, device=pairs.image.device)
 
@@ -46,7 +46,7 @@ class AffinityLoss(PairLoss):
             total.add_(_half(by_column, taught_by_column, tile.riders[1][None, :, :], scratch))
             tile.z.add_(by_column)
 
-        pairs.sweep(visit, [texts, columns], (), image_gradient, text_gradient, self.wire_gradient)
+        pairs.sweep(visit, [texts, columns], (), image_gradient, text_gradient, self.comm_gradient_dtype)
         return total
 
     def _log_sum_exps(self, pairs: Pairs, texts: Tensor) -> tuple[Tensor, Tensor]:

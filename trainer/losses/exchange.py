@@ -23,7 +23,7 @@ class Sums(NamedTuple):
     dtype: torch.dtype
     start: float
     merge: Callable[[Tensor, Tensor], Any]
-    wire: torch.dtype | None = None
+    comm_dtype: torch.dtype | None = None
     """Rounded to this dtype for each transfer; summed in ``dtype`` whatever it is."""
 
 
@@ -71,15 +71,15 @@ class Mail:
     works: list[tuple[Any, str]] = field(default_factory=list)
     arrivals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def send(self, tensor: Tensor, peer: int, what: str, wire: torch.dtype | None = None) -> None:
+    def send(self, tensor: Tensor, peer: int, what: str, comm_dtype: torch.dtype | None = None) -> None:
         if tensor.numel() and peer != self.ring.rank:
-            tensor = tensor.to(wire or tensor.dtype)
+            tensor = tensor.to(comm_dtype or tensor.dtype)
             self.ring.traffic[what] += tensor.numel() * tensor.element_size()
             self._add(dist.isend, tensor, peer, f"sending {what} to")
 
-    def receive(self, tensor: Tensor, peer: int, what: str, wire: torch.dtype | None = None) -> None:
+    def receive(self, tensor: Tensor, peer: int, what: str, comm_dtype: torch.dtype | None = None) -> None:
         if tensor.numel() and peer != self.ring.rank:
-            landing = torch.empty_like(tensor, dtype=wire) if wire not in (None, tensor.dtype) else tensor
+            landing = torch.empty_like(tensor, dtype=comm_dtype) if comm_dtype not in (None, tensor.dtype) else tensor
             if landing is not tensor:
                 self.arrivals.append((tensor, landing))
             self._add(dist.irecv, landing, peer, f"waiting for {what} of")
@@ -192,8 +192,8 @@ class _Traversal:
         for number, (lane, peer) in enumerate(self.ring.neighbours()):
             rows = self.ring.slice_at(tick, lane).rows
             for partial, inbox, s in zip(self.partials, self.inbox, self.sums, strict=True):
-                mail.send(partial[tick % 2, number, :rows], peer, "sums", s.wire)
-                mail.receive(inbox[number, :mine], peer, "sums", s.wire)
+                mail.send(partial[tick % 2, number, :rows], peer, "sums", s.comm_dtype)
+                mail.receive(inbox[number, :mine], peer, "sums", s.comm_dtype)
 
     def _merge(self, tick: int) -> None:
         rows = self.ring.slice_at(tick, self.ring.lane).rows
@@ -204,8 +204,8 @@ class _Traversal:
     def _follow(self, mail: Mail, tick: int) -> None:
         ring = self.ring
         for mine, next_one, s in zip(self._total(tick), self._total(tick + ring.num_slices), self.sums, strict=True):
-            mail.send(mine, ring.peer(tick, 1), "sums", s.wire)
-            mail.receive(next_one, ring.peer(tick, -1), "sums", s.wire)
+            mail.send(mine, ring.peer(tick, 1), "sums", s.comm_dtype)
+            mail.receive(next_one, ring.peer(tick, -1), "sums", s.comm_dtype)
 
     def _compute(self, tick: int, visit: Callable[[Slice, list[Tensor], list[Tensor]], None]) -> None:
         ring = self.ring

@@ -2,7 +2,7 @@
 
 loss = 1/B sum over images i and texts j of softplus(-y_ij (t <x_i, u_j> + b)),  y = +1 for matched pairs, else -1
 
-loss: {name: sigmoid, rows: 512, exchange: ring}
+loss: {name: sigmoid, tile_rows: 512, exchange: ring}
 loss: {name: sigmoid, negatives: {keep: hardest, ratio: 16}}
 loss: {name: sigmoid, same_group: mask}
 """
@@ -90,7 +90,9 @@ class SigmoidLoss(PairLoss):
 
         kernel = fused_kernel(pairs.image) if plain and pairs.dtype == torch.float32 else None
         visit = visit_on_gpu if kernel else visit_all if plain else visit_some
-        pairs.sweep(visit, riders, (), image_gradient, text_gradient, self.wire_gradient, make_logits=kernel is None)
+        pairs.sweep(
+            visit, riders, (), image_gradient, text_gradient, self.comm_gradient_dtype, make_logits=kernel is None
+        )
         if plain:
             self.scored_pairs.fill_(pairs.image.shape[0] * pairs.ring.total_rows)
         return total

@@ -63,7 +63,7 @@ class SinkhornLoss(PairLoss):
             total.add_(self._half(tile, by_column, target, column_norm[None, :]))
             tile.z.add_(by_column)
 
-        pairs.sweep(visit, [columns, before, plan_columns], (), image_gradient, text_gradient, self.wire_gradient)
+        pairs.sweep(visit, [columns, before, plan_columns], (), image_gradient, text_gradient, self.comm_gradient_dtype)
         return total
 
     def _half(self, tile: Tile, z: Tensor, target: Tensor, norm: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class SoftmaxLoss(PairLoss):
                 self._gradient(pairs, tile, rows, row_share, target, smoothing)
 
             travelling = torch.stack([columns, column_share], 1)
-            pairs.sweep(visit, [*riders, travelling], (), image_gradient, text_gradient, self.wire_gradient)
+            pairs.sweep(visit, [*riders, travelling], (), image_gradient, text_gradient, self.comm_gradient_dtype)
         return total
 
     def _leave_out(self, pairs: Pairs, tile: Tile) -> None:

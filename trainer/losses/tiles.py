@@ -99,7 +99,7 @@ class Pairs:
         sums: Sequence[Sums] = (),
         image_gradient: bool = False,
         text_gradient: bool = False,
-        gradient_wire: torch.dtype | None = None,
+        comm_gradient_dtype: torch.dtype | None = None,
         make_logits: bool = True,
     ) -> list[Tensor]:
         """Visits every tile of this rank's images with all texts; returns the totals of ``sums`` for this rank's texts.
@@ -109,7 +109,7 @@ class Pairs:
         """
         wanted = list(sums)
         if text_gradient:
-            wanted.append(Sums(self.text.shape[1:], self.dtype, 0.0, Tensor.add_, gradient_wire))
+            wanted.append(Sums(self.text.shape[1:], self.dtype, 0.0, Tensor.add_, comm_gradient_dtype))
 
         def on_slice(piece: Slice, payload: list[Tensor], totals: list[Tensor]) -> None:
             if piece.owner != self.ring.rank:

@@ -73,7 +73,7 @@ class TripletLoss(PairLoss):
                 first, last = tile.matched()
                 tile.diagonal().sub_(pull[first:last])
 
-            pairs.sweep(visit, [*riders, target_columns], (), image_gradient, text_gradient, self.wire_gradient)
+            pairs.sweep(visit, [*riders, target_columns], (), image_gradient, text_gradient, self.comm_gradient_dtype)
         return by_image.clamp(min=0).sum(dtype=torch.float64) + by_text.clamp(min=0).sum(dtype=torch.float64)
 
     def _leave_out(self, pairs: Pairs, tile: Tile) -> None:

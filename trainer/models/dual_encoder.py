@@ -33,7 +33,7 @@ from trainer.models.adapt.recompute import recompute
 from trainer.models.card import whole_card
 from trainer.models.naflex import NAFLEX, patch_inputs, unpack
 from trainer.models.param_groups import ParameterGroup, Tower, parameter_groups, tower_of
-from trainer.models.precomputed import StoredSettings, fingerprint, locked_part, take_out, width_of
+from trainer.models.precomputed import PrecomputedSettings, fingerprint, locked_part, take_out, width_of
 from trainer.models.preprocess import make_processor, read_preprocess, read_tokenizer
 from trainer.models.settings import ModelSettings
 from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
@@ -318,9 +318,11 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     recompute(towers.get_submodule("text_model"), settings.recompute.text, settings.recompute.offload)
     head = Head(log_scale, bias)
     head.requires_grad_(not settings.lock.scale)
-    if settings.stored.side is not None:
-        preprocess = dataclasses.replace(preprocess, stored=stored_tower(towers, preprocess, settings.stored, weights))
-        take_out(towers, settings.stored.side)
+    if settings.precomputed.side is not None:
+        preprocess = dataclasses.replace(
+            preprocess, stored=stored_tower(towers, preprocess, settings.precomputed, weights)
+        )
+        take_out(towers, settings.precomputed.side)
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
         say(
@@ -333,16 +335,16 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
 def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder:
     """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the
     checkpoint has not."""
-    side = settings.stored.side
+    side = settings.precomputed.side
     model = build(whole(settings), weights=weights or side is not None)
     if side is not None:
         model.unsaved = frozenset(f"towers.{name}" for name in locked_part(model.towers, side))
-        model.tower = stored_tower(model.towers, model.preprocess, settings.stored).tower
+        model.tower = stored_tower(model.towers, model.preprocess, settings.precomputed).tower
     return model
 
 
 def stored_tower(
-    towers: PreTrainedModel, preprocess: Preprocess, settings: StoredSettings, weights: bool = True
+    towers: PreTrainedModel, preprocess: Preprocess, settings: PrecomputedSettings, weights: bool = True
 ) -> Stored:
     """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for who plans)."""
     assert settings.side is not None
@@ -352,4 +354,4 @@ def stored_tower(
 
 def whole(settings: ModelSettings) -> ModelSettings:
     """The same model with no tower stored."""
-    return settings.model_copy(update={"stored": StoredSettings()})
+    return settings.model_copy(update={"precomputed": PrecomputedSettings()})

@@ -5,7 +5,7 @@ the other trains.
       image: {path: google/vit-base-patch16-224}
       text: {config: {model_type: bert, ...}}
       lock: {image: true}
-      stored: {image: vit_b16}                 # the column that `python -m trainer.embed RECIPE` writes
+      precomputed: {image: vit_b16}                 # the column that `python -m trainer.embed RECIPE` writes
 
 What is stored is what the locked weights give: the embedding of length 1 of a CLIP or SigLIP, the pooled output of a
 pair's tower, whose projection is new and trains on.
@@ -35,7 +35,7 @@ NAME = re.compile(r"(?!\.)[\w.-]+")
 """As `python -m data_tools join` has it: a file of this name is written."""
 
 
-class StoredSettings(Settings):
+class PrecomputedSettings(Settings):
     """Train on stored embeddings of a locked tower: it is never run, and its inputs are never decoded."""
 
     image: str | None = None
@@ -55,7 +55,7 @@ class StoredSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _one_side(self) -> StoredSettings:
+    def _one_side(self) -> PrecomputedSettings:
         if self.image is not None and self.text is not None:
             raise ValueError("one tower can be stored, the other has to learn: name image or text")
         return self

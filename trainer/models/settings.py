@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,15 @@ from trainer.models.adapt.lora import LoraSettings
 from trainer.models.adapt.mask import MaskSettings
 from trainer.models.adapt.recompute import RecomputeSettings
 from trainer.models.param_groups import RateSettings
-from trainer.models.precomputed import StoredSettings
+from trainer.models.precomputed import PrecomputedSettings
 from trainer.models.vision_text import TowerSettings
 
 
 class ModelSettings(Settings):
     """Two towers: a pretrained model (``path``), a new one (``config``), or a pair of any two (``image`` and
     ``text``)."""
+
+    renamed: ClassVar = {"stored": "precomputed"}
 
     path: str | None = None
     "Directory or hub name of a Hugging Face CLIP or SigLIP model; its weights, temperature and bias are kept."
@@ -57,7 +59,7 @@ class ModelSettings(Settings):
     "Layers that trade time for activation memory."
     lock: LockSettings = LockSettings()
     "Weights that stay as they are."
-    stored: StoredSettings = StoredSettings()
+    precomputed: PrecomputedSettings = PrecomputedSettings()
     "Stored embeddings of a locked tower instead of the tower (SigLiT)."
     lora: LoraSettings | None = None
     "A low-rank adapter instead of full finetuning; null: none."
@@ -105,19 +107,19 @@ class ModelSettings(Settings):
         return self
 
     def _check_stored(self) -> None:
-        side = self.stored.side
+        side = self.precomputed.side
         if side is None:
             return
         locked, layers = getattr(self.lock, side), getattr(self.lock, f"{side}_layers")
         if not locked or layers:
             raise ValueError(
-                f"stored.{side}: only a tower that never changes can be stored: model.lock.{side}=true, no "
+                f"precomputed.{side}: only a tower that never changes can be stored: model.lock.{side}=true, no "
                 f"{side}_layers"
             )
         pretrained = self.path is not None or (getattr(self, side) is not None and getattr(self, side).path is not None)
         if not pretrained:
             raise ValueError(
-                f"stored.{side}: the tower has random weights; a stored one comes from model.path or model.{side}.path"
+                f"precomputed.{side}: the tower has random weights; a stored one comes from model.path or model.{side}.path"
             )
         if side == "image" and self.mask.drop:
             raise ValueError(

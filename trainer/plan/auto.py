@@ -27,7 +27,7 @@ def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
             f"{', '.join(str(n) for n in near if n)}"
         )
     here, average = max(1, gpus // nodes), recipe.optim.ema > 0
-    return Job(gpus, size // gpus, 1, recipe.batch.reduce, recipe.loss, node_ranks=here, average=average)
+    return Job(gpus, size // gpus, 1, recipe.batch.grad_reduction, recipe.loss, node_ranks=here, average=average)
 
 
 def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:

@@ -129,7 +129,7 @@ def table(result: Plan, job: Job) -> str:
         speed = f"{option.step_seconds:7.2f} {job.local_batch * job.ranks / option.step_seconds:8.0f}"
         micro = f"{option.micro_batch:>6}" if option.fits else "     -"
         star = "*" if option is result.chosen else " "
-        each = ", reduce each" if option.reduce == "each" else ""
+        each = ", reduced per micro-batch" if option.grad_reduction == "per_micro_batch" else ""
         lines.append(
             f"{star}{option.ds_config:<21}{option.way.label + each:<31}{micro}  {option.peak.total / GIB:6.2f}  "
             f"{speed if option.fits else '      -        -'}  {option.peak.phase}: {parts}{host}"
@@ -174,7 +174,7 @@ def _spent(option: Option, job: Job) -> str:
     seconds = ", ".join(
         f"{name} {value:.3g}" for name, value in option.seconds.items() if value > 0.001 * option.step_seconds
     )
-    there = replace(job, micro_batch=option.micro_batch, reduce=option.reduce)
+    there = replace(job, micro_batch=option.micro_batch, grad_reduction=option.grad_reduction)
     sent = ", ".join(
         f"{name} {size / GIB:.2f}"
         for name, size in wire_bytes(option.way.survey, zero_section(option.ds_config), there).items()

@@ -34,7 +34,7 @@ class Job:
     local_batch: int
     """Pairs of the global batch that fall to each rank."""
     micro_batch: int
-    reduce: str = "once"
+    grad_reduction: str = "per_step"
     loss: PairSettings | None = None
     node_ranks: int = 1
     average: bool = False
@@ -149,7 +149,7 @@ def loss_bytes(width: int, job: Job) -> float:
     buffers = piece * (2 * (slices + 1) if travels else slices)
     buffers += piece * (lanes - 1) * 5
     num_tiles = 2 if getattr(settings, "name", "sigmoid") == "sigmoid" else 3
-    tile = 4.0 * min(settings.rows, rows) * -(-rows // slices)
+    tile = 4.0 * min(settings.tile_rows, rows) * -(-rows // slices)
     own = 4.0 * width * rows + buffers + num_tiles * tile
     if job.teacher is None:
         return own
@@ -176,7 +176,7 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
         return _States(device, 0.0, trained, True, NOTHING, finish, {"gradients": trained})
     if stage == 3:
         return _third(survey, zero, job, offloads)
-    each = stage == 2 and job.reduce == "each" and job.num_micro_batches > 1
+    each = stage == 2 and job.grad_reduction == "per_micro_batch" and job.num_micro_batches > 1
     host, device = 0.0, {"parameters": whole, "optimizer": (3 + job.average) * part, **model}
     averaged = part
     if offloads:
@@ -208,7 +208,7 @@ def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _S
     parked = (zero.get("offload_param") or {}).get("device", "none") != "none"
     held = min(away, 4.0 * reuse) if job.ranks > 1 or parked else 0.0
     gather = (held + min(held, 2 * prefetch), held + min(held / 3, 2 * prefetch), min(held, 4.0 * survey.largest))
-    each = job.reduce == "each" and job.num_micro_batches > 1
+    each = job.grad_reduction == "per_micro_batch" and job.num_micro_batches > 1
     device = {"parameters": whole / job.ranks + kept, "optimizer": (3 + job.average) * part, "gradients": part}
     device["buffers"] = bucket + survey.buffers
     host, flat = 0.0, part

@@ -31,7 +31,7 @@ class Option:
 
     ds_config: str
     way: Way
-    reduce: str
+    grad_reduction: str
     fits: bool
     micro_batch: int
     """The largest that fits; 1 where none does."""
@@ -46,7 +46,11 @@ class Option:
     def overrides(self) -> list[str]:
         """The keys that make a recipe run this way."""
         keys = [f"engine.ds_config={self.ds_config}", f"batch.micro_batch={self.micro_batch}"]
-        return keys + ([f"batch.reduce={self.reduce}"] if self.reduce != "once" else []) + list(self.way.overrides)
+        return (
+            keys
+            + ([f"batch.grad_reduction={self.grad_reduction}"] if self.grad_reduction != "per_step" else [])
+            + list(self.way.overrides)
+        )
 
 
 def usable_bytes(memory_bytes: float, reserve: float = RESERVE) -> float:
@@ -96,8 +100,18 @@ def options(
     for way in ways:
         for name, zero in ds_configs().items():
             option = _option(way, name, zero, job, budget, card, precision, link, tflops)
-            if not option.fits and zero["stage"] >= 2 and job.reduce == "once":
-                sharded = _option(way, name, zero, replace(job, reduce="each"), budget, card, precision, link, tflops)
+            if not option.fits and zero["stage"] >= 2 and job.grad_reduction == "per_step":
+                sharded = _option(
+                    way,
+                    name,
+                    zero,
+                    replace(job, grad_reduction="per_micro_batch"),
+                    budget,
+                    card,
+                    precision,
+                    link,
+                    tflops,
+                )
                 option = sharded if sharded.fits else option
             found.append(option)
     return found
@@ -116,7 +130,7 @@ def _option(
 ) -> Option:
     rows, peak = largest(way.survey, zero, job, budget)
     seconds = step_seconds(way.survey, zero, replace(job, micro_batch=max(rows, 1)), card, precision, link, tflops)
-    return Option(name, way, job.reduce, rows > 0, max(rows, 1), peak, seconds)
+    return Option(name, way, job.grad_reduction, rows > 0, max(rows, 1), peak, seconds)
 
 
 def choose(found: list[Option]) -> Option | None:

@@ -1,6 +1,6 @@
 """A rank that is gone ends the job everywhere, with one line that says which rank, where, at which step and why.
 
-    with Watchdog(silence=20) as watch:
+    with Watchdog(heartbeat_timeout=20) as watch:
         watch.doing("reading data", step)          # as often as you like: it only sets two fields
         ...
 

@@ -40,8 +40,8 @@ ADMISSION = 30.0
 class Watchdog:
     """One rank's part, and on rank 0 the hub as well. Does nothing for a single rank, or when ``silence`` is 0."""
 
-    def __init__(self, silence: float) -> None:
-        self._silence = silence
+    def __init__(self, heartbeat_timeout: float) -> None:
+        self._heartbeat_timeout = heartbeat_timeout
         self._doing, self._step = "starting", 0
         self._outbox: deque[dict[str, Any]] = deque()
         self._error: BaseException | None = None
@@ -56,11 +56,11 @@ class Watchdog:
         self._doing, self._step = what, step
 
     def __enter__(self) -> Watchdog:
-        if distributed.world_size() == 1 or not self._silence:
+        if distributed.world_size() == 1 or not self._heartbeat_timeout:
             return self
         token, port = secrets.randbits(62), 0
         if distributed.is_main():
-            self._hub = Hub(token, distributed.world_size(), self._silence)
+            self._hub = Hub(token, distributed.world_size(), self._heartbeat_timeout)
             port = self._hub.port
         invitation = torch.tensor([token, port], device=distributed.device())
         dist.broadcast(invitation, src=0)
@@ -89,7 +89,7 @@ class Watchdog:
         return UserError(
             f"rank {distributed.rank()} on {socket.gethostname()} cannot reach rank 0 at "
             f"{os.environ.get('MASTER_ADDR', '127.0.0.1')} port {port} ({why}): let nodes connect to each other on "
-            "all ports, or set run.silence=0 to do without the watchdog"
+            "all ports, or set run.heartbeat_timeout=0 to do without the watchdog"
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -98,7 +98,11 @@ class Watchdog:
         self._error = error
         self._outbox.append({"bye": True} if error is None else _last_words(error))
         self._wake.send(b"!")
-        if error is not None and self._decided.wait(self._silence + GRACE + 10) and isinstance(error, UserError):
+        if (
+            error is not None
+            and self._decided.wait(self._heartbeat_timeout + GRACE + 10)
+            and isinstance(error, UserError)
+        ):
             error.told = True  # the line has been printed
         self._thread.join(5)
         if self._hub is not None:
@@ -125,8 +129,8 @@ class Watchdog:
                 self._line.send(self._position | message)
                 left = left or "bye" in message
             messages = self._line.receive() if self._line.socket in ready else []
-            if clock.over(bool(messages), self._silence):
-                silent = replace(self._zero, cause=f"silent for {self._silence:g} s: {SILENT}")
+            if clock.over(bool(messages), self._heartbeat_timeout):
+                silent = replace(self._zero, cause=f"silent for {self._heartbeat_timeout:g} s: {SILENT}")
                 return self._end(silent, says=distributed.rank() == 1 or distributed.local_rank() == 0)
             if messages is None:  # rank 0 closes whom it heard say goodbye
                 return self._line.close() if left else self._end(self._zero, says=distributed.rank() == 1)

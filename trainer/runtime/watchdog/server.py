@@ -47,8 +47,8 @@ class Trouble:
 class Hub:
     """Rank 0's thread that hears all ranks and decides."""
 
-    def __init__(self, token: int, world: int, silence: float) -> None:
-        self._token, self._world, self._silence = token, world, silence
+    def __init__(self, token: int, world: int, heartbeat_timeout: float) -> None:
+        self._token, self._world, self._heartbeat_timeout = token, world, heartbeat_timeout
         dual = socket.has_dualstack_ipv6()
         self._server = socket.create_server(
             ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=world, dualstack_ipv6=dual
@@ -129,10 +129,12 @@ class Hub:
 
     def _look_for_silence(self) -> None:
         for member in list(self._members.values()):
-            over = member.patience.over(member.heard, self._silence)
+            over = member.patience.over(member.heard, self._heartbeat_timeout)
             member.heard = False
             if over and member.rank > 0:
-                self._trouble(Trouble(GONE, member, f"silent for {self._silence:g} s: {SILENT}", RunFailed.code))
+                self._trouble(
+                    Trouble(GONE, member, f"silent for {self._heartbeat_timeout:g} s: {SILENT}", RunFailed.code)
+                )
                 self._forget(member)
 
     def _judge(self) -> Verdict:
