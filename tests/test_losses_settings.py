@@ -73,7 +73,7 @@ def test_every_loss_is_in_a_recipe_here():
     ("section", "message"),
     [
         ({"name": "sigmod"}, "did you mean 'sigmoid'"),
-        ({"name": "sigmoid", "row": 4}, "did you mean 'rows'"),
+        ({"name": "sigmoid", "row": 4}, "did you mean 'tile_rows'"),
         ({"name": "sigmoid", "negatives": {"ratios": 4}}, "did you mean 'ratio'"),
         ({"name": "queue"}, "'loss.width' is required"),
         ({"name": "sigmoid", "negatives": {"ratio": 0.5, "warmup": 0.1}}, "warmup grows the ratio from 1"),
