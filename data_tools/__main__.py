@@ -14,7 +14,7 @@ VERBS = {
     "shard": ("shard", "pairs -> webdataset tars with an index and a manifest"),
     "merge": ("merge", "end a run of several `shard --task i/n`"),
     "verify": ("verify", "is a dataset still what was written? Names every damaged sample"),
-    "index": ("index_tars", "index and manifest for tars of any maker"),
+    "index": ("index", "index and manifest for tars of any maker"),
     "stats": ("stats", "sizes, captions, languages, duplicates and a contact sheet, as JSON and an HTML page"),
     "cat": ("cat", "look at samples"),
     "dedup": ("dedup", "drop pictures that are there twice, as a view"),
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in VERBS:
         print(f"error: no verb {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"data_tools.{VERBS[argv[0]][0]}")
+    module = importlib.import_module(f"data_tools.commands.{VERBS[argv[0]][0]}")
     return run_verb(module.main, argv[1:])
 
 
