@@ -60,9 +60,9 @@ def wrap(ds_engine: Any, stage: int) -> Any:
 
 def plain(samples_seen: int, tensors: dict[str, Tensor]) -> tuple[state_io.Contents, list[state_io.Piece]]:
     """A checkpoint without an engine."""
-    entries = {state_io.MODEL: [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensor_file.items()]}
+    entries = {state_io.MODEL: [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]}
     return state_io.Contents(samples_seen, entries, {"samples_seen": samples_seen}), [
-        (state_io.MODEL, n, t) for n, t in tensor_file.items()
+        (state_io.MODEL, n, t) for n, t in tensors.items()
     ]
 
 
@@ -463,11 +463,6 @@ def test_what_a_run_goes_on_from(tmp_path: Path) -> None:
         start(run, "auto")
     with pytest.raises(UserError, match="no checkpoint to load"):
         start(tmp_path / "new", str(tmp_path / "nowhere"))
-
-
-def test_when_one_is_due() -> None:
-    keeper = Checkpointer(Path("unused"), CheckpointSettings(every=1000))
-    assert [after for after in range(300, 3100, 300) if keeper.due(after - 300, after)] == [1200, 2100, 3000]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ LAYERS = [
     {"step", "checkpoint", "evals", "distill"},
     {"config"},
     {"plan"},
+    {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
 ]
 

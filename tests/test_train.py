@@ -16,7 +16,7 @@ import yaml
 from tests.support.forked_ranks import run_ranks
 from tests.support.runs import PLAIN, call, curve, make_shards, mistake, steps, stopped_at_step
 from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
-from trainer import train
+from trainer import losses, train
 from trainer.core.types import UserError
 from trainer.runtime.signals import EXIT_AGAIN
 
@@ -82,7 +82,7 @@ def test_a_run_that_was_stopped_has_the_same_numbers_as_one_that_was_not(
 
 def poisoned(recipe: Path, *overrides: str) -> str:
     """From the third step on the loss is not a number on rank 1."""
-    real = train.losses.build
+    real = losses.build
 
     def build(settings: Any) -> Any:
         loss = real(settings)
@@ -90,7 +90,7 @@ def poisoned(recipe: Path, *overrides: str) -> str:
         loss.forward = lambda z: forward(z) * (float("nan") if next(count) >= 3 and os.environ["RANK"] == "1" else 1.0)
         return loss
 
-    train.losses.build = build
+    losses.build = build
     return mistake(recipe, *overrides)
 
 

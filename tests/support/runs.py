@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from data_tools.commands import shard
-from trainer import train
+from trainer import run, train
 from trainer.core.types import UserError
 
 PLAIN = ["model.config.vision_config.attention_dropout=0", "model.config.text_config.attention_dropout=0"]
@@ -60,18 +60,18 @@ def call(recipe: Path, *overrides: str) -> int:
     return train.main([str(recipe), *overrides])
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def steps(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
 
-def curve(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["samples_seen"], line["loss"], line["grad_norm"]) for line in steps(run)]
+def curve(directory: Path) -> list[tuple[int, float, float]]:
+    return [(line["samples_seen"], line["loss"], line["grad_norm"]) for line in steps(directory)]
 
 
 def stopped_at_step(number: int, recipe: Path, *overrides: str) -> int:
     """Rank 1 gets the signal that queues send before they take a machine away."""
-    real, count = train.train_step, iter(range(1, 1000))
+    real, count = run.train_step, iter(range(1, 1000))
 
     def step(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
@@ -79,7 +79,7 @@ def stopped_at_step(number: int, recipe: Path, *overrides: str) -> int:
             signal.raise_signal(signal.SIGUSR1)
         return result
 
-    train.train_step = step
+    run.train_step = step
     return call(recipe, *overrides)
 
 

@@ -1,11 +1,10 @@
 """Saving and resuming: one integer (``samples_seen``) is the position, whole tensors by name are the state, and nothing
 is pickled.
 
-    keeper = Checkpointer(run_dir, settings)
-    resumed = keeper.resume(engine, loss)                        # None, or where to go on
-    if keeper.due(before, samples_seen):
-        keeper.save(engine, samples_seen, {"step": step}, loss)  # every rank calls; rank 0 writes
-    keeper.close()
+    checkpointer = Checkpointer(run_dir, settings)
+    resumed = checkpointer.resume(engine, loss)                        # None, or where to go on
+    checkpointer.save(engine, samples_seen, {"step": step}, loss)      # every rank calls; rank 0 writes
+    checkpointer.close(samples_seen)
 
 A run may go on with another number of ranks, another ZeRO stage, micro-batch or ds_config. Random states are not saved:
 a step's randomness follows from (seed, samples_seen, rank), see ``seed_step``.

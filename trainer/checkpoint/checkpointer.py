@@ -46,10 +46,6 @@ class Checkpointer:
         self._at: int | None = None
         self._background: Background | None = Background() if settings.asynchronous else None
 
-    def due(self, before: int, after: int) -> bool:
-        """Whether a step from position ``before`` to ``after`` (samples_seen) ends where a checkpoint belongs."""
-        return before // self._settings.every != after // self._settings.every
-
     def resume(self, engine: Any, loss: nn.Module | None = None) -> state_io.Resumed | None:
         """Loads what the settings say, if there is anything; None for a run that begins."""
         start = on_main(lambda: {"folder": self._start()})["folder"]

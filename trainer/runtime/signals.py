@@ -3,7 +3,7 @@
     with StopSignals() as signals:
         ...
         if signals.agreed():                  # once a step, on every rank
-            keeper.save(...)
+            checkpointer.save(...)
             sys.exit(EXIT_AGAIN)
 
 SIGTERM and SIGUSR1 are what queues send before they take the machine away; Ctrl-C asks for the same, and a second one

@@ -1,0 +1,257 @@
+"""The parts of a run, its one position, and what it does besides stepping.
+
+run = build(recipe)
+run.hooks.append(Hook("measuring drift", every=100_000, call=my_function))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import checkpoint, config, evals, losses, models
+from trainer.checkpoint import Checkpointer, Resumed
+from trainer.config import Recipe
+from trainer.core import collectives, distributed
+from trainer.core.types import Batch, UserError
+from trainer.data import Loader, Skipped
+from trainer.distill import Teacher, build_teacher
+from trainer.engine import Engine, build_engine
+from trainer.losses import PairLoss, TaughtLoss
+from trainer.models import DualEncoder
+from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
+from trainer.plan.auto import micro_batch
+from trainer.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something that the training loop does now and then: saving, evaluating, a function of your own.
+
+    ``call`` runs on every rank at the same step and may use collectives; a dict that it returns becomes a line of
+    ``log.jsonl``. Its time counts in no rate.
+    """
+
+    activity: str
+    """What the watchdog and error messages call it: "evaluating"."""
+    every: int
+    """Samples between two calls; 0: only where the flags below say so."""
+    call: Callable[[Run], dict[str, Any] | None]
+    at_end: bool = True
+    """Also after the last step of the run."""
+    at_stop: bool = False
+    """Also after the step at which a signal stops the run."""
+
+    def due(self, before: int, after: int, finished: bool, stopped: bool) -> bool:
+        """Whether it runs after a step that went from position ``before`` to ``after`` (samples seen)."""
+        if stopped:
+            return self.at_stop
+        return (finished and self.at_end) or crosses(self.every, before, after)
+
+
+@dataclass
+class Run:
+    """The parts of a run and its one position."""
+
+    recipe: Recipe
+    model: DualEncoder
+    engine: Engine
+    loss: PairLoss | TaughtLoss
+    teacher: Teacher | None
+    guard: Guard
+    checkpointer: Checkpointer
+    ceiling: float | None
+    micro_batch: int | None
+    samples_seen: int = 0
+    hooks: list[Hook] = field(default_factory=list)
+    """What the loop does besides stepping, in this order."""
+
+    @property
+    def directory(self) -> Path:
+        return self.recipe.run.directory
+
+    @property
+    def total(self) -> int:
+        """Samples at the end: whole global batches."""
+        return self.recipe.num_steps * self.recipe.batch.size
+
+    def step(self, batch: Batch) -> StepResult:
+        """One update at the present position; everything random in it follows from (seed, position, rank)."""
+        recipe, engine = self.recipe, self.engine
+        checkpoint.seed_step(recipe.run.seed, self.samples_seen, distributed.rank())
+        engine.set_learning_rate(self.rate)
+        self.model.progress(self.samples_seen, self.total)
+        self.loss.progress(self.samples_seen, self.total)
+        result = train_step(
+            engine,
+            batch,
+            self.loss,
+            self.micro_batch,
+            grad_reduction=recipe.batch.grad_reduction,
+            guard=self.guard,
+            teacher=self.teacher,
+        )
+        if self.ceiling is not None:
+            engine.cap_scale(self.ceiling)
+        if recipe.optim.ema and not result.skipped:
+            engine.average_weights(recipe.optim.ema)
+        self.micro_batch = result.micro_batch
+        self.samples_seen += recipe.batch.size
+        return result
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the step that begins here, taken at its middle: neither the first step nor the last is
+        wasted on a rate of 0."""
+        return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
+
+    @property
+    def main_loss(self) -> PairLoss:
+        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around
+        it or without."""
+        return self.loss.main if isinstance(self.loss, TaughtLoss) else self.loss
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the recipe names anything to evaluate on."""
+        return evals.asked_for(self.recipe.eval, self.recipe.data)
+
+    def evaluate(self) -> dict[str, Any]:
+        """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there
+        are some."""
+        recipe, rank, world = self.recipe, distributed.rank(), distributed.world_size()
+        with (
+            self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average,
+            self.model.with_every_tower(),
+        ):
+            found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
+        distributed.say(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
+        return {"eval": found, "weights": "ema"} if average else {"eval": found}
+
+    def save(self, loader: Loader) -> None:
+        """A checkpoint of this position; it counts and names the samples that had to be replaced."""
+        extra = {"guard": self.guard.state_dict(), "skipped": gather_skipped(loader.skipped), "tower": self.model.tower}
+        if self.teacher is not None:
+            extra["teacher"] = self.teacher.record
+        self.checkpointer.save(self.engine, self.samples_seen, extra, self.main_loss)
+
+
+def build(recipe: Recipe) -> Run:
+    """Model, engine, loss: the same weights on all ranks, from the seed or from a checkpoint of other people's."""
+    size, world = recipe.batch.size, distributed.world_size()
+    if size % world:
+        nearest = f"{size // world * world} or {(size // world + 1) * world}"
+        raise UserError(f"batch.size {size} does not divide by {world} ranks; the nearest that do are {nearest}")
+    checkpoint.seed_step(recipe.run.seed, 0, 0)
+    model = models.build(recipe.model)
+    main, teacher = losses.build(recipe.loss), None
+    if recipe.distill is not None:
+        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.autocasts)
+    loss = main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss)
+    start_scale = model.head.logit_scale.detach().exp().item()
+    optimizer = build_optimizer(model, recipe.optim, model.parameter_groups())
+    engine = build_engine(model, optimizer, recipe.engine, clip=recipe.optim.clip)
+    return Run(
+        recipe=recipe,
+        model=model,
+        engine=engine,
+        loss=loss.to(distributed.device()),  # a queue is where the embeddings are
+        teacher=teacher,
+        guard=Guard(recipe.optim),
+        checkpointer=Checkpointer(recipe.run.directory, recipe.checkpoint),
+        ceiling=scale_ceiling(recipe.optim, start_scale),
+        micro_batch=micro_batch(recipe),
+    )
+
+
+def check_tower(run: Run, resumed: Resumed) -> None:
+    """A tower whose embeddings are stored is no part of the checkpoint: the rest was trained for this one."""
+    before, now = resumed.extra.get("tower", ""), run.model.tower
+    if before and now and before != now:
+        raise UserError(
+            f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
+            f"model.precomputed is {now[:12]}): give that tower again, or begin another run.directory"
+        )
+
+
+def describe(run: Run) -> None:
+    """The run directory explains itself: what was asked for, what DeepSpeed was told."""
+    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps the true size beside it.
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel()))
+        for parameter in run.model.parameters()
+    ]
+    trained, locked = (sum(size for trains, size in sizes if trains is which) for which in (True, False))
+    distributed.say(
+        f"{run.directory}: {trained / 1e6:,.1f} M parameters to train, {locked / 1e6:,.1f} M locked; "
+        f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
+        f"{run.recipe.engine.ds_config}, {'bf16' if run.recipe.engine.autocasts else 'fp32'}, "
+        f"micro-batch {run.micro_batch or 'whole'}"
+    )
+    if not distributed.is_main():
+        return
+    run.directory.mkdir(parents=True, exist_ok=True)
+    keep_other_recipe(run)
+    for name, text in (
+        ("recipe.yaml", config.dump(run.recipe)),
+        ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n"),
+    ):
+        aside = run.directory / f"{name}.tmp"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, run.directory / name)
+
+
+def keep_other_recipe(run: Run) -> None:
+    """A run may go on under another recipe: nobody should learn of it from the curve, and the one before stays beside
+    the new one."""
+    before = run.directory / "recipe.yaml"
+    if not run.samples_seen or not before.is_file():
+        return
+    changed = config.changes(config.read_yaml(before), run.recipe.model_dump(mode="json"))
+    if changed:
+        kept = before.with_name(f"recipe-until-{run.samples_seen:09d}.yaml")
+        os.replace(before, kept)
+        distributed.say(f"from here on another recipe than before (now in {kept}): {'; '.join(changed)}")
+
+
+def say_finished(run: Run, hint: str = "") -> None:
+    """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0
+    when it was killed."""
+    if distributed.local_rank() == 0:
+        print(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", file=sys.stderr, flush=True)
+
+
+def gather_skipped(skipped: Skipped) -> dict[str, Any]:
+    """The samples that all ranks replaced so far, as one record for the checkpoint."""
+    ranks: list[Any] = [skipped]
+    if distributed.world_size() > 1:
+        ranks = [None] * distributed.world_size()
+        dist.all_gather_object(ranks, skipped)
+    reasons: Counter[str] = Counter()
+    for one in ranks:
+        reasons.update(one.reasons)
+    return {
+        "count": sum(one.count for one in ranks),
+        "keys": sorted({key for one in ranks for key in one.keys}),
+        "reasons": dict(reasons),
+    }
+
+
+def gather_sample_ids(ids: Tensor) -> list[int]:
+    """Sample numbers of the global batch, in rank order."""
+    return collectives.stack_over_ranks(ids.to(distributed.device())).flatten().tolist()
+
+
+def crosses(every: int, before: int, after: int) -> bool:
+    """True when a multiple of ``every`` lies in (before, after]; never when it is 0."""
+    return every > 0 and before // every != after // every
