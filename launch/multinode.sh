@@ -14,7 +14,10 @@
 # Exit codes: 0 finished; 2 a mistake in the recipe or the data, not tried again; 75 this script was told to stop and everything is saved:
 # the same command goes on; anything else: failed more than N times. Environment for the other nodes: launch/README.md.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+script=$(realpath "$0")
+root=$(dirname "$(dirname "$script")")
+# A checkout need not be installed; paths stay relative to where the script is called.
+[ ! -f "$root/pyproject.toml" ] || export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
@@ -43,7 +46,7 @@ done
 [ $# -gt 0 ] || usage 2
 [ -n "$hostfile" ] || [ -n "$ranks" ] || fail "name --hostfile F (several nodes) or --ranks N (this one)"
 if [ -n "$hostfile" ]; then
-  [ -f "$hostfile" ] || fail "$hostfile: no such hostfile; launch/hostfile.example shows one"
+  [ -f "$hostfile" ] || fail "$hostfile: no such hostfile; $root/launch/hostfile.example shows one"
   mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF {print $1}')
   address=${address:-${hosts[0]}}
 fi
@@ -66,7 +69,7 @@ over_ssh() { # the same script on every node; the first node to fail takes the o
   for rank in "${!hosts[@]}"; do
     # shellcheck disable=SC2029,SC2086  (expanded here on purpose; RINGLIP_SSH holds options)
     ssh ${RINGLIP_SSH:-} -tt -o BatchMode=yes "${hosts[rank]}" \
-      "cd $(printf %q "$PWD") && PATH=$(printf %q "$PATH") $(environment) bash launch/multinode.sh --no-ssh $rank --restarts 0 \
+      "cd $(printf %q "$PWD") && PATH=$(printf %q "$PATH") $(environment) bash $(printf %q "$script") --no-ssh $rank --restarts 0 \
       --master-addr $address --master-port $port --hostfile $(printf %q "$hostfile") $(printf '%q ' "$@")" </dev/null &
     pids+=($!)
   done

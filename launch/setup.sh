@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements.txt, or leaves it alone when it already matches. Sourced by quickstart.sh and tests/run.sh.
+# Makes .venv from requirements.txt with this checkout in it (the command `ringlip`, `import ringlip`), or leaves it alone when it already
+# matches. Sourced by quickstart.sh and tests/run.sh.
 #
 #   source launch/setup.sh        # from the repository root; then `python` is the environment's
 #
@@ -20,6 +21,12 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
   echo "$want" >"$stamp" # last: an interrupted install is done again
+fi
+stamp="$venv/.ringlip.sha256"
+want="$(sha256sum pyproject.toml | cut -d' ' -f1) $PWD"
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  echo "$want" >"$stamp"
 fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"
 export PATH

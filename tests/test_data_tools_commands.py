@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools.__main__ import VERBS
 from data_tools.__main__ import main as data_tools
+from data_tools.commands import COMMANDS
 from data_tools.commands.dedup import near_pairs, perceptual_hash
 from data_tools.format.index import Dataset, Strings
 from data_tools.format.map_shards import TarReader
@@ -63,7 +63,7 @@ def column(dataset: Path, name: str = "uid") -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS))
+@pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         data_tools([verb, "--help"])
@@ -73,9 +73,9 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in VERBS)
+    assert all(f"\n  {verb} " in out for verb in COMMANDS)
     assert data_tools(["shrad"]) == 2
-    assert "no verb 'shrad'" in capsys.readouterr().err
+    assert "no command 'shrad'; did you mean 'shard'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

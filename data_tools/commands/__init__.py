@@ -1,0 +1,16 @@
+"""The commands of ``python -m data_tools``, one a module."""
+
+COMMANDS = {
+    "shard": "pairs -> webdataset tars with an index and a manifest",
+    "merge": "finish several runs of `shard --task i/n`",
+    "verify": "check a dataset against its manifest; names every damaged sample",
+    "index": "write index and manifest for existing webdataset tars",
+    "stats": "sizes, captions, languages, duplicates and a contact sheet, as JSON and an HTML page",
+    "cat": "print samples",
+    "dedup": "drop duplicate pictures, as a view",
+    "filter": "keep the samples that meet conditions, as a view",
+    "join": "add columns (scores, captions, embeddings) beside the tars",
+    "vocabulary": "train a word tokenizer on the captions of a dataset",
+    "glyphs": "render the demo pairs from matplotlib's fonts",
+}
+"""Command, which is also the name of its module, and what it does."""

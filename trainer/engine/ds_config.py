@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 
 from trainer.core.settings import Settings
+from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FOLDER = shipped("ds_configs")
 
 
 class EngineSettings(Settings):
