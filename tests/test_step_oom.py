@@ -34,8 +34,13 @@ from trainer.step import train_step
 ROWS = 16
 
 
+def is_last() -> bool:
+    """Whether this is the rank that runs out of memory."""
+    return distributed.rank() == distributed.world_size() - 1
+
+
 class CountingLoss(SigmoidLoss):
-    """Holds state as a queue of past embeddings does, and can run out of memory on rank 1 in the midst of the
+    """Holds state as a queue of past embeddings does, and can run out of memory on the last rank in the midst of the
     exchange."""
 
     calls: Tensor
@@ -47,7 +52,7 @@ class CountingLoss(SigmoidLoss):
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         self.calls += 1
-        if self.failures and distributed.rank() == 1:
+        if self.failures and is_last():
             self.failures -= 1
             real, seen = pairs._against, iter(range(100))
 
@@ -61,7 +66,7 @@ class CountingLoss(SigmoidLoss):
 
 
 class Fault:
-    """Makes rank 1 run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in
+    """Makes the last rank run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in
     the backward pass."""
 
     def __init__(self, layer: nn.Module, where: str, call: int = 2, times: int = 1) -> None:
@@ -69,7 +74,7 @@ class Fault:
         layer.register_forward_hook(self)
 
     def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if distributed.rank() != 1 or not self.left or torch.is_grad_enabled() == (self.where == "first pass"):
+        if not is_last() or not self.left or torch.is_grad_enabled() == (self.where == "first pass"):
             return
         self.seen += 1
         if self.seen < self.call:
@@ -87,7 +92,7 @@ class Fault:
 
 
 def interrupted(
-    stage: int, offload: str, where: str, micro_batch: int | None, grad_reduction: Any = "per_step", times: int = 1
+    stage: int, offload: str, where: str, micro_batch: int | None, grad_reduction: Any, times: int, layer: str
 ) -> list[dict[str, Any]]:
     """A step that is interrupted and one that had the smaller micro-batch from the start, each after an ordinary
     step."""
@@ -100,7 +105,7 @@ def interrupted(
         if broken:
             loss.failures = times if where == "loss" else 0
             Fault(
-                engine.module.towers.text_model.encoder.layers[1],
+                engine.module.towers.get_submodule(layer),
                 where,
                 2 if micro_batch else 1,
                 times if where != "loss" else 0,
@@ -118,6 +123,8 @@ def interrupted(
     return found
 
 
+FIRST = "vision_model.encoder.layers.0"
+"""Its backward pass comes when most gradients have been reduced."""
 CASES = [
     (0, "", "first pass", 4, "per_step", 1),
     (0, "", "second pass", 4, "per_step", 1),
@@ -139,7 +146,30 @@ def test_a_step_interrupted_on_one_rank_ends_as_if_nothing_had_happened(
     stage: int, offload: str, where: str, micro_batch: int | None, grad_reduction: str, times: int
 ) -> None:
     """Bit for bit, dropout and the loss's own state included, and so does the step after it."""
-    ranks = run_ranks(interrupted, 2, stage, offload, where, micro_batch, grad_reduction, times, timeout=180)
+    as_if_nothing_had_happened(2, stage, offload, where, micro_batch, grad_reduction, times)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "layer"),
+    [(2, "", "text_model.encoder.layers.1"), (2, "optimizer", FIRST), (3, "", FIRST), (3, "optimizer", FIRST)],
+)
+def test_alone_a_backward_pass_that_reduces_recovers_too(stage: int, offload: str, layer: str) -> None:
+    """DeepSpeed has reduced some gradients already and holds others in a bucket; no other rank waits for them."""
+    as_if_nothing_had_happened(1, stage, offload, "backward", 4, "per_micro_batch", 1, layer)
+
+
+def as_if_nothing_had_happened(
+    world: int,
+    stage: int,
+    offload: str,
+    where: str,
+    micro_batch: int | None,
+    grad_reduction: str,
+    times: int,
+    layer: str = "text_model.encoder.layers.1",
+) -> None:
+    arguments = (stage, offload, where, micro_batch, grad_reduction, times, layer)
+    ranks = run_ranks(interrupted, world, *arguments, timeout=180)
     for broken, whole in ranks:
         assert broken["result"] == whole["result"]
         assert broken["result"].micro_batch == (micro_batch or 8) // 2**times

@@ -29,6 +29,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -178,23 +179,9 @@ class Engine:
             accumulation, self._accumulation = self._accumulation, None
             accumulation.__exit__(None, None, None)
         self.ds_engine.set_gradient_accumulation_boundary(False)
-        if not isinstance(optimizer, ZeROOptimizer):
-            return
-        optimizer.zero_grad(set_to_none=True)
-        optimizer._backward_active_depth = 0  # a backward that was interrupted never leaves
-        if self.zero_stage == 3:
-            if optimizer.offload_optimizer:
-                optimizer.reset_cpu_buffers()
-            return
-        # DeepSpeed does the same to a step whose gradient overflowed.
-        optimizer.micro_step_id = -1
-        optimizer._release_preflattened_grad_buffers()
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-        for key in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[key] = None
-        for key in optimizer.all_grad_tensors:
-            optimizer.all_grad_tensors[key] = None
+        if isinstance(optimizer, ZeROOptimizer):
+            optimizer.zero_grad(set_to_none=True)
+            _forget_reductions(optimizer)
 
     def _norm(self) -> float:
         optimizer = self.ds_engine.optimizer
@@ -264,6 +251,39 @@ def build_engine(
             f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
         ) from error
     return Engine(ds_engine, config)
+
+
+def _forget_reductions(optimizer: Any) -> None:
+    """Brings ZeRO's bookkeeping of a backward pass back to where a step begins, wherever an error interrupted it.
+
+    DeepSpeed does so only at the end of a step that completes; what an interrupted one leaves in the buckets would be
+    reduced again by the next, and a parameter that was reduced already must not be a second time.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # reductions on other streams still read the buckets that are given back here
+    optimizer._backward_active_depth = optimizer._remaining_grad_acc_hooks = 0
+    optimizer._backward_hook_state.reset_for_new_step()
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params()
+        optimizer.params_already_reduced = dict.fromkeys(optimizer.params_already_reduced, False)
+        optimizer._offload_boundary_param_ids = set()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        return
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.clear()
+    optimizer.extra_large_param_to_reduce.clear()
+    optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
+    optimizer._clear_previous_reduced_grads()
+    optimizer._release_ipg_buffers()
+    optimizer._release_preflattened_grad_buffers()
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+    optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+    optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
 
 
 def autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
