@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import yaml
 from pydantic import Field, model_validator
 
 from trainer.checkpoint import CheckpointSettings
-from trainer.core.settings import Settings, describe, override, parse, read_yaml
+from trainer.core.settings import OPERATIONAL, Settings, describe, override, parse, read_yaml
 from trainer.core.types import UserError
 from trainer.data import DataSettings
 from trainer.distill import DistillSettings
@@ -34,15 +34,15 @@ class RunSettings(Settings):
 
     renamed: ClassVar = {"silence": "heartbeat_timeout"}
 
-    directory: Path = Path("runs/default")
+    directory: Annotated[Path, OPERATIONAL] = Path("runs/default")
     "Where everything the run writes goes; a run that is there already is resumed."
     samples: int = Field(gt=0)
     "Pairs to train on, repeats counted; the run ends at the first global batch that reaches it."
     seed: int = 0
     "Fixes the initial weights, the order of samples, augmentation and dropout."
-    timeout: float = Field(600.0, gt=0)
+    timeout: Annotated[float, OPERATIONAL] = Field(600.0, gt=0)
     "Seconds after which a rank that hears nothing from its peers in a collective gives up."
-    heartbeat_timeout: float = Field(20.0, ge=0)
+    heartbeat_timeout: Annotated[float, OPERATIONAL] = Field(20.0, ge=0)
     """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
     watchdog."""
 
@@ -66,11 +66,11 @@ class Recipe(Settings):
     "AdamW, its schedule, clipping and what happens at gradient spikes."
     engine: EngineSettings = EngineSettings()
     "DeepSpeed: which ds_config, which precision."
-    checkpoint: CheckpointSettings = CheckpointSettings()
+    checkpoint: Annotated[CheckpointSettings, OPERATIONAL] = CheckpointSettings()
     "When to save, what to keep, what to resume from."
-    log: LogSettings = LogSettings()
+    log: Annotated[LogSettings, OPERATIONAL] = LogSettings()
     "Progress line and trackers."
-    eval: EvalSettings = EvalSettings()
+    eval: Annotated[EvalSettings, OPERATIONAL] = EvalSettings()
     "Retrieval and zero-shot during training and by `python -m trainer.evaluate`."
 
     @model_validator(mode="after")
@@ -89,54 +89,6 @@ class Recipe(Settings):
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.run.samples // self.batch.size)
-
-
-NOT_LEARNT = (
-    *(
-        "run.directory",
-        "run.timeout",
-        "run.heartbeat_timeout",
-        "batch.micro_batch",
-        "batch.grad_reduction",
-        "engine.ds_config",
-        "checkpoint",
-        "log",
-        "eval",
-    ),
-    *(
-        "loss.tile_rows",
-        "loss.exchange",
-        "loss.node_size",
-        "model.attention",
-        "model.recompute",
-        "data.validation",
-        "data.workers",
-    ),
-    *(
-        "data.prefetch",
-        "data.cache_decoded",
-        "data.cache_dir",
-        "data.cache_limit",
-        "data.check_digests",
-        "data.stall_seconds",
-    ),
-)
-"""Keys and sections that change what a run costs, keeps or says, and nothing of what it learns."""
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "loss.name sigmoid -> softmax" for every key by which two recipes (as ``dump`` writes them) learn something
-    else."""
-    found: list[str] = []
-    for key in dict.fromkeys([*before, *now]):
-        name, old, new = prefix + key, before.get(key), now.get(key)
-        if name in NOT_LEARNT or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{name}.")
-        else:
-            found.append(f"{name} {old} -> {new}")
-    return found
 
 
 def load(path: Path, assignments: list[str] | None = None) -> Recipe:

@@ -23,6 +23,7 @@ from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed
 from trainer.config import Recipe
 from trainer.core import collectives, distributed
+from trainer.core.settings import changes
 from trainer.core.types import Batch, UserError
 from trainer.data import Loader, Skipped
 from trainer.distill import Teacher, build_teacher
@@ -217,7 +218,11 @@ def keep_other_recipe(run: Run) -> None:
     before = run.directory / "recipe.yaml"
     if not run.samples_seen or not before.is_file():
         return
-    changed = config.changes(config.read_yaml(before), run.recipe.model_dump(mode="json"))
+    try:
+        old = config.load(before).model_dump(mode="json")
+    except UserError:  # written by another version: compared as it is
+        old = config.read_yaml(before)
+    changed = changes(Recipe, old, run.recipe.model_dump(mode="json"))
     if changed:
         kept = before.with_name(f"recipe-until-{run.samples_seen:09d}.yaml")
         os.replace(before, kept)

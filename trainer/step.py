@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.core import collectives, distributed
-from trainer.core.settings import Settings
+from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Batch, Embeddings, Loss, UserError
 from trainer.engine.oom import LOSS_REMEDY, REMEDY, OutOfMemory, free
 from trainer.engine.rng import RandomState
@@ -48,10 +48,10 @@ class BatchSettings(Settings):
     size: int = Field(gt=0)
     """Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do
     not."""
-    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(None)
+    micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, OPERATIONAL] = Field(None)
     """Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner
     finds to fit."""
-    grad_reduction: GradReduction = "per_step"
+    grad_reduction: Annotated[GradReduction, OPERATIONAL] = "per_step"
     """once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3
     then keep a shard only)."""
 

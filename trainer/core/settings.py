@@ -26,6 +26,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trainer.core.types import UserError
 
+OPERATIONAL = "operational"
+"""Marks a key or section (``Annotated[int, OPERATIONAL]``) that changes what a run costs, keeps or prints, and nothing of
+what it learns."""
+
 
 class Settings(BaseModel):
     """Base of every section: frozen, documented by attribute docstrings, closed to unknown keys."""
@@ -216,6 +220,23 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:
     elif get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
         for argument in get_args(annotation):
             yield from sections(argument)
+
+
+def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "loss.name sigmoid -> softmax" for every key that makes two dumps of ``cls`` learn something else."""
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        field = cls.model_fields.get(key)
+        if old == new or (field is not None and OPERATIONAL in field.metadata):
+            continue
+        nested = list(sections(field.annotation)) if field is not None else []
+        if isinstance(old, dict) and isinstance(new, dict):
+            tagged = [variant for variant in nested if _tag(variant) == f"name: {new.get('name')}"]
+            found += changes((tagged or nested or [Settings])[0], old, new, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key} {old} -> {new}")
+    return found
 
 
 def describe(cls: type[Settings], prefix: str = "") -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.core.distributed import ranks_here
-from trainer.core.settings import Settings
+from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import UserError
 
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl")
@@ -92,15 +92,15 @@ class DataSettings(Settings):
 
     train: str | list[SourceSettings] = ""
     """Shards to train on: one path, or a list of {path, weight | upsample}."""
-    validation: str = ""
+    validation: Annotated[str, OPERATIONAL] = ""
     """Shards to evaluate on during training."""
     caption: str | list[str] = "txt"
     """Caption of a pair: "txt" (all the sample has), or fields of its .json or columns laid beside by `data_tools
     join`; of several one is drawn from (seed, position)."""
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
     """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where
     data.cache_decoded is used."""
-    prefetch: int = Field(default=2, ge=1)
+    prefetch: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
     """Batches made ahead of the one in use."""
     shuffle: Literal["auto", "full", "window"] = "auto"
     """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window where
@@ -109,13 +109,13 @@ class DataSettings(Settings):
     """Shards that a windowed shuffle mixes."""
     augment: AugmentSettings = AugmentSettings()
     """Random changes to training pictures."""
-    cache_decoded: float = Field(default=1.0, ge=0)
+    cache_decoded: Annotated[float, OPERATIONAL] = Field(default=1.0, ge=0)
     """GiB per rank: sets whose resized pictures fit are decoded once and kept, where nothing is augmented; 0 is off."""
-    cache_dir: str = "~/.cache/ringlip"
+    cache_dir: Annotated[str, OPERATIONAL] = "~/.cache/ringlip"
     """Local folder for remote shards and for indexes of tars that came without."""
-    cache_limit: float = Field(default=100.0, gt=0)
+    cache_limit: Annotated[float, OPERATIONAL] = Field(default=100.0, gt=0)
     """GiB of remote shards kept in data.cache_dir, on each node."""
-    check_digests: bool = True
+    check_digests: Annotated[bool, OPERATIONAL] = True
     """Compare every picture's bytes with the index (8 GB/s a core): a flipped bit is a damaged sample, not a wrong
     picture."""
     jpeg_scaling: float = Field(default=0.0, ge=0)
@@ -123,7 +123,7 @@ class DataSettings(Settings):
     pixels."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Larger pictures are damaged samples: the size is read from the header, before memory is spent."""
-    stall_seconds: float = Field(default=300.0, gt=0)
+    stall_seconds: Annotated[float, OPERATIONAL] = Field(default=300.0, gt=0)
     """A worker silent for so long ends the run, with its name and the shard it was reading."""
 
     @field_validator("train", "validation")

@@ -13,11 +13,11 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
-from trainer.core.settings import Settings
+from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 
@@ -27,7 +27,7 @@ FOLDER = shipped("ds_configs")
 class EngineSettings(Settings):
     """How DeepSpeed holds the model."""
 
-    ds_config: str = "zero1"
+    ds_config: Annotated[str, OPERATIONAL] = "zero1"
     """Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: where
     tensors live."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

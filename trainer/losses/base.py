@@ -6,7 +6,7 @@ The forward pass already holds exact gradients of the global batch; backward mul
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer.core.settings import Settings
+from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Embeddings, UserError
 from trainer.losses.tiles import Pairs
 from trainer.losses.topology import Exchange, Ring
@@ -28,13 +28,13 @@ class PairSettings(Settings):
 
     renamed: ClassVar = {"rows": "tile_rows", "wire": "comm_dtype", "wire_gradient": "comm_gradient_dtype"}
 
-    tile_rows: int = Field(default=1024, ge=1)
+    tile_rows: Annotated[int, OPERATIONAL] = Field(default=1024, ge=1)
     """Images in a tile of logits. Memory grows with it; below some hundreds the matrix products lose speed."""
-    exchange: Exchange = "ring"
+    exchange: Annotated[Exchange, OPERATIONAL] = "ring"
     """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with
     ranks, for fast interconnects); hierarchical (gather inside a node, ring between nodes). All give the same
     numbers."""
-    node_size: int | None = Field(default=None, ge=1)
+    node_size: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
     """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
     Open MPI)."""
     comm_dtype: CommDtype | None = None

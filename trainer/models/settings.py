@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.core.settings import Settings
+from trainer.core.settings import OPERATIONAL, Settings
 from trainer.models.adapt.lock import LockSettings
 from trainer.models.adapt.lora import LoraSettings
 from trainer.models.adapt.mask import MaskSettings
@@ -52,10 +52,10 @@ class ModelSettings(Settings):
     bias: float | None = None
     """Initial b, added to the logits; null: what path holds, -10 for a new SigLIP, none for CLIP. A number gives a CLIP
     model a bias."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], OPERATIONAL] = "sdpa"
     "Attention implementation of transformers."
 
-    recompute: RecomputeSettings = RecomputeSettings()
+    recompute: Annotated[RecomputeSettings, OPERATIONAL] = RecomputeSettings()
     "Layers that trade time for activation memory."
     lock: LockSettings = LockSettings()
     "Weights that stay as they are."
