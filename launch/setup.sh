@@ -25,7 +25,7 @@ fi
 stamp="$venv/.ringlip.sha256"
 want="$(sha256sum pyproject.toml | cut -d' ' -f1) $PWD"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
   echo "$want" >"$stamp"
 fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"
