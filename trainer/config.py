@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from trainer.checkpoint import CheckpointSettings
 from trainer.core.settings import OPERATIONAL, Settings, describe, override, parse, read_yaml
+from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 from trainer.data import DataSettings
 from trainer.distill import DistillSettings
@@ -92,7 +93,11 @@ class Recipe(Settings):
 
 
 def load(path: Path, assignments: list[str] | None = None) -> Recipe:
-    """The recipe in ``path`` with ``section.key=value`` laid over it; UserError names file and key."""
+    """The recipe in ``path`` (or the one of that name that comes with RingLIP: ``glyphs``) with ``section.key=value``
+    laid over it; UserError names file and key."""
+    named = shipped("recipes") / f"{path}.yaml"
+    if not path.exists() and named.is_file():
+        path = named
     return parse(Recipe, override(read_yaml(path), assignments or []), str(path))
 
 
@@ -108,7 +113,7 @@ def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
         prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="a YAML file; trainer/recipes/ holds those that come with RingLIP"
+        "recipe", type=Path, metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with RingLIP (trainer/recipes/)"
     )
     parser.add_argument(
         "overrides",

@@ -30,7 +30,7 @@ def shard_on_ray(arguments: argparse.Namespace) -> None:
     from data_tools.commands.shard import run_task
 
     if not ray.is_initialized():
-        ray.init(runtime_env={"py_modules": [str(Path(__file__).parent)]}, log_to_driver=False)
+        ray.init(runtime_env={"py_modules": [str(Path(__file__).parents[1])]}, log_to_driver=False)
     count = arguments.ray
     # Tasks start in a folder of their own.
     places = {

@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 
 OPERATIONAL = "operational"
@@ -89,7 +90,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a directory: name a recipe in it, such as {path / 'recipe.yaml'}")
     if not path.is_file():
-        raise UserError(f"{path}: no such recipe; see trainer/recipes/ for those that come with RingLIP")
+        folder = shipped("recipes")
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f"{path}: no such recipe; {names} come with RingLIP, in {folder}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
