@@ -113,7 +113,10 @@ def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
         prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with RingLIP (trainer/recipes/)"
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="a YAML file, or the name of a recipe that comes with RingLIP (trainer/recipes/)",
     )
     parser.add_argument(
         "overrides",
