@@ -8,7 +8,7 @@ import sys
 
 from data_tools.commands import COMMANDS
 from data_tools.io.command_table import check_command, usage
-from data_tools.io.errors import run_verb
+from data_tools.io.errors import AGAIN, run_command
 
 PROGRAM = "python -m data_tools"
 GROUPS = {"Data": COMMANDS}
@@ -19,7 +19,14 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(PROGRAM, GROUPS))
         return 0 if argv else 2
-    return run_verb(_run, argv)
+    try:
+        return run_command(_run, argv)
+    except BrokenPipeError:  # `... | head`: the reader has seen enough
+        sys.stderr.close()
+        return 0
+    except OSError as error:  # a full disk, missing rights, a lost mount: the message names its file
+        print(f"error: {error}; {AGAIN}", file=sys.stderr, flush=True)
+        return 2
 
 
 def _run(argv: list[str]) -> int | None:

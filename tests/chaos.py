@@ -29,12 +29,12 @@ import numpy as np
 import psutil
 import yaml
 
+from data_tools.io.errors import run_command
 from tests.support.clusters import free_port
 from tests.support.runs import curve, make_shards
 from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
 from trainer import train
 from trainer.checkpoint import tensor_file
-from trainer.core.settings import run_verb
 from trainer.core.types import Batch
 
 LIMIT = 30.0
@@ -88,8 +88,8 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, ou
     train.Run.step, tensor_file.DigestFile.write = noted, slow  # type: ignore[method-assign]
     sys.argv = ["trainer.train", *arguments]
     try:
-        run_verb(train.main)
-    except SystemExit as end:
+        os._exit(run_command(train.main, arguments))
+    except SystemExit as end:  # stopped by a signal: EXIT_AGAIN
         os._exit(int(end.code or 0))
     finally:
         os._exit(1)

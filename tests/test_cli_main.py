@@ -24,12 +24,8 @@ def test_help_lists_every_command_and_loads_no_heavy_module() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     listed = re.findall(r"^  (\w+) {2,}\S", out, re.MULTILINE)
     commands = {path.stem for path in (ROOT / "data_tools/commands").glob("*.py")} - {"arguments", "__init__"}
-    verbs = {
-        path.stem
-        for path in (ROOT / "trainer").glob("*.py")
-        if "run_command" in path.read_text() or "run_verb" in path.read_text()
-    }
-    assert sorted(listed) == sorted(commands | verbs | {"plan", "doctor", "report", "launch", "completion"})
+    modules = {path.stem for path in (ROOT / "trainer").glob("*.py") if "run_command" in path.read_text()}
+    assert sorted(listed) == sorted(commands | modules | {"plan", "doctor", "report", "launch", "completion"})
     assert not {"torch", "numpy", "pyarrow", "transformers"} & set(out.splitlines()[-1].split())
 
 

@@ -61,8 +61,8 @@ def rewrite(path: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]]) 
 
 def test_doing_it_again_keeps_everything(pairs: Path, dataset: Path) -> None:
     before = contents(dataset)
-    for verb in ("merge", "index"):
-        assert data_tools([verb, str(dataset)]) == 0
+    for command in ("merge", "index"):
+        assert data_tools([command, str(dataset)]) == 0
         assert contents(dataset) == before
     assert again(pairs, dataset) == 0
     assert contents(dataset) == before

@@ -63,17 +63,17 @@ def column(dataset: Path, name: str = "uid") -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("verb", sorted(COMMANDS))
-def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        data_tools([verb, "--help"])
-    assert end.value.code == 0 and f"python -m data_tools {verb}" in capsys.readouterr().out
+        data_tools([command, "--help"])
+    assert end.value.code == 0 and f"python -m data_tools {command}" in capsys.readouterr().out
 
 
-def test_usage_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in COMMANDS)
+    assert all(f"\n  {command} " in out for command in COMMANDS)
     assert data_tools(["shrad"]) == 2
     assert "no command 'shrad'; did you mean 'shard'?" in capsys.readouterr().err
 
@@ -110,8 +110,8 @@ def test_values_that_make_no_sense_are_one_line(
         (("dedup", "DATASET", "FILE"), "table.csv: a file; name a folder"),
         (("glyphs", "FILE"), "table.csv: a file; name a folder"),
         (("merge", "nope://bucket/x"), "nope://bucket/x: unknown protocol nope://"),
-        (("verify", "s3://bucket/x"), "s3://bucket/x: this verb reads local datasets; copy it first"),
-        (("vocabulary", "s3://bucket/x", "OUT"), "s3://bucket/x: this verb reads local datasets; copy it first"),
+        (("verify", "s3://bucket/x"), "s3://bucket/x: this command reads local datasets; copy it first"),
+        (("vocabulary", "s3://bucket/x", "OUT"), "s3://bucket/x: this command reads local datasets; copy it first"),
     ],
 )
 def test_a_file_in_the_place_of_a_folder_is_named(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_tools.commands import glyphs
 from data_tools.commands.glyphs import FACES, Glyph
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +89,5 @@ def test_a_second_call_changes_nothing(pairs: Path) -> None:
 
 
 def test_an_unusable_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--size: '4' is not a whole number from 16 to 512"):
+    with pytest.raises(UserError, match="--size: '4' is not a whole number from 16 to 512"):
         glyphs.main([str(tmp_path), "--size", "4"])

@@ -1,4 +1,4 @@
-"""The verb `shard`: bytes that depend on the plan alone, runs that survive anything, and rows that are never lost
+"""The command `shard`: bytes that depend on the plan alone, runs that survive anything, and rows that are never lost
 without a word."""
 
 from __future__ import annotations
@@ -383,7 +383,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(
     monkeypatch.setattr("data_tools.format.tar_writer.os.fsync", fail)
     assert shard(pairs, tmp_path, "--processes", processes, "--shard-size", "20") == 2
     error = capsys.readouterr().err
-    assert "No space left on device; mend that and run again to continue" in error and error.count("\n") == 1
+    assert "No space left on device; fix this and run again to continue" in error and error.count("\n") == 1
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.tar")) and shard(pairs, tmp_path, "--shard-size", "20") == 0
 

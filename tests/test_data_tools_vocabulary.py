@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from data_tools.commands import shard, vocabulary
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +52,5 @@ def test_the_most_frequent_words_are_kept(shards: Path, tmp_path: Path) -> None:
 
 
 def test_an_unusable_size_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--size 3"):
+    with pytest.raises(UserError, match="--size 3"):
         vocabulary.main([str(shards), str(tmp_path), "--size", "3"])

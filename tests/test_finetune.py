@@ -1,4 +1,4 @@
-"""Finetuning a pretrained model by the real verbs: train on two ranks, export, load in plain PEFT and plain
+"""Finetuning a pretrained model by the real commands: train on two ranks, export, load in plain PEFT and plain
 transformers, resume."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_recipe(folder: Path, base: Path, shards: Path, stage: str, **model: An
 
 
 def trained(recipe: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a rank does: the training verb, then the embeddings of some pictures and CAPTIONS as the engine gives
+    """What a rank does: the training command, then the embeddings of some pictures and CAPTIONS as the engine gives
     them."""
     runs, build = [], train.build
     train.build = lambda recipe: runs.append(build(recipe)) or runs[-1]

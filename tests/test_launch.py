@@ -184,7 +184,7 @@ def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(self, batch)\n"
         "train.Run.step = step\n"
-        "train.run_verb(train.main)\n"
+        "sys.exit(train.run_command(train.main, sys.argv[1:]))\n"
     )
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "*cache*", "runs", "demo"))

@@ -146,7 +146,7 @@ def test_loading_an_export_warns_of_nothing_in_it(kind: str, tmp_path: Path, hea
     heard.messages.clear()
     hf_logging.get_logger().warning_once.cache_clear()
     DualEncoder.from_pretrained(tmp_path)
-    assert heard.messages == set(), "the trainer's own verbs are quiet"
+    assert heard.messages == set(), "the trainer's own commands are quiet"
     AutoModel.from_pretrained(tmp_path)
     AutoProcessor.from_pretrained(tmp_path)
     assert heard.messages <= warns_of_its_own(heard)

@@ -22,7 +22,7 @@ from trainer.core.types import UserError
 from trainer.data.transforms import fit
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.adapt.lora import LoraSettings
-from trainer.plan import command as verb
+from trainer.plan import command
 from trainer.plan.auto import largest_micro_batch
 from trainer.plan.bar_chart import bars
 from trainer.plan.memory import PARTS, Job, forecast, loss_bytes
@@ -200,7 +200,7 @@ def recipe(tmp_path: Path, size: int = 4096) -> Path:
 
 def test_the_verb_prints_a_line_to_paste_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "plan.svg"
-    code = verb.main(
+    code = command.main(
         [
             str(recipe(tmp_path)),
             "--gpu-memory",
@@ -231,8 +231,8 @@ def test_the_verb_prints_a_line_to_paste_and_draws(tmp_path: Path, capsys: pytes
 def test_it_says_when_nothing_fits_and_what_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], survey: Survey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "look", lambda *_: survey)
-    code = verb.main([str(recipe(tmp_path)), "--gpu-memory", "100.2MiB", "--reserve", "100MiB", "--gpus", "2"])
+    monkeypatch.setattr(command, "look", lambda *_: survey)
+    code = command.main([str(recipe(tmp_path)), "--gpu-memory", "100.2MiB", "--reserve", "100MiB", "--gpus", "2"])
     text = capsys.readouterr().out
     assert code == 1 and "NOTHING FITS" in text and "what would:" in text and "chosen" not in text
 
@@ -250,11 +250,11 @@ def test_auto_asks_for_the_recipe_as_it_is(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     path = str(recipe(tmp_path))
     with pytest.raises(UserError, match="write 16GiB"):
-        verb.main([path, "--gpu-memory", "lots"])
+        command.main([path, "--gpu-memory", "lots"])
     with pytest.raises(UserError, match="nearest that do: 4095, 4098"):
-        verb.main([path, "--gpu-memory", "16GiB", "--gpus", "3"])
+        command.main([path, "--gpu-memory", "16GiB", "--gpus", "3"])
     with pytest.raises(UserError, match="do not divide among --nodes 3"):
-        verb.main([path, "--gpu-memory", "16GiB", "--gpus", "4", "--nodes", "3"])
+        command.main([path, "--gpu-memory", "16GiB", "--gpus", "4", "--nodes", "3"])
     for options, message in (
         (["--out", str(tmp_path)], "is a directory: name a file in it"),
         (["--out", path + "/plan.svg"], "its folder cannot be made"),
@@ -267,7 +267,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--global-batch", "0"], "'batch.size'"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            verb.main([path, "--gpu-memory", "16GiB", *options])
+            command.main([path, "--gpu-memory", "16GiB", *options])
         assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from trainer import config
 from trainer.config import Recipe
-from trainer.plan import command as verb
+from trainer.plan import command
 from trainer.plan.auto import job_of
 from trainer.plan.memory import forecast
 from trainer.plan.profile import look
@@ -36,7 +36,7 @@ def line(gpus: int, memory: int, card: str, precision: str, overrides: list[str]
 def chosen(recipe: Recipe, gpus: int, memory: int) -> str:
     """What `python -m trainer.plan RECIPE --gpu-memory MEMORYGiB --gpus GPUS` chooses."""
     card = default_card(memory * GIB)
-    option = verb.plan(recipe, memory * GIB, gpus).chosen
+    option = command.plan(recipe, memory * GIB, gpus).chosen
     assert isinstance(option, Option)
     return line(
         gpus, memory, card.name, card.precision("auto"), option.overrides(), option.peak.total, option.step_seconds

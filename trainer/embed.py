@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.io.errors import run_command
 from trainer import config
 from trainer.config import Recipe
 from trainer.core import collectives, distributed
 from trainer.core.collectives import on_main
-from trainer.core.settings import describe, run_verb
+from trainer.core.settings import describe
 from trainer.core.types import Stored, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source
@@ -219,4 +221,4 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

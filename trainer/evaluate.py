@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,9 +30,10 @@ from typing import Any
 import torch
 
 import trainer
+from data_tools.io.errors import run_command
 from trainer import checkpoint, config
 from trainer.core import distributed
-from trainer.core.settings import check_out, describe, override, parse, run_verb
+from trainer.core.settings import check_out, describe, override, parse
 from trainer.core.types import UserError
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, evaluate
@@ -259,4 +261,4 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

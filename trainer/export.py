@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.errors import run_command
 from trainer import checkpoint, config
 from trainer.config import Recipe
-from trainer.core.settings import run_verb
 from trainer.core.types import UserError
 from trainer.models import DualEncoder
 from trainer.models.card import adapter_card, measured_table, whole_card
@@ -135,4 +136,4 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -12,15 +12,16 @@ again; launch/ holds scripts that do).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
+from data_tools.io.errors import run_command
 from trainer import config, evals
 from trainer.checkpoint import Resumed, RunLock
 from trainer.config import Recipe
 from trainer.core import distributed
 from trainer.core.collectives import on_main
-from trainer.core.settings import run_verb
 from trainer.data import Loader, Skipped, build_loader
 from trainer.metrics import RunLog
 from trainer.run import Hook, Run, build, check_tower, describe, gather_sample_ids, say_finished
@@ -135,4 +136,4 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

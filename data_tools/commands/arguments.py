@@ -1,4 +1,4 @@
-"""Command lines of the verbs: mistakes are one line, as those in the data are."""
+"""Command lines of the commands: mistakes are one line, as those in the data are."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import os
 from collections.abc import Callable
 from typing import NoReturn
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A verb's parser. ``about`` is the docstring of its module, shown as it stands."""
+    """A command's parser. ``about`` is the docstring of its module, shown as it stands."""
 
-    def __init__(self, verb: str, about: str | None) -> None:
+    def __init__(self, command: str, about: str | None) -> None:
         super().__init__(
-            prog=f"python -m data_tools {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=f"python -m data_tools {command}",
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
         """Instead of argparse's page of usage, in which the mistake is lost."""
-        raise DataError(f"{message.removeprefix('argument ')}; `{self.prog} --help` says more")
+        raise UserError(f"{message.removeprefix('argument ')}; `{self.prog} --help` says more")
 
 
 def add_processes(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The option that nearly every verb has."""
+    """The option that nearly every command has."""
     parser.add_argument(
         "--processes",
         type=whole(1),

@@ -18,7 +18,7 @@ from PIL import Image
 from data_tools.commands.arguments import Parser
 from data_tools.format.index import Dataset, hash_key, read_key
 from data_tools.format.map_shards import Place, TarReader, open_local
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import make_folder
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import decode
@@ -28,10 +28,10 @@ _EXTENSIONS = {1: "jpg", 2: "png", 3: "webp", 0: "image"}
 
 
 def find(dataset: Dataset, name: str) -> Place:
-    """A sample by number or key. Raises DataError when there is none."""
+    """A sample by number or key. Raises UserError when there is none."""
     if name.isdigit() and len(name) < 8:
         if int(name) >= dataset.num_samples:
-            raise DataError(f"{dataset.root}: no sample {name}; they are 0 .. {dataset.num_samples - 1}")
+            raise UserError(f"{dataset.root}: no sample {name}; they are 0 .. {dataset.num_samples - 1}")
         shard, row = dataset.locate(np.array([int(name)]))
         return Place(int(shard[0]), int(row[0]))
     wanted = hash_key(name)
@@ -39,7 +39,7 @@ def find(dataset: Dataset, name: str) -> Place:
         found = np.flatnonzero(dataset.shard(number)["key_hash"] == np.uint64(wanted))
         if found.size:
             return Place(number, int(found[0]))
-    raise DataError(f"{dataset.root}: no sample with the key {name!r}")
+    raise UserError(f"{dataset.root}: no sample with the key {name!r}")
 
 
 def draw(image: bytes, width: int) -> str:

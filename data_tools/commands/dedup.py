@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int | None:
     output = open_view(arguments.out, dataset)
     stands = find_groups(dataset, arguments.near, arguments.same_caption, arguments.processes)
     keep = stands == np.arange(len(stands))
-    made_by: dict[str, Any] = {"verb": "dedup", "near": arguments.near, "same_caption": arguments.same_caption}
+    made_by: dict[str, Any] = {"command": "dedup", "near": arguments.near, "same_caption": arguments.same_caption}
     output.start()
     output.write("duplicates.jsonl", _lines(dataset, stands, np.flatnonzero(~keep)))
     manifest = write_view(output, dataset, keep, made_by)

@@ -26,7 +26,7 @@ from data_tools.commands.merge import summary
 from data_tools.format.fields import values_of
 from data_tools.format.map_shards import open_local
 from data_tools.format.view import open_view, write_view
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|>=|<=|>|<|~)\s*(.*?)\s*")
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -40,10 +40,10 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
-    """ "width >= 200" -> (name, test of a value). Raises DataError when it is not understood."""
+    """ "width >= 200" -> (name, test of a value). Raises UserError when it is not understood."""
     match = _CONDITION.fullmatch(text)
     if not match:
-        raise DataError(
+        raise UserError(
             f'--where {text!r}: not understood; write it as "NAME OPERATOR VALUE", for example "width >= 200"'
         )
     name, sign, value = match.groups()
@@ -51,12 +51,12 @@ def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
         try:
             pattern = re.compile(value)
         except re.error as error:
-            raise DataError(f"--where {text!r}: {value!r} is not a regular expression ({error})") from None
+            raise UserError(f"--where {text!r}: {value!r} is not a regular expression ({error})") from None
         return name, lambda found: pattern.search(str(found)) is not None
     compare = _COMPARE[sign]
     number = _number(value)
     if number is None and sign not in ("==", "!="):
-        raise DataError(f"--where {text!r}: {value!r} is not a number, which {sign} needs")
+        raise UserError(f"--where {text!r}: {value!r} is not a number, which {sign} needs")
 
     def test(found: Any) -> bool:
         if number is not None and (as_number := _number(found)) is not None:
@@ -99,9 +99,9 @@ def main(argv: list[str]) -> int | None:
     add_processes(parser)
     arguments = parser.parse_args(argv)
     if not arguments.where and not arguments.best:
-        raise DataError("nothing to filter by: give --where or --best")
+        raise UserError("nothing to filter by: give --where or --best")
     if (arguments.best is None) != (arguments.share is None) or not 0 < (arguments.share or 1) <= 1:
-        raise DataError("--best NAME and --share X go together, X above 0 and at most 1")
+        raise UserError("--best NAME and --share X go together, X above 0 and at most 1")
     dataset = open_local(arguments.dataset)
     output = open_view(arguments.out, dataset)
     conditions = [parse_condition(text) for text in arguments.where]
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int | None:
     if arguments.best:
         keep = choose_best(values[arguments.best], keep, arguments.share)
     made_by: dict[str, Any] = {
-        "verb": "filter",
+        "command": "filter",
         "where": arguments.where,
         "best": arguments.best,
         "share": arguments.share,

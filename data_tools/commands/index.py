@@ -27,7 +27,7 @@ from data_tools.commands.merge import REJECTS, summary
 from data_tools.format.columns import Entries, note_change, still_true
 from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
 from data_tools.format.map_shards import TarReader, over_shards
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.samples.image_header import read_header
 from data_tools.samples.reject import Reject
@@ -93,19 +93,19 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
     found = sorted(folder.glob("*.tar"))
     folders = [str(path) for path in found if path.is_dir()]
     if folders:
-        raise DataError(f"{folders[0]}: a folder with the name of a tar; rename it or move it away")
+        raise UserError(f"{folders[0]}: a folder with the name of a tar; rename it or move it away")
     if manifest is None:
         return found, [path.name for path in found]
     paths = [folder / entry.get("path", entry["name"]) for entry in manifest["shards"]]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what "
             f"is there"
         )
     if any("path" in entry for entry in manifest["shards"]):
-        raise DataError(
-            f"{folder}: a view of another dataset has no tars of its own; make it anew with the verb that made it"
+        raise UserError(
+            f"{folder}: a view of another dataset has no tars of its own; make it anew with the command that made it"
         )
     names = [entry["name"] for entry in manifest["shards"]]
     new = sorted({path.name for path in found} - set(names))
@@ -126,14 +126,14 @@ def main(argv: list[str]) -> int | None:
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; the index stands beside local tars")
+        raise UserError(f"{folder}: no such folder; the index stands beside local tars")
     output = Output(str(folder))
     old = output.read_json(MANIFEST)
     if old is not None and old.get("format") != FORMAT:
-        raise DataError(f"{folder}/{MANIFEST}: written by another tool; rename it")
+        raise UserError(f"{folder}/{MANIFEST}: written by another tool; rename it")
     paths, names = _tars(folder, old)
     if not paths:
-        raise DataError(f"{folder}: no .tar files in it")
+        raise UserError(f"{folder}: no .tar files in it")
     output.start()
     entries, lines, max_captions = [], [], 1
     for shard, found in enumerate(over_shards(partial(scan, paths, names), len(paths), arguments.processes)):
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int | None:
             or "empty"
         )
         sample = "a sample is KEY.jpg|png|webp with KEY.txt or KEY.json"
-        raise DataError(
+        raise UserError(
             f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them "
             f"again"
         )

@@ -26,7 +26,7 @@ from data_tools.format.fields import values_of
 from data_tools.format.index import MANIFEST, Dataset, load_array
 from data_tools.format.map_shards import open_local
 from data_tools.format.view import write_column
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.sources.base import refuse_twice
 
@@ -34,7 +34,7 @@ csv.field_size_limit(2**31 - 1)
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """Column name -> values, of a CSV, TSV, JSONL or Parquet file. Raises DataError when it cannot be read."""
+    """Column name -> values, of a CSV, TSV, JSONL or Parquet file. Raises UserError when it cannot be read."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -47,11 +47,11 @@ def read_table(path: Path) -> dict[str, list[Any]]:
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
         else:
-            raise DataError(f"{path}: known are .csv, .tsv, .jsonl, .parquet and .npy")
+            raise UserError(f"{path}: known are .csv, .tsv, .jsonl, .parquet and .npy")
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise
-        raise DataError(f"{path}: not readable ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: not readable ({' '.join(str(error).split())[:200]})") from None
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -66,12 +66,12 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
             refuse_twice(str(path), list(reader.fieldnames or ()))
             for row in reader:
                 if None in row:
-                    raise DataError(
+                    raise UserError(
                         f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it"
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise DataError(f"{path}: line {reader.reader.line_num} is not readable ({error}); mend it") from None
+            raise UserError(f"{path}: line {reader.reader.line_num} is not readable ({error}); mend it") from None
     return rows
 
 
@@ -82,7 +82,7 @@ def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
     if any(isinstance(value, list) for value in given):
         widths = {len(value) if isinstance(value, list) else -1 for value in given}
         if len(widths) > 1:
-            raise DataError(f"{where}: lists of different lengths ({sorted(widths)[:4]})")
+            raise UserError(f"{where}: lists of different lengths ({sorted(widths)[:4]})")
         blank = [np.nan] * widths.pop()
         return np.array([blank if value is None else value for value in values], np.float32)
     if all(isinstance(value, bool | int) for value in given) and len(given) == len(values):
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int | None:
     dataset = open_local(arguments.dataset)
     path = Path(arguments.table)
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     columns: dict[str, NDArray[Any] | list[str]] = {}
     matched = dataset.num_samples
     if path.suffix == ".npy":
@@ -126,15 +126,15 @@ def main(argv: list[str]) -> int | None:
     else:
         table = read_table(path)
         if arguments.on is None:
-            raise DataError(f"{path}: say which column names the sample: --on COLUMN; there are: {', '.join(table)}")
+            raise UserError(f"{path}: say which column names the sample: --on COLUMN; there are: {', '.join(table)}")
         wanted = arguments.columns.split(",") if arguments.columns else [name for name in table if name != arguments.on]
         unknown = [name for name in [arguments.on, *wanted] if name not in table]
         if unknown:
-            raise DataError(f"{path}: no column {unknown[0]!r} (--on, --columns); there are: {', '.join(table)}")
+            raise UserError(f"{path}: no column {unknown[0]!r} (--on, --columns); there are: {', '.join(table)}")
         rows = match(values_of(dataset, [arguments.key], arguments.processes)[arguments.key], table, arguments.on)
         matched = int((rows >= 0).sum())
         if not matched:
-            raise DataError(
+            raise UserError(
                 f"{path}: no value of {arguments.on!r} is the {arguments.key!r} of a sample; see `python -m "
                 f"data_tools cat`"
             )
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int | None:
             )
     bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
     if bad:
-        raise DataError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
+        raise UserError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
     _add(dataset, columns)
     print(
         f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples",
@@ -159,7 +159,7 @@ def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None
         output.start()
         manifest = Dataset.open(dataset.root).manifest  # another column may have been joined meanwhile
         if manifest["shards"] != dataset.manifest["shards"]:
-            raise DataError(f"{dataset.root}: its shards have changed meanwhile; join again")
+            raise UserError(f"{dataset.root}: its shards have changed meanwhile; join again")
         entries = {name: write_column(output, name, values) for name, values in columns.items()}
         output.write_json(MANIFEST, {**manifest, "columns": {**manifest.get("columns", {}), **entries}})
         output.finish()
@@ -169,7 +169,7 @@ def _array(path: Path, num_samples: int) -> NDArray[Any]:
     try:
         values = load_array(str(path))
     except ValueError as error:
-        raise DataError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
+        raise UserError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
     if values.ndim == 0 or values.shape[0] != num_samples:
-        raise DataError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
+        raise UserError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
     return values

@@ -16,7 +16,7 @@ from typing import Any
 from data_tools.commands.arguments import Parser
 from data_tools.format.columns import put_aside, taken_up
 from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import PARTS, Output
 
 PLAN = "plan.json"
@@ -65,10 +65,10 @@ def reopen_if_damaged(output: Output) -> None:
 
 
 def merge(output: Output) -> dict[str, Any]:
-    """Writes the manifest of a finished run and returns it. Raises DataError naming the shards that are missing."""
+    """Writes the manifest of a finished run and returns it. Raises UserError naming the shards that are missing."""
     plan = output.read_json(PLAN)
     if plan is None:
-        raise DataError(f"{output.root}/{PLAN}: no such file; run `python -m data_tools shard` first")
+        raise UserError(f"{output.root}/{PLAN}: no such file; run `python -m data_tools shard` first")
     manifest = output.read_json(MANIFEST)
     if manifest is not None and manifest.get("plan") == plan["plan"]:
         output.finish()
@@ -78,7 +78,7 @@ def merge(output: Output) -> dict[str, Any]:
             "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take "
             "another folder"
         )
-        raise DataError(
+        raise UserError(
             f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}"
         )
     names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
@@ -86,7 +86,7 @@ def merge(output: Output) -> dict[str, Any]:
     missing = [name for name, record in zip(names, records, strict=True) if record is None]
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise DataError(
+        raise UserError(
             f"{output.root}: {len(missing)} of {len(names)} shards are not written ({some}); run their `shard "
             f"--task` again"
         )

@@ -22,7 +22,7 @@ import numpy as np
 from data_tools.commands.arguments import Parser, add_processes, number, whole
 from data_tools.commands.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
 from data_tools.format.index import MANIFEST
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.io.progress import EXAMPLES, Progress
 from data_tools.io.remote import require_backend
@@ -39,7 +39,7 @@ _FEW = 1000
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All options of the verb."""
+    """All options of the command."""
     parser = Parser("shard", __doc__)
     parser.add_argument("pairs", metavar="PAIRS", help="the input")
     parser.add_argument("out", metavar="OUT", help="folder, or any URL that fsspec writes to (s3://, gs://, ...)")
@@ -209,7 +209,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     plan = Plan(source, options, root, pairs.name)
     first = next(source.rows(np.arange(1))).image
     if isinstance(first, str) and first.startswith(("http://", "https://")):
-        raise DataError(
+        raise UserError(
             f"{arguments.pairs}: pictures are web addresses; fetch them with img2dataset, then shard the folder it "
             f"writes"
         )
@@ -217,18 +217,18 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def refuse_other(plan: Plan, output: Output) -> None:
-    """Raises DataError when another plan was begun here: its shards must not be mixed with ours."""
+    """Raises UserError when another plan was begun here: its shards must not be mixed with ours."""
     found = output.read_json(PLAN)
     if found is None:
         if output.size(MANIFEST) is not None:
-            raise DataError(f"{output.root}: holds another dataset; choose another folder, or remove it")
+            raise UserError(f"{output.root}: holds another dataset; choose another folder, or remove it")
     elif found["plan"] != plan.hash:
         if (
             output.size(MANIFEST) is None and output.take_back()
         ):  # of a run that found no picture, most often for the mistake that is mended now
             output.remove(PLAN)
             return
-        raise DataError(
+        raise UserError(
             f"{output.root}: begun with {_difference(found, plan)}; use the same, or another folder, or remove this one"
         )
 
@@ -273,7 +273,7 @@ def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.N
         progress.add(tally)
         counts, seen = progress.rejected + earlier, progress.seen + done
         if seen >= min(_FEW, progress.total) and counts.total() > arguments.max_rejected * seen:
-            raise DataError(_refusal(arguments.pairs, output, counts, seen, (before + progress.examples)[:EXAMPLES]))
+            raise UserError(_refusal(arguments.pairs, output, counts, seen, (before + progress.examples)[:EXAMPLES]))
 
     write_shards(plan, output, todo, arguments.processes, arguments.strict, hear)
     progress.close()

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_tools.commands.arguments import Parser, add_processes, whole
 from data_tools.format.index import Dataset
 from data_tools.format.map_shards import TarReader, open_local, over_shards
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import make_folder
 from data_tools.io.permutation import permute
 from data_tools.samples.languages import guess_language
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int | None:
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     if not dataset.num_samples:
-        raise DataError(f"{arguments.dataset}: holds no samples")
+        raise UserError(f"{arguments.dataset}: holds no samples")
     out = make_folder(arguments.out or arguments.dataset)
     figures = collect(dataset, arguments.captions, arguments.processes)
     (out / "stats.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from data_tools.commands.arguments import Parser, add_processes
 from data_tools.format import tar_reader
 from data_tools.format.index import Dataset, hash_key, read_key
 from data_tools.format.map_shards import TarReader, open_local, over_shards
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import check_pixels
 from data_tools.samples.reject import REASONS, Reject
@@ -37,7 +37,7 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
     entry = dataset.manifest["shards"][shard]
     try:
         rows = dataset.shard(shard)
-    except DataError as error:
+    except UserError as error:
         return [("-", str(error))]
     if not os.path.exists(path):
         return [("-", "the tar is missing; fetch or write this shard again")]
@@ -74,7 +74,7 @@ def verify_columns(dataset: Dataset) -> list[tuple[str, str]]:
         file = dataset.manifest["columns"][name]["file"]
         try:
             values = dataset.column(name)
-        except DataError as error:
+        except UserError as error:
             found.append((file, str(error)))
             continue
         if len(values) != dataset.num_samples:

@@ -17,7 +17,7 @@ from pathlib import Path
 from data_tools.commands.arguments import Parser, whole
 from data_tools.format.index import Dataset
 from data_tools.format.map_shards import open_local
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import make_folder, refuse_file
 
 SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.size <= len(SPECIAL):
-        raise DataError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
+        raise UserError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
     refuse_file(options.out)
     tokenizer, config = train(captions(open_local(options.shards)), options.size, options.num_tokens)
     make_folder(options.out)

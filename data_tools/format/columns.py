@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import PARTS, Output
 
 Entries = dict[str, dict[str, Any]]
@@ -54,7 +54,7 @@ def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: ND
     try:
         there = Dataset(output.root, old).shard(shard)
         same = np.array_equal(there["key_hash"], rows["key_hash"]) and np.array_equal(there["digest"], rows["digest"])
-    except DataError:  # lost or cut: nobody knows any more
+    except UserError:  # lost or cut: nobody knows any more
         same = False
     if not same:
         output.write(CHANGED, b"")

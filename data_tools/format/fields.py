@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset, Strings, read_key
 from data_tools.format.map_shards import TarReader, over_shards
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 _FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}
 FROM_INDEX = ("width", "height", "min_side", "aspect", "image_bytes", "caption_bytes", "format")
@@ -19,7 +19,7 @@ FROM_INDEX = ("width", "height", "min_side", "aspect", "image_bytes", "caption_b
 
 
 def values_of(dataset: Dataset, names: list[str], processes: int) -> dict[str, list[Any]]:
-    """Name -> one value for each sample, None where a sample has none. Raises DataError for a name no sample has."""
+    """Name -> one value for each sample, None where a sample has none. Raises UserError for a name no sample has."""
     found: dict[str, list[Any]] = {}
     from_json = [name for name in names if name not in FROM_INDEX and name not in dataset.columns]
     for name in names:
@@ -34,7 +34,7 @@ def values_of(dataset: Dataset, names: list[str], processes: int) -> dict[str, l
             found[name] = [value for shard in shards for value in shard[place]]
             if all(value is None for value in found[name]):
                 known = ", ".join([*FROM_INDEX, *dataset.columns, "caption", "key"])
-                raise DataError(
+                raise UserError(
                     f"{dataset.root}: no sample has {name!r} in its .json member; besides those there are: {known}"
                 )
     return found
@@ -45,7 +45,7 @@ def _column(dataset: Dataset, name: str) -> list[Any]:
     if isinstance(values, Strings):
         return [values[sample] for sample in range(len(values))]
     if values.ndim != 1:
-        raise DataError(
+        raise UserError(
             f"{dataset.root}: side-car column {name!r} has {values.shape[1:]} numbers a sample; only single values "
             f"can be compared"
         )

@@ -27,7 +27,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.format.tar_reader import BLOCK, Member, Problem, names_before, walk
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.remote import require_backend
 
 FORMAT, VERSION = "ringlip-shards", 1
@@ -95,7 +95,7 @@ class Dataset:
 
     @classmethod
     def open(cls, root: str | Path) -> Dataset:
-        """The dataset in a local folder or at an fsspec URL. Raises DataError when there is no manifest or it is not
+        """The dataset in a local folder or at an fsspec URL. Raises UserError when there is no manifest or it is not
         one of ours."""
         root = str(root).rstrip("/") or "/"
         path = f"{root}/{MANIFEST}"
@@ -108,17 +108,17 @@ class Dataset:
                 "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for "
                 "tars of other makers"
             )
-            raise DataError(f"{path}: no such file; {remedy}") from None
+            raise UserError(f"{path}: no such file; {remedy}") from None
         except NotADirectoryError:
-            raise DataError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
+            raise UserError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
         except ValueError as error:
-            raise DataError(
+            raise UserError(
                 f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`"
             ) from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise DataError(f"{path}: not a manifest of {FORMAT}; make one with `python -m data_tools index`")
+            raise UserError(f"{path}: not a manifest of {FORMAT}; make one with `python -m data_tools index`")
         if manifest["version"] != VERSION:
-            raise DataError(
+            raise UserError(
                 f"{path}: version {manifest['version']}, this reader knows {VERSION}; install the RingLIP that wrote it"
             )
         return cls(root, manifest)
@@ -155,7 +155,7 @@ class Dataset:
         return f"{self.root}/{index_name(self.manifest['shards'][shard]['name'])}"
 
     def shard(self, shard: int) -> NDArray[np.void]:
-        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises DataError when
+        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises UserError when
         missing or short."""
         rows = self._maps.get(shard)
         if rows is None:
@@ -168,12 +168,12 @@ class Dataset:
         try:
             rows = load_array(path)
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; {remedy}") from None
+            raise UserError(f"{path}: no such file; {remedy}") from None
         except ValueError as error:
-            raise DataError(f"{path}: not an index ({error}); {remedy}") from None
+            raise UserError(f"{path}: not an index ({error}); {remedy}") from None
         expected = int(self.counts[shard + 1] - self.counts[shard])
         if rows.dtype != ROW or rows.shape != (expected,):
-            raise DataError(f"{path}: {rows.shape} rows where the manifest says {expected}; {remedy}")
+            raise UserError(f"{path}: {rows.shape} rows where the manifest says {expected}; {remedy}")
         return rows
 
     def locate(self, samples: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -192,9 +192,9 @@ class Dataset:
 
     def column(self, name: str) -> NDArray[Any] | Strings:
         """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or
-        `Strings`. Raises DataError where there is none or its file cannot be read."""
+        `Strings`. Raises UserError where there is none or its file cannot be read."""
         if name not in self.columns:
-            raise DataError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
+            raise UserError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
         entry = self.manifest["columns"][name]
         values = self._column_file(entry["file"])
         return Strings(values, self._column_file(entry["text"])) if "text" in entry else values
@@ -204,9 +204,9 @@ class Dataset:
         try:
             return load_array(path)
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file, but {MANIFEST} names it; {remedy}") from None
+            raise UserError(f"{path}: no such file, but {MANIFEST} names it; {remedy}") from None
         except ValueError as error:
-            raise DataError(f"{path}: not a column ({error}); {remedy}") from None
+            raise UserError(f"{path}: not a column ({error}); {remedy}") from None
 
 
 # NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython

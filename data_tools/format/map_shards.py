@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from data_tools.format.index import Dataset
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 R = TypeVar("R")
 
 
 def over_shards(work: Callable[[int], R], num_shards: int, processes: int) -> Iterator[R]:
-    """``work(shard)`` for every shard, in order. ``work`` must be picklable; its DataErrors reach the caller."""
+    """``work(shard)`` for every shard, in order. ``work`` must be picklable; its UserErrors reach the caller."""
     if processes <= 1 or num_shards <= 1:
         yield from map(work, range(num_shards))
         return
@@ -27,7 +27,7 @@ def over_shards(work: Callable[[int], R], num_shards: int, processes: int) -> It
         try:
             yield from pool.map(work, range(num_shards))
         except BrokenProcessPool:
-            raise DataError("a worker died (out of memory?); try fewer --processes") from None
+            raise UserError("a worker died (out of memory?); try fewer --processes") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -39,7 +39,7 @@ class TarReader:
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; fetch or write this shard again") from None
+            raise UserError(f"{path}: no such file; fetch or write this shard again") from None
 
     def __enter__(self) -> TarReader:
         return self
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 def open_local(root: str) -> Dataset:
-    """The dataset in a local folder. Raises DataError for a remote one, whose tars these verbs cannot read in place."""
+    """The dataset in a local folder. Raises UserError for a remote one, whose tars these commands cannot read in place."""
     if "://" in root:
-        raise DataError(f"{root}: this verb reads local datasets; copy it first")
+        raise UserError(f"{root}: this command reads local datasets; copy it first")
     return Dataset.open(root)

@@ -15,18 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.format.index import FORMAT, MANIFEST, VERSION, Dataset, Strings, index_name
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.sources.base import hash_text
 
 
 def open_view(root: str, dataset: Dataset) -> Output:
-    """A new, empty place for a view. Raises DataError when something is there."""
+    """A new, empty place for a view. Raises UserError when something is there."""
     output = Output(root)
     if output.is_remote:
-        raise DataError(f"{root}: a view lies in a local folder, beside its dataset")
+        raise UserError(f"{root}: a view lies in a local folder, beside its dataset")
     if Path(root).exists() and any(Path(root).iterdir()):
-        raise DataError(f"{root}: not empty; choose another folder, or remove this one")
+        raise UserError(f"{root}: not empty; choose another folder, or remove this one")
     assert not dataset.is_remote
     return output
 
@@ -35,7 +35,7 @@ def write_view(output: Output, dataset: Dataset, keep: NDArray[np.bool_], made_b
     """Writes the samples of ``dataset`` where ``keep`` [num_samples] is True, side-car columns too, and returns the
     manifest."""
     if not keep.any():
-        raise DataError(f"{dataset.root}: no sample is left; nothing was written")
+        raise UserError(f"{dataset.root}: no sample is left; nothing was written")
     output.start()
     shards = []
     for number, entry in enumerate(dataset.manifest["shards"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 Groups = Mapping[str, Mapping[str, str]]
 """Title of a group -> command -> what it does, in one line."""
@@ -20,9 +20,9 @@ def usage(program: str, groups: Groups) -> str:
 
 
 def check_command(program: str, groups: Groups, name: str) -> None:
-    """Raises DataError with the nearest name where there is no command ``name``."""
+    """Raises UserError with the nearest name where there is no command ``name``."""
     known = [command for commands in groups.values() for command in commands]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        raise DataError(f"{program}: no command {name!r}; {hint}")
+        raise UserError(f"{program}: no command {name!r}; {hint}")

@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 
 from data_tools.format.tar_reader import BLOCK
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.remote import require_backend
 
 PARTS = ".parts"
@@ -56,7 +56,7 @@ class Output:
             return
         except Exception as error:  # each backend has its own: botocore's, gcsfs' HttpError are no OSErrors
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise DataError(
+            raise UserError(
                 f"{self.root}: cannot be reached ({said}); look at the address, the credentials and the network"
             ) from error
 
@@ -118,7 +118,7 @@ class Output:
                     file=sys.stderr,
                 )
                 return
-        raise DataError(f"{self.root}: another run is writing here; wait for it or end it")
+        raise UserError(f"{self.root}: another run is writing here; wait for it or end it")
 
     def take_back(self) -> bool:
         """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says
@@ -163,7 +163,7 @@ class Output:
         return data.decode()
 
     def read_json(self, name: str) -> Any | None:
-        """A finished JSON file, None where there is none. Raises DataError when it is damaged."""
+        """A finished JSON file, None where there is none. Raises UserError when it is damaged."""
         try:
             text = self.read_text(name)
         except FileNotFoundError:
@@ -171,7 +171,7 @@ class Output:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise DataError(f"{self.root}/{name}: not readable as JSON ({error}); remove it and run again") from None
+            raise UserError(f"{self.root}/{name}: not readable as JSON ({error}); remove it and run again") from None
 
     def publish(self, name: str, local: Path) -> None:
         """Gives a finished and synced file its name, at once and as a whole."""
@@ -214,10 +214,10 @@ class Output:
 
 
 def refuse_file(path: str | Path) -> None:
-    """Raises DataError where a file stands in the place of a folder, or of one above it."""
+    """Raises UserError where a file stands in the place of a folder, or of one above it."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not there.is_dir():
-        raise DataError(
+        raise UserError(
             f"{path}: {'a file' if there == Path(path).absolute() else f'{there} is a file'}; name a folder"
         )
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import fsspec
 from fsspec.registry import known_implementations
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 
 def require_backend(url: str) -> None:
-    """Raises DataError where no installed package opens URLs of this protocol, or none is known."""
+    """Raises UserError where no installed package opens URLs of this protocol, or none is known."""
     for part in url.split("::"):  # of a chain such as simplecache::s3://bucket/key
         protocol = part.split("://")[0]
         try:
             fsspec.get_filesystem_class(protocol)
         except ValueError:
-            raise DataError(
+            raise UserError(
                 f"{url}: unknown protocol {protocol}://; known are s3://, gs://, hf://, https:// and others of fsspec"
             ) from None
         except ImportError as error:
@@ -25,4 +25,4 @@ def require_backend(url: str) -> None:
                 else "fsspec"
             )
             remedy = f": pip install {package}" if package != "fsspec" else ""
-            raise DataError(f"{url}: a package for {protocol}:// is not installed ({error}){remedy}") from None
+            raise UserError(f"{url}: a package for {protocol}:// is not installed ({error}){remedy}") from None

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 
 _PATHS = ("pairs", "out", "images")
 
@@ -24,7 +24,7 @@ def shard_on_ray(arguments: argparse.Namespace) -> None:
     try:
         import ray
     except ImportError:
-        raise DataError(
+        raise UserError(
             "--ray needs Ray, which is not installed: pip install ray; or use --processes and --task"
         ) from None
     from data_tools.commands.shard import run_task
@@ -47,7 +47,7 @@ def shard_on_ray(arguments: argparse.Namespace) -> None:
             if error is not None:
                 for task in waiting:
                     ray.cancel(task)
-                raise DataError(error)
+                raise UserError(error)
         print(f"{count - len(waiting)} of {count} Ray tasks done", file=sys.stderr, flush=True)
 
 
@@ -55,6 +55,6 @@ def _task(run: Any, settings: dict[str, Any]) -> str | None:
     """One task; what the user can mend comes back as a line, not as Ray's traceback."""
     try:
         run(argparse.Namespace(**settings))
-    except DataError as error:
+    except UserError as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_tools.io.errors import AGAIN, DataError
+from data_tools.io.errors import AGAIN, UserError
 from data_tools.io.output import Output
 from data_tools.sharding.counts import Reporter, Tally
 from data_tools.sharding.plan import Plan
@@ -27,7 +27,7 @@ def write_shards(
     """Writes all ``shards``. ``on_tally`` hears what happened and may raise to end the run; unfinished shards are then
     dropped.
 
-    Raises DataError at the first reject when ``strict``, when a worker dies and when the output cannot be written;
+    Raises UserError at the first reject when ``strict``, when a worker dies and when the output cannot be written;
     RuntimeError with the worker's traceback for anything that nobody foresaw.
     """
     processes = min(processes, len(shards))
@@ -68,13 +68,13 @@ def _listen(pipes: list[Connection], on_tally: Callable[[Tally], None]) -> None:
                 kind, value = pipe.recv()
             except EOFError:
                 remedy = "run again to continue, with fewer --processes"
-                raise DataError(f"a worker died without a word (out of memory?); {remedy}") from None
+                raise UserError(f"a worker died without a word (out of memory?); {remedy}") from None
             if kind == "tally":
                 on_tally(value)
             elif kind == "done":
                 working.remove(pipe)
             elif kind == "refused":
-                raise DataError(value)
+                raise UserError(value)
             else:
                 raise RuntimeError(f"a worker failed; run again to continue\n{value}")
 
@@ -93,7 +93,7 @@ def _work(
                 break
             write_shard(plan, output, shards[number], reporter, strict)
         pipe.send(("done", None))
-    except DataError as error:
+    except UserError as error:
         pipe.send(("refused", str(error)))
     except OSError as error:  # a full disk, a lost mount: nothing of the input, which has its named outcomes
         pipe.send(("refused", f"{error}; {AGAIN}"))

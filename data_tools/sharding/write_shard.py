@@ -13,7 +13,7 @@ import xxhash
 
 from data_tools.format.index import IMAGE_FORMATS, ROW, hash_key, index_name
 from data_tools.format.tar_writer import TarWriter
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.output import PARTS, Output
 from data_tools.samples.captions import clean_all
 from data_tools.samples.images import prepare
@@ -27,7 +27,7 @@ RESERVED = ("captions", "sample")
 
 
 def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, strict: bool = False) -> dict[str, Any]:
-    """Writes shard number ``shard`` and returns its record. Raises DataError at the first row left out when
+    """Writes shard number ``shard`` and returns its record. Raises UserError at the first row left out when
     ``strict``."""
     name = plan.shard_name(shard)
     numbers = plan.rows_of(shard)
@@ -44,7 +44,7 @@ def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, stri
             except Reject as reject:
                 if strict:
                     words = explain(reject.reason, reject.path)
-                    raise DataError(f"{row.source}: {words} ({reject.reason}; --strict ends at the first)") from None
+                    raise UserError(f"{row.source}: {words} ({reject.reason}; --strict ends at the first)") from None
                 rejects.append({"key": key, "reason": reject.reason, "source": row.source})
                 reporter.reject(rejects[-1], reject.path)
             else:

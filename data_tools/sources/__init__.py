@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.samples.reject import REASONS
 from data_tools.sources.base import Problem, Row, Source, SourceOptions, read_image
 
@@ -36,26 +36,26 @@ _NO_ROWS = {
 
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
-    """The reader of an input, opened and counted. Raises DataError naming what is missing, or the input that has no
+    """The reader of an input, opened and counted. Raises UserError naming what is missing, or the input that has no
     rows."""
     if "://" in path:
-        raise DataError(
+        raise UserError(
             f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)"
         )
     paths = [Path(path)]
     if not paths[0].exists():
         paths = [Path(found) for found in sorted(glob.glob(path))]
         if not paths:
-            raise DataError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     kind = kind or guess_kind(paths[0])
     if kind in ("tars", "folder", "coco") and options.image is not None:
         what = {"tars": "tars", "folder": "a folder of pictures", "coco": "COCO captions"}[kind]
-        raise DataError(
+        raise UserError(
             f"{path}: --image names a column of a table, and this is {what}; leave it out, or name the table"
         )
     source = _open(path, paths, kind, options)
     if not sum(source.blocks):
-        raise DataError(f"{path}: {_NO_ROWS['csv' if kind == 'tsv' else kind]}{_hint(paths[0], source)}")
+        raise UserError(f"{path}: {_NO_ROWS['csv' if kind == 'tsv' else kind]}{_hint(paths[0], source)}")
     return source
 
 
@@ -79,10 +79,10 @@ def _open(path: str, paths: list[Path], kind: str, options: SourceOptions) -> So
             pattern = "*.parquet" if kind == "parquet" else "*.tar"
             folder, paths = paths[0], sorted(paths[0].glob(pattern))
             if not paths:
-                raise DataError(f"{folder}: no {pattern} in it")
+                raise UserError(f"{folder}: no {pattern} in it")
         for entry in paths:
             if entry.is_dir():
-                raise DataError(f"{entry}: a folder among the {kind}; rename it or move it away")
+                raise UserError(f"{entry}: a folder among the {kind}; rename it or move it away")
         if kind == "parquet":
             from data_tools.sources.arrow import ParquetSource
 
@@ -91,11 +91,11 @@ def _open(path: str, paths: list[Path], kind: str, options: SourceOptions) -> So
 
         return TarSource(paths, options)
     if len(paths) > 1:
-        raise DataError(f"{path}: {len(paths)} files; of {kind} inputs only one can be read at a time: join them first")
+        raise UserError(f"{path}: {len(paths)} files; of {kind} inputs only one can be read at a time: join them first")
     if paths[0].is_dir() and kind not in ("folder", "arrow"):
-        raise DataError(f"{path}: a folder; name the {kind} file in it")
+        raise UserError(f"{path}: a folder; name the {kind} file in it")
     if paths[0].is_file() and kind == "folder":
-        raise DataError(f"{path}: a file, not a folder of pictures; leave --input folder out")
+        raise UserError(f"{path}: a file, not a folder of pictures; leave --input folder out")
     return _open_one(paths[0], kind, options)
 
 
@@ -118,11 +118,11 @@ def guess_kind(path: Path) -> str:
     if not path.is_dir():
         kind = _SUFFIXES.get(path.suffix.lower().lstrip("."))
         if kind is None:
-            raise DataError(f"{path}: the kind of input cannot be told from its name; say --input {'|'.join(KINDS)}")
+            raise UserError(f"{path}: the kind of input cannot be told from its name; say --input {'|'.join(KINDS)}")
         return kind
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
-        raise DataError(f"{path}: holds several splits ({splits}); name one: {path}/SPLIT")
+        raise UserError(f"{path}: holds several splits ({splits}); name one: {path}/SPLIT")
     if (path / "state.json").is_file():
         return "arrow"
     if next(path.glob("*.tar"), None):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, image_value, require_columns, split_columns
 
 _CACHE_BYTES = 512 << 20
@@ -103,7 +103,7 @@ class ArrowSource:
 def _files_of(folder: Path) -> list[Path]:
     state = json.loads((folder / "state.json").read_text())
     if state.get("_indices_data_files"):
-        raise DataError(
+        raise UserError(
             f"{folder}: holds a selection of rows; write it out with dataset.flatten_indices() before save_to_disk"
         )
     return [folder / entry["filename"] for entry in state["_data_files"]]
@@ -149,8 +149,8 @@ class _explained:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (pa.ArrowException, OSError)) and not isinstance(error, FileNotFoundError):
-            raise DataError(
+            raise UserError(
                 f"{self._path}: not readable ({' '.join(str(error).split())[:200]}); fetch or write it again"
             ) from error
         if isinstance(error, FileNotFoundError):
-            raise DataError(f"{self._path}: no such file; copy the whole dataset") from error
+            raise UserError(f"{self._path}: no such file; copy the whole dataset") from error

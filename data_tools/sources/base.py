@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.io.remote import require_backend
 from data_tools.samples.reject import Reject
 
@@ -93,7 +93,7 @@ def split_columns(record: dict[str, Any], options: SourceOptions) -> tuple[Any, 
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises DataError, naming the columns there are, when the picture's or a caption's is not among them, or a name is
+    """Raises UserError, naming the columns there are, when the picture's or a caption's is not among them, or a name is
     there twice."""
     for flag, what, names in (
         ("--image", "picture", (options.image,)),
@@ -101,20 +101,20 @@ def require_columns(place: str, columns: list[str], options: SourceOptions) -> N
     ):
         for name in names:
             if name is None:
-                raise DataError(
+                raise UserError(
                     f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}"
                 )
             if name not in columns:
-                raise DataError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
+                raise UserError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
     refuse_twice(place, columns)
 
 
 def refuse_twice(place: str, columns: list[str]) -> None:
-    """Raises DataError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's
+    """Raises UserError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's
     empty ones."""
     for name, count in Counter(columns).items():
         if name and count > 1:
-            raise DataError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
+            raise UserError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
 
 
 def image_value(value: Any) -> str | bytes | None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.format.index import IMAGE_FORMATS
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, hash_text, split_columns
 
@@ -42,12 +42,12 @@ class FolderSource:
         self._sides = {name for name in sizes if name.rpartition(".")[2].lower() in _SIDE}
         self._images = sorted(sizes.keys() - self._sides)
         if self._images and not self._sides:
-            raise DataError(
+            raise UserError(
                 f"{path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
                 f"the table"
             )
         if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
-            raise DataError(
+            raise UserError(
                 f"{path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out "
                 f"for NAME.txt"
             )
@@ -97,11 +97,11 @@ class CocoSource:
         self.problems: list[Problem] = []
         self.columns = ["image_id"]
         if options.captions:
-            raise DataError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
+            raise UserError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
         try:
             tree = json.loads(path.read_bytes())
         except ValueError as error:
-            raise DataError(
+            raise UserError(
                 f"{path}: not readable as JSON ({error}); for one JSON object a line say --input jsonl"
             ) from None
         if (
@@ -109,7 +109,7 @@ class CocoSource:
             or not isinstance(tree.get("images"), list)
             or not isinstance(tree.get("annotations"), list)
         ):
-            raise DataError(
+            raise UserError(
                 f'{path}: not COCO captions, which have "images" and "annotations"; for one JSON object a line say '
                 f"--input jsonl"
             )

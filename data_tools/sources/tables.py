@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
 
@@ -36,14 +36,14 @@ class TableSource:
         with open(path, "rb") as file:
             head = file.read(4)
             if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{path}: this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+                raise UserError(f"{path}: this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
             start = 3 if head[:3] == b"\xef\xbb\xbf" else 0
         starts, self._lines = self._split(start)
         self.columns = self._read_columns(starts)
         if kind != "jsonl":
             require_columns(str(path), self.columns, options)
         elif options.image is None or not options.captions:
-            raise DataError(f"{path}: say which keys hold the picture and the caption: --image KEY --caption KEY")
+            raise UserError(f"{path}: say which keys hold the picture and the caption: --image KEY --caption KEY")
         first = 0 if kind == "jsonl" or options.columns else 1
         self._starts, self._lines = starts[first:], self._lines[first:]
         self.blocks = [len(self._starts) - 1]
@@ -97,7 +97,7 @@ class TableSource:
         lines left out."""
         size = self.path.stat().st_size
         if size <= start:
-            raise DataError(f"{self.path}: the file is empty")
+            raise UserError(f"{self.path}: the file is empty")
         ends = _line_ends(self.path, size)
         begins = np.concatenate([[start], ends[:-1]]).astype(np.int64)
         lines = np.arange(1, len(begins) + 1)
@@ -129,7 +129,7 @@ class TableSource:
                         break
                 if reader.line_num - last > _MAX_LINES:
                     remedy = "--no-quotes reads quotes as letters"
-                    raise DataError(
+                    raise UserError(
                         f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}"
                     )
                 starts.append(last)
@@ -145,12 +145,12 @@ class TableSource:
         try:
             return next(self._reader([raw.decode("utf-8")]))
         except csv.Error as error:
-            raise DataError(
+            raise UserError(
                 f"{self.path}: line {int(self._lines[0])}, the header of column names, is not readable ({error}); "
                 "if the file's lines end in carriage returns alone, convert it: tr '\\r' '\\n'"
             ) from None
         except (UnicodeDecodeError, StopIteration):
-            raise DataError(f"{self.path}: the first line is not a UTF-8 header of column names") from None
+            raise UserError(f"{self.path}: the first line is not a UTF-8 header of column names") from None
 
 
 def _line_ends(path: Path, size: int) -> NDArray[np.int64]:

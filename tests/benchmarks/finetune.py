@@ -4,7 +4,7 @@
     python -m tests.benchmarks.finetune --pretrain 2048 --finetune 1024 --out /tmp/finetune      # does it run?
 
 The quickstart's model is pretrained from nothing on the glyph pairs of one half of the scripts (OLD) and finetuned on
-the other half (NEW), each time from the exported Hugging Face directory, by the real verbs on two ranks. Retrieval is
+the other half (NEW), each time from the exported Hugging Face directory, by the real commands on two ranks. Retrieval is
 measured on unseen (character, face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is the
 peak of tensor memory of a rank from before the model is built (tests/benchmarks/allocator.py). What is there already is
 not done again.
@@ -91,7 +91,7 @@ class Bench:
         return view
 
     def train(self, name: str, samples: int, scripts: tuple[str, ...], *overrides: str) -> Path:
-        """A run of the training verb on all ranks; leaves its peak of tensor memory beside the log."""
+        """A run of the training command on all ranks; leaves its peak of tensor memory beside the log."""
         run = self.out / "runs" / name
         keys = [
             *ALWAYS,
@@ -115,7 +115,7 @@ class Bench:
 
 
 def as_rank(argv: list[str]) -> int:
-    """What every rank runs: the training verb under the counting allocator."""
+    """What every rank runs: the training command under the counting allocator."""
     from tests.benchmarks import allocator
     from trainer import config, train
 

@@ -1,4 +1,4 @@
-"""What tests of whole training runs share: shards to read, the verb as a rank calls it, and what a run has written
+"""What tests of whole training runs share: shards to read, the command as a rank calls it, and what a run has written
 down.
 
 shards = make_shards(tmp_path / "pairs", tiny_captions(80))
@@ -56,7 +56,7 @@ def make_shards(folder: Path, captions: list[str]) -> Path:
 
 
 def call(recipe: Path, *overrides: str) -> int:
-    """What a rank does: the verb's own main."""
+    """What a rank does: the command's own main."""
     return train.main([str(recipe), *overrides])
 
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 
 from data_tools.io.command_table import Groups
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from trainer.core.shipped import shipped
 
 OPTION = re.compile(r"^  (?:-\w, )?(--[a-z][a-z-]+)", re.MULTILINE)
@@ -32,10 +32,10 @@ Start = Callable[[str, list[str]], None]
 
 
 def script(arguments: list[str], groups: Groups, start: Start) -> str:
-    """The completion script for the shell named by ``arguments``. Raises DataError where that is none of the three."""
+    """The completion script for the shell named by ``arguments``. Raises UserError where that is none of the three."""
     shells = {"bash": _bash, "zsh": _zsh, "fish": _fish}
     if len(arguments) != 1 or arguments[0] not in shells:
-        raise DataError(
+        raise UserError(
             f"ringlip completion: name one shell of {', '.join(shells)}; `ringlip completion bash` prints its script"
         )
     about = {name: text for commands in groups.values() for name, text in commands.items()}

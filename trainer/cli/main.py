@@ -15,7 +15,7 @@ import sys
 
 from data_tools.commands import COMMANDS as DATA_COMMANDS
 from data_tools.io.command_table import Groups, check_command, usage
-from data_tools.io.errors import DataError
+from data_tools.io.errors import UserError
 from trainer import __version__
 from trainer.cli import completion
 from trainer.core.shipped import shipped
@@ -70,7 +70,7 @@ def main(argv: list[str], program: str, groups: Groups) -> int:
         if name == "completion":
             print(completion.script(arguments, groups, start))
             return 0
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if name == "launch":

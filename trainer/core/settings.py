@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -284,17 +284,3 @@ def check_out(out: Path | None) -> None:
         raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from None
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another")
-
-
-def run_verb(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a verb's ``main(argv)`` and exits: a UserError is one line on stderr and its exit code, never a
-    traceback."""
-    try:
-        sys.exit(main(sys.argv[1:]) or 0)
-    except UserError as error:
-        if not error.told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)

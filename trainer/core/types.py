@@ -9,15 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """A mistake the user can mend. One line: what is wrong (the file or key) and the remedy. Verbs print it without a
-    traceback."""
-
-    code = 2
-    """Exit code: the same command would fail again, so that launchers do not try."""
-    told = False
-    """Whether the line has been printed already."""
+from data_tools.io.errors import UserError as UserError
 
 
 class RunFailed(UserError):

@@ -26,7 +26,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.format.index import MANIFEST, Dataset, Strings, load_array
-from data_tools.io.errors import DataError
 from trainer.core.types import Stored, UserError
 from trainer.data.transforms import Damaged
 
@@ -62,7 +61,7 @@ class StoredColumn:
         try:
             values = dataset.column(stored.column)
             scale = dataset.column(f"{stored.column}.scale") if entry["dtype"] == "int8" else None
-        except (DataError, FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{where} cannot be read ({error}); {again}") from None
         assert not isinstance(values, Strings), "texts have no tower"
         assert not isinstance(scale, Strings), "texts have no tower"

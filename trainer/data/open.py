@@ -21,7 +21,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset, load_array, scan_tar
-from data_tools.io.errors import DataError
 from trainer.core.distributed import say
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
@@ -38,10 +37,7 @@ def open_source(source: SourceSettings, settings: DataSettings) -> Source:
             "data.validation=shards/validation"
         )
     cache = ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30)) if "://" in path else None
-    try:
-        dataset = _open_dataset(path, settings, cache)
-    except DataError as error:
-        raise UserError(str(error)) from None
+    dataset = _open_dataset(path, settings, cache)
     if dataset.num_samples == 0:
         raise UserError(f"{path}: no samples in it; look at rejects.jsonl beside the shards for why")
     fields = source.caption if source.caption is not None else settings.caption

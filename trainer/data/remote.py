@@ -22,7 +22,6 @@ from typing import TypeVar
 import fsspec
 import xxhash
 
-from data_tools.io.errors import DataError
 from trainer.core.types import RunFailed, UserError
 
 T = TypeVar("T")
@@ -71,7 +70,7 @@ class ShardCache:
         for number in range(ATTEMPTS):
             try:
                 return attempt()
-            except (UserError, DataError):
+            except UserError:
                 raise
             except FileNotFoundError:
                 raise UserError(f"{url}: no such file; upload it, or make the manifest anew") from None

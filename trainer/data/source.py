@@ -16,7 +16,6 @@ import numpy as np
 import xxhash
 
 from data_tools.format.index import Dataset, Strings, read_key
-from data_tools.io.errors import DataError
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings
@@ -103,10 +102,7 @@ class Source:
 
     def _entry(self, sample: int) -> tuple[int, np.void]:
         shard = self._shard(sample)
-        try:
-            return shard, self.dataset.shard(shard)[sample - int(self.dataset.counts[shard])]
-        except DataError as error:
-            raise UserError(str(error)) from None
+        return shard, self.dataset.shard(shard)[sample - int(self.dataset.counts[shard])]
 
     def _captions(self, sample: int, shard: int, entry: np.void) -> list[str]:
         if self.fields:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.core.settings import run_verb
+from data_tools.io.errors import run_command
 from trainer.core.types import UserError
 
 CLOCK_SECONDS = 2.0
@@ -226,4 +226,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

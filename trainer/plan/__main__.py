@@ -1,7 +1,9 @@
 """``python -m trainer.plan RECIPE``"""
 
-from trainer.core.settings import run_verb
+import sys
+
+from data_tools.io.errors import run_command
 from trainer.plan.command import main
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.errors import run_command
 from trainer import config
 from trainer.config import Recipe
-from trainer.core.settings import check_out, run_verb
+from trainer.core.settings import check_out
 from trainer.core.types import UserError
 from trainer.models import ModelSettings
 from trainer.models.adapt.lora import LoraSettings
@@ -279,4 +281,4 @@ def _draw(result: Plan, out: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))

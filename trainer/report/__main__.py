@@ -1,7 +1,9 @@
 """``python -m trainer.report RUN``"""
 
-from trainer.core.settings import run_verb
+import sys
+
+from data_tools.io.errors import run_command
 from trainer.report import main
 
 if __name__ == "__main__":
-    run_verb(main)
+    sys.exit(run_command(main, sys.argv[1:]))
