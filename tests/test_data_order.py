@@ -7,39 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trainer.core.types import UserError
-from trainer.data.order import FullOrder, Permutation, WindowOrder, derive_key, draws_per_epoch, uniforms
+from trainer.data.order import FullOrder, WindowOrder, draws_per_epoch, uniforms
 
 BILLION = 1_000_000_000
-
-
-@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
-def test_a_permutation_visits_everything_once(size: int, key: int) -> None:
-    images = Permutation(size, key)(np.arange(size))
-    assert images.dtype == np.int64
-    assert np.array_equal(np.sort(images), np.arange(size))
-
-
-def test_positions_can_be_asked_in_any_grouping() -> None:
-    shuffle = Permutation(1000, 9)
-    whole = shuffle(np.arange(1000))
-    assert np.array_equal(np.concatenate([shuffle(np.arange(i, i + 8)) for i in range(0, 1000, 8)]), whole)
-
-
-def test_first_images_are_uniform_over_keys() -> None:
-    counts = np.bincount([int(Permutation(10, derive_key(key))(np.array([0]))[0]) for key in range(4000)], minlength=10)
-    chi_square = float(((counts - 400.0) ** 2 / 400).sum())
-    assert chi_square < 27.9, counts  # 99.9% of a chi-square with 9 degrees of freedom
-
-
-def test_neighbours_do_not_stay_neighbours() -> None:
-    images = Permutation(100_000, 1)(np.arange(100_000))
-    assert np.mean(np.abs(np.diff(images)) == 1) < 1e-3
-    assert abs(np.corrcoef(images, np.arange(100_000))[0, 1]) < 0.02
 
 
 def test_uniforms_depend_on_key_and_position_alone() -> None:

@@ -24,7 +24,7 @@ from data_tools.commands import COMMANDS
 from data_tools.commands.dedup import near_pairs, perceptual_hash
 from data_tools.format.index import Dataset, Strings
 from data_tools.format.map_shards import TarReader
-from data_tools.io.permutation import permute
+from data_tools.io.permutation import Permutation
 from data_tools.samples.languages import guess_language
 from tests.support.picture_files import contents, encoded, picture, rejects, shard
 
@@ -144,7 +144,7 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     assert data_tools(["verify", str(dataset), "--quick", "--processes", "2"]) == 1
     lines = [tuple(line.split("\t")) for line in capsys.readouterr().out.splitlines()]
     keys = [
-        f"{number:08d}" for number in permute(np.arange(24), 24, 0)
+        f"{number:08d}" for number in Permutation(24, 0)(np.arange(24))
     ]  # the order that seed 0 gives; keys are rows of the input
     assert ("00000.tar", keys[2], "the picture's bytes have changed") in lines
     assert ("00000.tar", keys[5], "its .json member is not JSON") in lines

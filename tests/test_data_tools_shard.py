@@ -25,8 +25,8 @@ from data_tools.__main__ import main as data_tools
 from data_tools.format.index import Dataset, hash_key, read_key, scan_tar
 from data_tools.format.tar_reader import Problem, walk
 from data_tools.io.output import Output
-from data_tools.io.permutation import permute
 from data_tools.io.progress import Progress
+from data_tools.sharding import plan
 from data_tools.sharding.counts import Tally
 from tests.support.picture_files import COLUMNS, contents, encoded, picture, rejects, shard, write_pairs
 
@@ -256,6 +256,20 @@ def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
         assert first["reason"] == "file_missing" and first["path"].startswith(looked)
     assert shard(pairs, out, *options) == 0
     assert contents(out) == contents(reference)
+
+
+def test_shards_of_an_older_layout_are_not_mixed_with_new_ones(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "LAYOUT", plan.LAYOUT - 1)
+    assert shard(pairs, tmp_path, "--task", "0/2") == 0
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert shard(pairs, tmp_path, "--task", "1/2") == 2
+    assert (
+        f"{tmp_path}: begun with another version of this tool; use the same, or another folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_plan_stays_while_its_run_is_at_work_or_has_written(
@@ -533,13 +547,3 @@ def test_values_that_make_no_sense_are_one_line(
     assert (
         error.startswith("error: ") and expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
     )
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 4096, 70_001])
-def test_permutation_is_one_to_one(count: int) -> None:
-    numbers = permute(np.arange(count), count, 5)
-    assert np.array_equal(np.sort(numbers), np.arange(count))
-    if count > 100:
-        assert not np.array_equal(numbers, permute(np.arange(count), count, 6))
-        assert abs(float(np.corrcoef(numbers, np.arange(count))[0, 1])) < 0.1
-        assert np.array_equal(permute(np.arange(50, 60), count, 5), numbers[50:60])

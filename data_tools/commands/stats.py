@@ -26,7 +26,7 @@ from data_tools.format.index import Dataset
 from data_tools.format.map_shards import TarReader, open_local, over_shards
 from data_tools.io.errors import UserError
 from data_tools.io.output import make_folder
-from data_tools.io.permutation import permute
+from data_tools.io.permutation import Permutation
 from data_tools.samples.languages import guess_language
 from data_tools.samples.page import Picture, render
 
@@ -94,7 +94,7 @@ def _read_captions(dataset: Dataset, chosen: list[NDArray[np.int64]], shard: int
 def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
     """A random ``count`` of samples (all when 0), always the same ones: rows for each shard."""
     total = dataset.num_samples
-    samples = np.sort(permute(np.arange(min(count, total) if count else total), total, 0))
+    samples = np.sort(Permutation(total, key=0)(np.arange(min(count, total) if count else total)))
     shards, rows = dataset.locate(samples)
     return [rows[shards == shard] for shard in range(dataset.num_shards)]
 

@@ -1,7 +1,12 @@
-"""The order of samples as arithmetic: a keyed permutation, any part of which can be asked for without holding the rest.
+"""Keyed permutations of ``range(size)``: any part is computed on demand, nothing is stored and nothing is sorted.
 
-A Feistel network over the next power of four, walked until it falls inside the range (Black and Rogaway 2002, "Ciphers
-with arbitrary finite domains"). It depends on nothing but integers, so that no library's new release changes an order.
+    shuffle = Permutation(size=1_000_000_000, key=7)
+    shuffle(np.arange(4096))                              # the first 4096 of the permuted order
+
+A Feistel network over the next power of two, walked until it falls inside the range (Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", CT-RSA 2002). Integer arithmetic alone, so no library release changes an order. The order of
+samples in training and in shards depends on these numbers: changing them changes runs that resume, and shards'
+bytes (then raise ``LAYOUT`` of data_tools/sharding/plan.py).
 """
 
 from __future__ import annotations
@@ -9,38 +14,48 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 4
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+ROUNDS = 6  # even, so that halves of unequal width end where they began
 
 
-def permute(positions: NDArray[np.integer], count: int, key: int) -> NDArray[np.int64]:
-    """Positions [n] in 0 .. count - 1 -> the numbers in 0 .. count - 1 that stand there, int64 [n]. One-to-one for
-    every key."""
-    half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
-    keys = [np.uint64(_mix_int((key + (turn + 1) * _GOLDEN) & _MASK)) for turn in range(_ROUNDS)]
-    values = _feistel(np.asarray(positions).astype(np.uint64), half, keys)
-    outside = np.flatnonzero(values >= count)
-    while outside.size:
-        values[outside] = _feistel(values[outside], half, keys)
-        outside = outside[values[outside] >= count]
-    return values.astype(np.int64)
+def scramble(words: Words) -> Words:
+    """The finaliser of SplitMix64: neighbouring inputs give unrelated outputs. uint64 of any shape."""
+    words = words ^ (words >> np.uint64(30))
+    words = words * np.uint64(0xBF58476D1CE4E5B9)
+    words = words ^ (words >> np.uint64(27))
+    words = words * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
-def _feistel(values: NDArray[np.uint64], half: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
+class Permutation:
+    """A keyed permutation of ``range(size)``. ``size`` is at least 1; ``key`` is any integer, taken modulo 2**64."""
 
+    def __init__(self, size: int, key: int):
+        assert size > 0
+        self.size = size
+        bits = max(2, (size - 1).bit_length())
+        self.widths = (bits // 2, bits - bits // 2)
+        offsets = np.arange(ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        self.keys = scramble(offsets + np.uint64(key % 2**64))
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    def __call__(self, positions: Ints) -> Ints:
+        """Positions [n] int64 in [0, size) -> their images [n] int64 in [0, size)."""
+        words = self._cipher(positions.astype(np.uint64))
+        outside = np.flatnonzero(words >= self.size)
+        while outside.size:  # the cipher's domain is a power of two below 2 * size: walk its cycle until inside
+            words[outside] = self._cipher(words[outside])
+            outside = outside[words[outside] >= self.size]
+        return words.astype(np.int64)
 
-
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value], np.uint64))[0])
+    def _cipher(self, words: Words) -> Words:
+        left_bits, right_bits = (np.uint64(width) for width in self.widths)
+        left, right = words >> right_bits, words & ((np.uint64(1) << right_bits) - np.uint64(1))
+        for key in self.keys:
+            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ (mixed >> (np.uint64(64) - left_bits))
+            left_bits, right_bits = right_bits, left_bits
+        return (left << right_bits) | right

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.io.permutation import permute
+from data_tools.io.permutation import Permutation
 from data_tools.samples.images import ImageOptions
 from data_tools.sources import Source, SourceOptions
 from data_tools.sources.base import hash_text
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same input and options would give other bytes than before."""
 
 
@@ -72,7 +72,7 @@ class Plan:
             count = sum(size for _, size in blocks)
             inside = positions[(positions >= first) & (positions < first + count)] - first
             if inside.size:
-                parts.append(_spread(blocks, permute(inside, count, self.options.seed * 1_000_003 + number)))
+                parts.append(_spread(blocks, Permutation(count, self.options.seed * 1_000_003 + number)(inside)))
             first += count
         return np.concatenate(parts)
 
@@ -93,7 +93,7 @@ def _windows(blocks: list[int], options: ShardOptions) -> list[list[tuple[int, i
     starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
     windows: list[list[tuple[int, int]]] = [[]]
     held = 0
-    for block in permute(np.arange(len(blocks)), len(blocks), options.seed).tolist():
+    for block in Permutation(len(blocks), options.seed)(np.arange(len(blocks))).tolist():
         if held >= options.shard_size:
             windows.append([])
             held = 0

@@ -4,8 +4,7 @@
     sources, samples = order(np.arange(4096))
 
 A position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one integer
-with any number of ranks and workers. The permutation is a keyed Feistel network with cycle walking (Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", CT-RSA 2002): nothing is stored and nothing is sorted.
+with any number of ranks and workers. The permutations are computed, never stored (data_tools/io/permutation.py).
 """
 
 from __future__ import annotations
@@ -18,12 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.io.permutation import Ints, Permutation, scramble
 from trainer.core.types import UserError
-
-Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
-
-ROUNDS = 6  # even, so that halves of unequal width end where they began
 
 
 def derive_key(*parts: int | str) -> int:
@@ -31,51 +26,11 @@ def derive_key(*parts: int | str) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
-def scramble(words: Words) -> Words:
-    """The splitmix64 finaliser: neighbouring inputs give unrelated outputs. uint64 of any shape."""
-    words = words ^ (words >> np.uint64(30))
-    words = words * np.uint64(0xBF58476D1CE4E5B9)
-    words = words ^ (words >> np.uint64(27))
-    words = words * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
 def uniforms(key: int, positions: Ints, count: int) -> NDArray[np.float64]:
     """[b, count] numbers in [0, 1) that depend on (key, position) alone, never on who asks for them."""
     columns = scramble(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
     rows = scramble(positions.astype(np.uint64) + np.uint64(key ^ 0x5851F42D4C957F2D))
     return (scramble(rows[:, None] ^ columns[None, :]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-class Permutation:
-    """A keyed permutation of ``range(size)``, computed and never stored."""
-
-    def __init__(self, size: int, key: int):
-        assert size > 0
-        self.size = size
-        bits = max(2, (size - 1).bit_length())
-        self.widths = (bits // 2, bits - bits // 2)
-        self.keys = scramble(np.arange(ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
-
-    def __call__(self, positions: Ints) -> Ints:
-        """int64 positions in [0, size) -> int64 images in [0, size)."""
-        words = self._cipher(positions.astype(np.uint64))
-        outside = np.flatnonzero(words >= self.size)
-        while outside.size:  # the cipher's domain is a power of two below 2 * size: walk its cycle until inside
-            words[outside] = self._cipher(words[outside])
-            outside = outside[words[outside] >= self.size]
-        return words.astype(np.int64)
-
-    def _cipher(self, words: Words) -> Words:
-        left_bits, right_bits = (np.uint64(width) for width in self.widths)
-        left, right = words >> right_bits, words & ((np.uint64(1) << right_bits) - np.uint64(1))
-        for key in self.keys:
-            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed ^= mixed >> np.uint64(29)
-            mixed *= np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ (mixed >> (np.uint64(64) - left_bits))
-            left_bits, right_bits = right_bits, left_bits
-        return (left << right_bits) | right
 
 
 def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsamples: Sequence[float]) -> list[int]:
