@@ -186,6 +186,21 @@ def test_queue_holds_past_texts_in_their_global_order(sizes, size):
     check(lambda: QueueLoss(tile_rows=5, width=32, size=size), reference, sizes, temperatures, 0.35)
 
 
+@pytest.mark.parametrize("size", [5, 8, 40])
+def test_a_step_of_the_queue_can_be_taken_back(size):
+    """Bit for bit, whether a batch overwrites a part of it, wraps around or replaces it all; twice, as a step that fails
+    twice does."""
+    loss = QueueLoss(tile_rows=3, width=32, size=size)
+    loss(dense_losses.take(dense_losses.batch(6), [6], 0)).backward()
+    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    restore = loss.snapshot()
+    for number in (1, 2):
+        loss(dense_losses.take(dense_losses.batch(7 + number), [7 + number], 0)).backward()
+        assert loss.taken == before["taken"] + 7 + number and not torch.equal(loss.queue, before["queue"])
+        restore()
+        assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
+
+
 def test_queue_is_left_alone_by_evaluation_and_refuses_another_width():
     loss, z = QueueLoss(width=32, size=8), dense_losses.batch(6)
     with torch.no_grad():

@@ -3,6 +3,7 @@ Real processes."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from trainer.core.types import RunFailed, UserError
 from trainer.runtime.watchdog import Watchdog
 from trainer.runtime.watchdog.protocol import GRACE, Patience
+from trainer.runtime.watchdog.server import Member, laggard
 
 LIMIT = 30.0
 """Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
@@ -44,7 +46,12 @@ class Ended(NamedTuple):
 
 
 def ranks(
-    folder: Path, world: int, work: Callable[[Watchdog], None], heartbeat_timeout: float = 20.0, timeout: float = 60.0
+    folder: Path,
+    world: int,
+    work: Callable[[Watchdog], None],
+    heartbeat_timeout: float = 20.0,
+    timeout: float = 60.0,
+    patience: float = math.inf,
 ) -> list[int]:
     """Forks ranks that run ``work`` under a watchdog; returns their process ids. Each writes its stderr to
     ``folder``."""
@@ -61,7 +68,7 @@ def ranks(
                 dist.init_process_group(
                     "gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
                 )
-                with Watchdog(heartbeat_timeout) as watch:
+                with Watchdog(heartbeat_timeout, patience) as watch:
                     work(watch)
                 code = 0
             except UserError as error:
@@ -236,6 +243,38 @@ def test_whom_the_others_wait_for_in_vain_is_named(tmp_path: Path) -> None:
     ended = collect(tmp_path, ranks(tmp_path, 3, work, timeout=4))
     [line] = ended.lines
     assert "rank 1 on" in line and "at step 4 (reading data)" in line and "the others waited in vain" in line
+
+
+def test_on_nccl_too_whom_the_others_wait_for_is_named(tmp_path: Path) -> None:
+    """There a rank that waits hears nothing of its peers: its calls return, and its device waits."""
+
+    def work(watch: Watchdog) -> None:
+        watch.doing("reading data", 4)
+        if dist.get_rank() != 1:
+            time.sleep(1.5)  # longer than between two signs of life
+            watch.doing("training", 4)
+        time.sleep(600)
+
+    ended = collect(tmp_path, ranks(tmp_path, 3, work, patience=2))
+    [line] = ended.lines
+    assert "rank 1 on" in line and "at step 4 (reading data)" in line and "(run.timeout)" in line
+    assert ended.codes == [1, 1, 1]
+
+
+def test_who_is_waited_for() -> None:
+    """By step, then by how long it has been doing what it does; nobody where all are at the same place or one moves."""
+
+    def seen(rank: int, step: int, doing: str, changed: float) -> Member:
+        member = Member(None, Patience(), rank, "node", step, doing)  # type: ignore[arg-type]
+        member.changed = changed
+        return member
+
+    ahead, behind = seen(0, 8, "reading data", 90.0), seen(1, 7, "evaluating", 95.0)
+    assert laggard([ahead, behind], 196.0, 100) is behind  # though the other has been there for longer
+    assert laggard([ahead, behind], 194.0, 100) is None
+    saving = [seen(rank, 7, "saving a checkpoint", 10.0 + rank) for rank in range(3)]
+    assert laggard(saving, 5000.0, 100) is None  # a checkpoint may take long, and rank 0 writes
+    assert laggard([*saving, seen(3, 7, "training", 9.0)], 5000.0, 100).rank == 3  # type: ignore[union-attr]
 
 
 def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:

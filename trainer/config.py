@@ -42,7 +42,8 @@ class RunSettings(Settings):
     seed: int = 0
     "Fixes the initial weights, the order of samples, augmentation and dropout."
     timeout: Annotated[float, OPERATIONAL] = Field(600.0, gt=0)
-    "Seconds after which a rank that hears nothing from its peers in a collective gives up."
+    """Seconds that ranks wait in a collective for one that does not come; then the run ends and names it. A checkpoint or
+    an evaluation as a whole may take longer."""
     heartbeat_timeout: Annotated[float, OPERATIONAL] = Field(20.0, ge=0)
     """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
     watchdog."""

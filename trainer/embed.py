@@ -55,9 +55,7 @@ def main(argv: list[str]) -> int:
             "model.precomputed is empty: name the column to write, for example model.precomputed.image=vit_b16 (with "
             "model.lock.image)"
         )
-    if "RANK" in os.environ:
-        distributed.init(recipe.run.timeout)
-    try:
+    with distributed.process_group(recipe.run.timeout) if "RANK" in os.environ else nullcontext():
         model = build(whole(recipe.model))
         stored = stored_tower(model.towers, model.preprocess, recipe.model.precomputed)
         embedder = Embedder(
@@ -68,8 +66,6 @@ def main(argv: list[str]) -> int:
         ):
             with torch.inference_mode():
                 embed(embedder, source, recipe, options.storage)
-    finally:
-        distributed.shutdown()
     return 0
 
 

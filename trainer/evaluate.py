@@ -49,9 +49,7 @@ def main(argv: list[str]) -> int:
     recipe = find_recipe(options.recipe, options.model)
     settings = _settings(options, recipe)
     data = recipe.data if recipe else DataSettings()
-    if "RANK" in os.environ:
-        distributed.init()
-    try:
+    with distributed.process_group() if "RANK" in os.environ else nullcontext():
         model, source = load_model(options.model, options.ema)
         found = _evaluate(model, settings, data, options.precision)
         base = _evaluate(load_model(options.against)[0], settings, data, options.precision) if options.against else None
@@ -62,8 +60,6 @@ def main(argv: list[str]) -> int:
                 about = {"model": source, "average": options.ema, "against": options.against, "command": command}
                 report = result(found, base, settings, about)
                 _save(Path(options.out), report, make_gallery(found))
-    finally:
-        distributed.shutdown()
     return 0
 
 

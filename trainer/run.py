@@ -159,6 +159,8 @@ def build(recipe: Recipe) -> Run:
     if recipe.distill is not None:
         teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.autocasts)
     loss = main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss)
+    if world > 1:
+        loss.connect(distributed.device())
     start_scale = model.head.logit_scale.detach().exp().item()
     optimizer = build_optimizer(model, recipe.optim, model.parameter_groups())
     engine = build_engine(model, optimizer, recipe.engine, clip=recipe.optim.clip)

@@ -94,14 +94,14 @@ def train_step(
     assert batch.rows > 0, "an empty local batch"
     rows = min(micro_batch or batch.rows, batch.rows)
     start = RandomState.take(engine.device)
-    buffers = _loss_buffers(loss)
+    restore_loss = _snapshot(loss)
     while True:
         attempt = _Attempt(engine, batch, loss, rows, grad_reduction, teacher)
         gradient = attempt.run()
         if gradient is not None:
             result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
             if result.skipped == "not finite":
-                _restore(buffers)
+                restore_loss()
             return result
         del attempt
         engine.discard_gradients()
@@ -113,19 +113,14 @@ def train_step(
         )
         rows //= 2
         start.restore(engine.device)
-        _restore(buffers)
+        restore_loss()
 
 
-def _loss_buffers(loss: Loss) -> list[tuple[Tensor, Tensor]]:
-    """The loss's state (a queue of past embeddings) with a copy on the host: a repeated step must meet it unchanged."""
-    if not isinstance(loss, torch.nn.Module):
-        return []
-    return [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in loss.buffers()]
-
-
-def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, saved in buffers:
-        buffer.copy_(saved)
+def _snapshot(loss: Loss) -> Callable[[], None]:
+    """What brings the loss's state (a queue of past embeddings) back to what it is now: a repeated step must meet it
+    unchanged."""
+    snapshot: Callable[[], Callable[[], None]] | None = getattr(loss, "snapshot", None)
+    return snapshot() if snapshot is not None else lambda: None
 
 
 def _update(engine: Engine, gradient: _Gradient, guard: Guard | None, rows: int) -> StepResult:

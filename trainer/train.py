@@ -31,12 +31,13 @@ from trainer.runtime.watchdog import Watchdog
 
 def main(argv: list[str]) -> int:
     recipe = config.from_command_line("deepspeed --module trainer.train", __doc__ or "", argv)
-    distributed.init(recipe.run.timeout)
-    try:
-        with Watchdog(recipe.run.heartbeat_timeout) as watch, RunLock(recipe.run.directory):
-            return train(recipe, watch)
-    finally:
-        distributed.shutdown()
+    watchdog = Watchdog(recipe.run.heartbeat_timeout, recipe.run.timeout)
+    with (
+        distributed.process_group(recipe.run.timeout + watchdog.head_start),
+        watchdog as watch,
+        RunLock(recipe.run.directory),
+    ):
+        return train(recipe, watch)
 
 
 def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
@@ -72,6 +73,7 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
     finally:
         loader.close()
         log.close()
+        run.checkpointer.join()
 
 
 def resume(run: Run) -> Resumed | None:

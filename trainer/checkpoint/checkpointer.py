@@ -113,6 +113,11 @@ class Checkpointer:
             self._at = None
             self._failed(error)
 
+    def join(self) -> None:
+        """Lets a write in the background end, whatever becomes of the run; asks no other rank."""
+        if self._background is not None:
+            self._background.join()
+
     def _failed(self, error: str) -> None:
         text = f"no checkpoint could be written: {error}; the ones before it are untouched"
         if self._settings.on_failure == "stop":

@@ -4,14 +4,21 @@ process."""
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from data_tools.io.errors import run_command
 from trainer.core.types import RunFailed, UserError
 
 # deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their
@@ -35,11 +42,50 @@ _launchers: tuple[int, ...] = ()
 nobody watches over."""
 
 
+_local_rank: int | None = None
+"""LOCAL_RANK as the launcher gave it; see ``tell_deepspeed_the_gpu``."""
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 600.0) -> Iterator[None]:
+    """Joins the process group and, after success, leaves it in order.
+
+    After an error on several GPUs the process prints it and ends here, with its exit code: destroying the group would
+    make NCCL wait for kernels that never end, because the peers they talk to wait for this rank.
+    """
+    init(timeout_seconds)
+    try:
+        yield
+    except BaseException as error:
+        if dist.is_initialized() and world_size() > 1 and dist.get_backend() == "nccl":
+            _end(error)
+        shutdown()
+        raise
+    shutdown()
+
+
+def _end(error: BaseException) -> NoReturn:
+    def again(_: list[str]) -> int:
+        raise error
+
+    try:
+        code = run_command(again, [])
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def init(timeout_seconds: float = 600.0) -> None:
     """Joins the process group (nccl on GPUs, gloo on CPUs); one plain process becomes a group of one. Safe to call
     again.
 
-    A peer that hangs ends the run after ``timeout_seconds``, so that no collective waits for ever.
+    A peer that hangs ends the run after ``timeout_seconds``, so that no collective waits for ever. Groups that are made
+    later (DeepSpeed makes its own) have the same timeout. Raises UserError where a rank has no GPU of its own.
     """
     if dist.is_initialized():
         return
@@ -49,8 +95,11 @@ def init(timeout_seconds: float = 600.0) -> None:
         _launchers = _those_above()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+        tell_deepspeed_the_gpu()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    # A new group does not inherit the timeout of the first one; torch gives it these (10 minutes on nccl, 30 on gloo).
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed looks for them
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -62,7 +111,12 @@ def init(timeout_seconds: float = 600.0) -> None:
             f"of rank 0"
         )
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if torch.cuda.is_available():
+            check_one_gpu_each(store, rank, world, f"{socket.gethostname()}, GPU {_gpu_uuid()}")
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -79,6 +133,41 @@ def _adopt_foreign_launcher() -> None:
         if marker in os.environ:
             os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
             return
+
+
+def tell_deepspeed_the_gpu() -> None:
+    """Makes LOCAL_RANK the index of this rank's GPU, which DeepSpeed takes it for.
+
+    The two differ where the launcher shows each rank its own GPU alone. ``local_rank`` still answers with the launcher's
+    number.
+    """
+    global _local_rank
+    _local_rank = local_rank()
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed compares them
+        if name in os.environ:
+            os.environ[name] = str(gpu_index())
+
+
+def check_one_gpu_each(store: dist.Store, rank: int, world: int, gpu: str) -> None:
+    """Raises UserError on all ranks when two of them have the same ``gpu`` (its node and identity): NCCL would only say
+    "Duplicate GPU"."""
+    first = store.compare_set(f"gpu of {gpu}", "", str(rank)).decode()
+    if first != str(rank):
+        store.set("shared gpu", f"ranks {first} and {rank} share one GPU ({gpu})")
+    if store.add("gpus seen", 1) == world:
+        store.set("all gpus seen", "")
+    store.wait(["all gpus seen"])
+    if store.check(["shared gpu"]):
+        error = UserError(
+            f"{store.get('shared gpu').decode()}, and NCCL needs one for each: start no more ranks on a node than it has "
+            f"GPUs, or correct CUDA_VISIBLE_DEVICES"
+        )
+        error.told = rank != 0
+        raise error
+
+
+def _gpu_uuid() -> str:
+    return str(torch.cuda.get_device_properties(device()).uuid)
 
 
 def orphaned() -> bool:
@@ -112,7 +201,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process among those of its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if _local_rank is None else _local_rank
 
 
 def ranks_here() -> int | None:
@@ -126,11 +215,27 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes; a launcher that shows each rank its own GPU alone calls it 0 (srun
-    --gpus-per-task=1)."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank() if torch.cuda.device_count() > 1 else 0)
+    """Where this rank computes."""
+    return torch.device("cuda", gpu_index()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def gpu_index() -> int:
+    """Which of the GPUs that this rank sees is its own: the only one where the launcher shows each rank one (srun
+    --gpus-per-task=1), else that of its local rank."""
+    visible, mine = torch.cuda.device_count(), local_rank()
+    if visible == 1:
+        return 0
+    if visible and mine >= visible:
+        raise UserError(
+            f"LOCAL_RANK is {mine}, but this rank sees {visible} GPUs: start at most {visible} ranks on this node, or "
+            f"correct CUDA_VISIBLE_DEVICES"
+        )
+    return mine
+
+
+def cores() -> int:
+    """Processor cores for each rank of this node."""
+    return max(1, len(os.sched_getaffinity(0)) // (ranks_here() or 1))
 
 
 def say(text: str) -> None:

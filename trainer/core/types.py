@@ -28,11 +28,17 @@ class SharedOutOfMemory(torch.OutOfMemoryError):
     point."""
 
 
+OUT_OF_MEMORY = ("out of memory", "status_alloc_failed", "cudaerrormemoryallocation", "unhandled cuda error")
+"""In what CUDA says where it is not torch's allocator that fails (page-locked host memory, contexts, graphs), what
+cuBLAS, cuDNN and cuSOLVER say of their handles and workspaces, and NCCL of its connections."""
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Also what cuBLAS says, whose handles and workspaces are no allocations of torch's."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "STATUS_ALLOC_FAILED" in str(error)
-    )
+    """Whether this rank ran out of memory, in whatever words; what it heard of another rank does not count."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, PeerLost) else ""
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 class Batch(NamedTuple):

@@ -6,6 +6,7 @@ import gc
 from types import TracebackType
 
 import torch
+import torch.distributed as dist
 
 from trainer.core import collectives, distributed
 from trainer.core.types import SharedOutOfMemory, UserError, is_out_of_memory
@@ -52,10 +53,12 @@ class OutOfMemory:
     ) -> bool:
         if error is None or not is_out_of_memory(error):
             return False
-        if self._communicates and not isinstance(error, SharedOutOfMemory):
+        in_transfer = isinstance(error, dist.DistBackendError)  # NCCL's own memory: its communicator is lost
+        if in_transfer or (self._communicates and not isinstance(error, SharedOutOfMemory)):
+            says = f" ({' '.join(str(error).split())[-200:]})" if in_transfer else ""
             raise UserError(
                 f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the "
-                f"other ranks, which only leaves the last checkpoint: {REMEDY}"
+                f"other ranks, which only leaves the last checkpoint: {REMEDY}{says}"
             ) from error
         self.here = True
         error.__traceback__ = None  # its frames hold the tensors that filled the memory

@@ -6,6 +6,7 @@ The forward pass already holds exact gradients of the global batch; backward mul
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Embeddings, UserError
+from trainer.losses.exchange import Sums, traverse
 from trainer.losses.tiles import Pairs
 from trainer.losses.topology import Exchange, Ring
 
@@ -121,6 +123,24 @@ class PairLoss(nn.Module):
         _check(z)
         loss: Tensor = _Exact.apply(*z[:4], self, {"groups": z.groups, "teacher": z.teacher}, torch.is_grad_enabled())
         return loss
+
+    def connect(self, device: torch.device) -> None:
+        """Sends a few rows the way that texts and their gradients will go, so that NCCL opens its connections, and takes
+        the memory for them, before the model fills the card. Raises UserError where the ranks cannot exchange as the
+        settings say. All ranks together."""
+        ring = Ring(8, (0, 0, 0), self.exchange, self.node_size, self.group, device)
+        rows = torch.zeros(8, 1, device=device)
+        traverse(ring, [rows], [Sums((1,), rows.dtype, 0.0, Tensor.add_)], lambda *_: None)
+
+    def snapshot(self) -> Callable[[], None]:
+        """What brings this loss's state (its buffers) back to what it is now: a repeated step must meet it unchanged."""
+        kept = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
+
+        def restore() -> None:
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+        return restore
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
         """Tells schedules where the run is; called before each step."""

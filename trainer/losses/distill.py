@@ -15,6 +15,8 @@ of zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,14 @@ class TaughtLoss(nn.Module):
     def progress(self, samples_seen: int, total_samples: int) -> None:
         """Tells schedules where the run is; called before each step."""
         self.main.progress(samples_seen, total_samples)
+
+    def snapshot(self) -> Callable[[], None]:
+        """As PairLoss."""
+        return self.main.snapshot()
+
+    def connect(self, device: torch.device) -> None:
+        """As PairLoss; both go the same way."""
+        self.main.connect(device)
 
 
 def _teacher_of(pairs: Pairs) -> Embeddings:

@@ -77,34 +77,35 @@ class Choice:
         """Sweeps for the threshold where there is one; ``excluded`` groups never count as negatives."""
         if self.ratio is None or self.settings.keep == "random":
             return
-        wanted = round(self.ratio * self.pairs.ring.total_rows)
+        wanted = torch.full((1,), round(self.ratio * self.pairs.ring.total_rows), device=self.pairs.image.device)
         sign = 1 if self.settings.keep == "hardest" else -1
         upper, wanted = self._select(wanted, sign, excluded, riders, None)
         lower, _ = self._select(wanted, sign, excluded, riders, upper)
-        self.threshold = _value(upper * BINS + lower, sign).to(self.pairs.image.device)
+        self.threshold = _value(upper * BINS + lower, sign)
 
     def _select(
-        self, wanted: int, sign: int, excluded: Tensor | None, riders: list[Tensor], upper: int | None
-    ) -> tuple[int, int]:
-        """The half-key in which the ``wanted``-th largest lies, and how many are still wanted inside it."""
-        counts = torch.zeros(BINS, dtype=torch.int64, device=self.pairs.image.device)
+        self, wanted: Tensor, sign: int, excluded: Tensor | None, riders: list[Tensor], upper: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The half-key in which the ``wanted``-th largest lies, and how many are still wanted inside it, [1] each.
+
+        All of it stays on the device: asking for a number would wait for every tile before it.
+        """
+        counts = torch.zeros(BINS + 1, dtype=torch.int64, device=wanted.device)  # the last bin: pairs that do not count
+        one = torch.ones((), dtype=torch.int64, device=wanted.device)
 
         def visit(tile: Tile) -> None:
             keys = _key(tile.z, sign)
-            candidate = torch.ones_like(tile.z, dtype=torch.bool)
+            half = keys >> 16 if upper is None else (keys & (BINS - 1)).masked_fill_((keys >> 16) != upper, BINS)
             if excluded is not None:
-                candidate &= ~tile.same_group(excluded)
-            tile.diagonal_of(candidate).fill_(False)
-            if upper is not None:
-                candidate &= (keys >> 16) == upper
-            half = keys >> 16 if upper is None else keys & (BINS - 1)
-            counts.add_(torch.bincount(half[candidate], minlength=BINS))
+                half.masked_fill_(tile.same_group(excluded), BINS)
+            tile.diagonal_of(half).fill_(BINS)
+            counts.scatter_add_(0, half.view(-1), one.expand(half.numel()))
 
         self.pairs.sweep(visit, riders)
-        reached = self.pairs.ring.add_up(counts).cpu().flip(0).cumsum(0)
-        place = int(torch.searchsorted(reached, min(wanted, int(reached[-1]))))
-        before = int(reached[place - 1]) if place else 0
-        return BINS - 1 - min(place, BINS - 1), wanted - before
+        reached = self.pairs.ring.add_up(counts)[:BINS].flip(0).cumsum(0)
+        place = torch.searchsorted(reached, torch.minimum(wanted, reached[-1:]))
+        before = reached[(place - 1).clamp(min=0)].masked_fill(place == 0, 0)
+        return BINS - 1 - place.clamp(max=BINS - 1), wanted - before
 
     def mask(self, tile: Tile) -> Tensor | None:
         """[r, c] bool, True on negatives that stay; None when all do."""
@@ -136,7 +137,7 @@ def _key(z: Tensor, sign: int) -> Tensor:
     return torch.where(bits < 0, ~bits, bits + 2**31)
 
 
-def _value(key: int, sign: int) -> Tensor:
+def _value(key: Tensor, sign: int) -> Tensor:
     """The float32 of a key."""
-    bits = key - 2**31 if key >= 2**31 else ~key
-    return torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0] * sign
+    bits = torch.where(key >= 2**31, key - 2**31, ~key)
+    return bits.to(torch.int32).view(torch.float32) * sign

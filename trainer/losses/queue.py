@@ -11,6 +11,7 @@ here is what the tower gave.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,28 @@ class QueueLoss(SoftmaxLoss):
         super().__init__(*args, **kwargs)
         self.register_buffer("queue", torch.zeros(size, width))
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+        self._replaced: list[tuple[slice, Tensor]] | None = None
+        """Rows that were overwritten since ``snapshot``, and what was there, in host memory."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QueueLoss:
+        taken = self.taken
+        super()._apply(fn, recurse)
+        self.taken = taken  # stays on the host: asking a device for it would wait for all that the device has to do
+        return self
+
+    def snapshot(self) -> Callable[[], None]:
+        """Only what a step overwrites is kept, and only until the next snapshot."""
+        taken = self.taken.clone()
+        replaced: list[tuple[slice, Tensor]] = []
+        self._replaced = replaced
+
+        def restore() -> None:
+            for rows, before in reversed(replaced):
+                self.queue[rows].copy_(before)
+            replaced.clear()
+            self.taken.copy_(taken)
+
+        return restore
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         if pairs.image.shape[1] != self.queue.shape[1]:
@@ -85,6 +108,11 @@ class QueueLoss(SoftmaxLoss):
         size = self.queue.shape[0]
         first = sum(pairs.ring.rows[: tile.owner]) + tile.columns.start
         skip = max(0, pairs.ring.total_rows - size - first)  # of a batch larger than the queue, the last stay
-        texts = tile.texts[skip:]
-        places = (int(self.taken) + first + skip + torch.arange(texts.shape[0], device=self.queue.device)) % size
-        self.queue[places] = texts.to(self.queue.dtype)
+        texts, place = tile.texts[skip:], (int(self.taken) + first + skip) % size
+        while texts.shape[0]:
+            part = texts[: size - place]
+            rows = slice(place, place + part.shape[0])
+            if self._replaced is not None:
+                self._replaced.append((rows, self.queue[rows].to("cpu", non_blocking=True, copy=True)))
+            self.queue[rows] = part.to(self.queue.dtype)
+            texts, place = texts[part.shape[0] :], 0

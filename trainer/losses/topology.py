@@ -20,7 +20,7 @@ Bytes sent by each rank, for b rows of p payload bytes and q bytes of sums, N no
     payload   (N - 1 + N (G - 1)) b p          sums   ((N if N > 1 else 0) + N (G - 1)) b q
 
 which for sigmoid on the ring is (W - 1) b d e + W b d 4, e being the bytes of one embedding element on the wire. With
-unequal batches the sum over ranks of b takes the place of W b. Sizes are agreed first, in one all-gather of 32 bytes a
+unequal batches the sum over ranks of b takes the place of W b. Sizes are agreed first, in one all-gather of 40 bytes a
 rank that is not counted.
 """
 
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import gcd
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.core.distributed import ranks_here
-from trainer.core.types import PeerLost, SharedOutOfMemory, UserError
+from trainer.core.types import PeerLost, SharedOutOfMemory, UserError, is_out_of_memory
 
 SLICE_ROWS = 512
 """Rows of a slice at most. Larger ones make buffers that hold more and products that are no faster; smaller ones,
@@ -62,7 +63,7 @@ class Slice(NamedTuple):
 
 
 class Naming:
-    """Turns the error of a transfer into PeerLost with these words."""
+    """Turns the error of a transfer into PeerLost with these words, unless this rank itself ran out of memory in it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -70,7 +71,7 @@ class Naming:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise PeerLost(f"{self.text}: {error}") from error
 
 
@@ -100,47 +101,59 @@ class Ring:
         self.device = torch.device(device)
         self.traffic = traffic if traffic is not None else Counter()
         self.two_way = exchange == "bidirectional"
-        self.node_size = self._lanes(exchange, node_size)
+        self.rows, node_sizes = self._agree(rows, self._lanes(exchange, node_size), signature)
+        self.node_size = self._common(node_sizes)
         self.num_nodes = self.world // self.node_size
         self.node, self.lane = divmod(self.rank, self.node_size)
-        self.rows = self._agree(rows, signature)
         self.total_rows = sum(self.rows)
         largest = max(self.rows)
         self.num_slices = num_slices(largest, self.node_size)
         self.slice_rows = -(-largest // self.num_slices)
 
     def _lanes(self, exchange: Exchange, node_size: int | None) -> int:
+        """Ranks that share slices on this rank's node; 0 where nothing says how many."""
         if exchange == "gather":
             return self.world
-        if exchange != "hierarchical":
+        if exchange != "hierarchical" or self.world == 1:
             return 1
-        known = node_size or ranks_here()
-        if known is None and self.world > 1:
+        return min(node_size or ranks_here() or 0, self.world)
+
+    def _common(self, node_sizes: list[int]) -> int:
+        """The number of lanes on all nodes; raises UserError, on every rank, where there is none."""
+        lanes = node_sizes[0]
+        if 0 in node_sizes:
             raise UserError(
                 "loss.exchange: hierarchical, but no launcher says how many ranks a node has: set loss.node_size"
             )
-        lanes = min(known or 1, self.world)
+        if len(set(node_sizes)) > 1:
+            other = next(rank for rank, size in enumerate(node_sizes) if size != lanes)
+            raise UserError(
+                f"loss.exchange: hierarchical needs as many ranks on every node, but there are {lanes} on that of rank 0 "
+                f"and {node_sizes[other]} on that of rank {other}: set loss.node_size={gcd(*node_sizes)}, or "
+                f"loss.exchange=ring"
+            )
         if self.world % lanes:
             raise UserError(
                 f"node_size: {self.world} ranks do not divide into nodes of {lanes}; choose another, or exchange: ring"
             )
         return lanes
 
-    def _agree(self, rows: int, signature: tuple[int, int, int]) -> list[int]:
+    def _agree(self, rows: int, lanes: int, signature: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+        """The rows and lanes of all ranks."""
         if self.world == 1:
-            return [rows]
-        mine = torch.tensor([rows, *signature], dtype=torch.int64, device=self.device)
+            return [rows], [lanes]
+        mine = torch.tensor([rows, lanes, *signature], dtype=torch.int64, device=self.device)
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
         with Naming(f"rank {self.rank} lost a peer while the ranks agreed on their batch sizes (hop 0)"):
             dist.all_gather(everyone, mine, group=self.group)
         table: list[list[int]] = torch.stack(everyone).tolist()
         for rank, row in enumerate(table):
-            if row[1:] != table[0][1:]:
+            if row[2:] != table[0][2:]:
                 raise UserError(
                     f"rank {rank} brought embeddings of another width, dtype or requires_grad than rank 0: make them "
                     f"equal"
                 )
-        return [row[0] for row in table]
+        return [row[0] for row in table], [row[1] for row in table]
 
     def add_up(self, values: Tensor) -> Tensor:
         """``values``, summed over ranks in place: for small tables such as histograms, outside ``traffic``."""

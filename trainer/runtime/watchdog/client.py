@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import selectors
@@ -25,6 +26,7 @@ from trainer.runtime.watchdog.protocol import (
     DIED,
     FAILED,
     GRACE,
+    HEAD_START,
     SILENT,
     SOCKETS,
     Line,
@@ -38,10 +40,13 @@ ADMISSION = 30.0
 
 
 class Watchdog:
-    """One rank's part, and on rank 0 the hub as well. Does nothing for a single rank, or when ``silence`` is 0."""
+    """One rank's part, and on rank 0 the hub as well. Does nothing for a single rank, or when ``heartbeat_timeout`` is 0.
 
-    def __init__(self, heartbeat_timeout: float) -> None:
-        self._heartbeat_timeout = heartbeat_timeout
+    ``timeout`` is how many seconds the ranks may wait for one that has not come as far as they have.
+    """
+
+    def __init__(self, heartbeat_timeout: float, timeout: float = math.inf) -> None:
+        self._heartbeat_timeout, self._timeout = heartbeat_timeout, timeout
         self._doing, self._step = "starting", 0
         self._outbox: deque[dict[str, Any]] = deque()
         self._error: BaseException | None = None
@@ -50,6 +55,12 @@ class Watchdog:
         self._decided, self._welcomed = Event(), Event()
         self._hub: Hub | None = None
         self._thread: Thread | None = None
+
+    @property
+    def head_start(self) -> float:
+        """Seconds by which the collectives' own timeout must lie above ``timeout``, so that rank 0 names who is missing
+        before the ranks that wait are aborted."""
+        return HEAD_START if self._heartbeat_timeout else 0.0
 
     def doing(self, what: str, step: int) -> None:
         """What this rank is about to do, in words that fit behind "at step 5"."""
@@ -60,7 +71,7 @@ class Watchdog:
             return self
         token, port = secrets.randbits(62), 0
         if distributed.is_main():
-            self._hub = Hub(token, distributed.world_size(), self._heartbeat_timeout)
+            self._hub = Hub(token, distributed.world_size(), self._heartbeat_timeout, self._timeout)
             port = self._hub.port
         invitation = torch.tensor([token, port], device=distributed.device())
         dist.broadcast(invitation, src=0)

@@ -14,6 +14,8 @@ BEAT = 0.5
 """Seconds between two signs of life."""
 GRACE = 1.0
 """Seconds that rank 0 collects what belongs to one failure before it names the cause."""
+HEAD_START = 60.0
+"""Seconds between the timeout by which rank 0 judges and that of the collectives themselves."""
 LONGEST_LINE = 65536
 GONE, FAILED, CUT_OFF = range(3)
 """How near an event is to the cause: a process without last words, an error of its own, an error in talking to

@@ -34,6 +34,27 @@ class Member:
             self.step, self.doing, self.changed = step, doing, time.monotonic()
 
 
+def place(member: Member) -> tuple[int, float]:
+    """How far a rank has come: its step, then since when it does what it does there. All ranks go the same way."""
+    return member.step, member.changed
+
+
+def laggard(members: list[Member], now: float, timeout: float) -> Member | None:
+    """The rank that the others wait for: the one that has come least far, once nobody has moved for ``timeout`` seconds.
+
+    None where all are at the same place: each may be computing, and nothing tells who is not.
+    """
+    if len({(member.step, member.doing) for member in members}) < 2:
+        return None
+    if now - max(member.changed for member in members) <= timeout:
+        return None
+    return min(members, key=place)
+
+
+def waited_in_vain(member: Member, now: float, why: str) -> str:
+    return f"it has been there for {now - member.changed:.0f} s and the others waited in vain ({why})"
+
+
 @dataclass(frozen=True)
 class Trouble:
     """Something that happened to a member."""
@@ -47,8 +68,8 @@ class Trouble:
 class Hub:
     """Rank 0's thread that hears all ranks and decides."""
 
-    def __init__(self, token: int, world: int, heartbeat_timeout: float) -> None:
-        self._token, self._world, self._heartbeat_timeout = token, world, heartbeat_timeout
+    def __init__(self, token: int, world: int, heartbeat_timeout: float, timeout: float) -> None:
+        self._token, self._world, self._heartbeat_timeout, self._timeout = token, world, heartbeat_timeout, timeout
         dual = socket.has_dualstack_ipv6()
         self._server = socket.create_server(
             ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=world, dualstack_ipv6=dual
@@ -86,6 +107,7 @@ class Hub:
                     )
                 )
                 self._look_for_silence()
+                self._look_for_waiting(now)
             if self._troubles:
                 deadline = deadline or now + GRACE
                 if now >= deadline or len(self._troubles) == self._world:
@@ -137,16 +159,20 @@ class Hub:
                 )
                 self._forget(member)
 
+    def _look_for_waiting(self, now: float) -> None:
+        """On NCCL nothing tells a rank that it waits for one that never comes: rank 0 sees it by their positions."""
+        members = [member for member in self._members.values() if member.rank >= 0]
+        late = laggard(members, now, self._timeout)
+        if late is not None:
+            self._trouble(Trouble(GONE, late, waited_in_vain(late, now, "run.timeout"), RunFailed.code))
+
     def _judge(self) -> Verdict:
         first = min(self._troubles.values(), key=lambda trouble: trouble.kind)  # of equals the earliest
         member, cause = first.member, first.cause
         hanging = [one for one in self._members.values() if one.rank >= 0 and one.rank not in self._troubles]
         if first.kind == CUT_OFF and hanging:  # the others gave up waiting for it
-            member = min(hanging, key=lambda one: one.changed)
-            cause = (
-                f"it has been there for {time.monotonic() - member.changed:.0f} s and the others waited in vain "
-                f"({cause})"
-            )
+            member = min(hanging, key=place)
+            cause = waited_in_vain(member, time.monotonic(), cause)
         return Verdict(member.rank, member.host, member.step, member.doing, cause, first.code)
 
     def _tell(self, message: dict[str, Any]) -> None:
