@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main as data_tools
+from data_tools.format.columns import amended_columns
 from data_tools.format.fields import values_of
 from data_tools.format.index import Dataset
 from data_tools.io.output import Output
@@ -98,7 +100,7 @@ def test_a_column_joined_while_another_is_being_read_stays(
     rewrite(dataset / "00000.tar", lambda members: dict(list(members.items())[:-3]))
     meanwhile.append(["index", str(dataset)])
     assert data_tools(late) == 2
-    assert "its shards have changed meanwhile; join again" in capsys.readouterr().err
+    assert "its shards have changed meanwhile; run again" in capsys.readouterr().err
 
 
 def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -112,6 +114,23 @@ def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> N
     assert opened.columns == [*names, "teacher", "words"]
     assert all(np.array_equal(np.asarray(opened.column(name)), VALUES) for name in names)
     assert not (dataset / ".parts").exists()
+
+
+def test_join_waits_for_another_process_that_adds_a_column(
+    dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``trainer.embed`` adds its column in the same block."""
+    opened = Dataset.open(dataset)
+    with ThreadPoolExecutor(1) as pool, amended_columns(opened) as entries:
+        joining = pool.submit(data_tools, ["join", str(dataset), str(tmp_path / "teacher.npy"), "--name", "joined"])
+        said = ""
+        while "waiting for another process that is adding columns" not in said:
+            assert not joining.done(), said
+            time.sleep(0.05)
+            said += capfd.readouterr().err
+        entries["embedded"] = opened.manifest["columns"]["teacher"]
+    assert joining.result(timeout=60) == 0
+    assert Dataset.open(dataset).columns == ["embedded", "joined", "teacher", "words"]
 
 
 def test_a_shard_that_came_out_different_loses_them_with_a_line(

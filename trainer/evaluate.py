@@ -31,6 +31,7 @@ import torch
 
 import trainer
 from data_tools.io.errors import run_command
+from data_tools.io.files import write_atomic
 from trainer import checkpoint, config
 from trainer.core import distributed
 from trainer.core.settings import check_out, describe, override, parse
@@ -199,9 +200,7 @@ def label(name: str) -> str:
 def _save(out: Path, report: dict[str, Any], gallery: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content, indent in ((out.with_name("gallery.json"), gallery, None), (out, report, 1)):
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")
-        aside.replace(path)
+        write_atomic(path, json.dumps(content, ensure_ascii=False, indent=indent))
     print(f"\n{out} and {out.with_name('gallery.json')} written")
 
 

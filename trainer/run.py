@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from data_tools.io.files import write_atomic
 from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed
 from trainer.config import Recipe
@@ -209,9 +210,7 @@ def describe(run: Run) -> None:
         ("recipe.yaml", config.dump(run.recipe)),
         ("deepspeed.json", json.dumps(run.engine.merged_config, indent=1) + "\n"),
     ):
-        aside = run.directory / f"{name}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, run.directory / name)
+        write_atomic(run.directory / name, text)
 
 
 def keep_other_recipe(run: Run) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.commands.arguments import Parser, add_processes, whole
+from data_tools.io.files import write_atomic
 from data_tools.io.output import refuse_file
 
 # Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings
@@ -165,12 +166,11 @@ def write(out: Path, size: int, processes: int) -> dict[str, int]:
         twins[glyph.code, digest].append(glyph.font)
     parts = split(list(digests))
     for part in ("test", "validation", "train"):
-        aside = out / f"{part}.csv.tmp"
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(COLUMNS)
-            table.writerows(glyph.row(twins[glyph.code, digests[glyph]]) for glyph in parts[part])
-        aside.rename(out / f"{part}.csv")
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(COLUMNS)
+        table.writerows(glyph.row(twins[glyph.code, digests[glyph]]) for glyph in parts[part])
+        write_atomic(out / f"{part}.csv", text.getvalue())
     return {part: len(members) for part, members in parts.items()}
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.commands.arguments import Parser, add_processes
+from data_tools.format.columns import amended_columns
 from data_tools.format.fields import values_of
-from data_tools.format.index import MANIFEST, Dataset, load_array
+from data_tools.format.index import Dataset, load_array
 from data_tools.format.map_shards import open_local
 from data_tools.format.view import write_column
 from data_tools.io.errors import UserError
@@ -155,13 +156,9 @@ def main(argv: list[str]) -> int | None:
 
 def _add(dataset: Dataset, columns: dict[str, NDArray[Any] | list[str]]) -> None:
     output = Output(dataset.root)
-    with output.amending("columns"):
+    with amended_columns(dataset) as entries:
         output.start()
-        manifest = Dataset.open(dataset.root).manifest  # another column may have been joined meanwhile
-        if manifest["shards"] != dataset.manifest["shards"]:
-            raise UserError(f"{dataset.root}: its shards have changed meanwhile; join again")
-        entries = {name: write_column(output, name, values) for name, values in columns.items()}
-        output.write_json(MANIFEST, {**manifest, "columns": {**manifest.get("columns", {}), **entries}})
+        entries |= {name: write_column(output, name, values) for name, values in columns.items()}
         output.finish()
 
 

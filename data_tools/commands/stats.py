@@ -25,6 +25,7 @@ from data_tools.commands.arguments import Parser, add_processes, whole
 from data_tools.format.index import Dataset
 from data_tools.format.map_shards import TarReader, open_local, over_shards
 from data_tools.io.errors import UserError
+from data_tools.io.files import write_atomic
 from data_tools.io.output import make_folder
 from data_tools.io.permutation import Permutation
 from data_tools.samples.languages import guess_language
@@ -174,8 +175,8 @@ def main(argv: list[str]) -> int | None:
         raise UserError(f"{arguments.dataset}: holds no samples")
     out = make_folder(arguments.out or arguments.dataset)
     figures = collect(dataset, arguments.captions, arguments.processes)
-    (out / "stats.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(out / "stats.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures else []
-    (out / "stats.html").write_text(render(Path(arguments.dataset).resolve().name, figures, pictures), encoding="utf-8")
+    write_atomic(out / "stats.html", render(Path(arguments.dataset).resolve().name, figures, pictures))
     print(f"{out}/stats.html and stats.json: {figures['samples']:,} samples", file=sys.stderr)
     return 0

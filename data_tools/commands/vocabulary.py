@@ -18,6 +18,7 @@ from data_tools.commands.arguments import Parser, whole
 from data_tools.format.index import Dataset
 from data_tools.format.map_shards import open_local
 from data_tools.io.errors import UserError
+from data_tools.io.files import write_atomic
 from data_tools.io.output import make_folder, refuse_file
 
 SPECIAL = ("[PAD]", "[EOS]", "[UNK]")
@@ -72,8 +73,6 @@ def main(argv: list[str]) -> int:
     tokenizer, config = train(captions(open_local(options.shards)), options.size, options.num_tokens)
     make_folder(options.out)
     (options.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    aside = options.out / "tokenizer.json.tmp"
-    aside.write_text(tokenizer, encoding="utf-8")
-    aside.rename(options.out / "tokenizer.json")
+    write_atomic(options.out / "tokenizer.json", tokenizer)
     print(f"{len(json.loads(tokenizer)['model']['vocab']):,} words -> {options.out}", file=sys.stderr)
     return 0

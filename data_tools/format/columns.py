@@ -8,21 +8,50 @@ order, and is left out, with a line that says so, when they are not. Its files s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.format.index import Dataset
+from data_tools.format.index import MANIFEST, Dataset
 from data_tools.io.errors import UserError
-from data_tools.io.output import PARTS, Output
+from data_tools.io.files import write_atomic
+from data_tools.io.lock import FileLock
+from data_tools.io.output import PARTS, Output, json_text
 
 Entries = dict[str, dict[str, Any]]
 """Name -> what the manifest says of the column."""
 KEPT, CHANGED = f"{PARTS}/columns.json", f"{PARTS}/samples-changed"
 REMEDY = "make them anew with `python -m data_tools join` or `python -m trainer.embed`"
+
+
+@contextmanager
+def amended_columns(dataset: Dataset) -> Iterator[Entries]:
+    """Adds columns to a finished local dataset: the manifest names what is in the yielded dict at the end of the block.
+
+    Waits for other processes that add columns (``join`` and ``trainer.embed`` share this lock), and keeps them away.
+    Raises UserError where the shards have changed since ``dataset`` was opened.
+    """
+    folder = Path(dataset.root, "columns")
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock") as lock:
+        lock.acquire(on_wait=lambda: _say(f"{dataset.root}: waiting for another process that is adding columns"))
+        if not lock.supported:
+            _say(f"{dataset.root}: this file system has no locks; add columns one at a time")
+        manifest = Dataset.open(dataset.root).manifest  # another column may have been added meanwhile
+        if manifest["shards"] != dataset.manifest["shards"]:
+            raise UserError(f"{dataset.root}: its shards have changed meanwhile; run again")
+        entries: Entries = {}
+        yield entries
+        manifest = {**manifest, "columns": {**manifest.get("columns", {}), **entries}}
+        write_atomic(Path(dataset.root, MANIFEST), json_text(manifest))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def put_aside(output: Output, manifest: dict[str, Any]) -> None:

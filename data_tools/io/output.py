@@ -3,13 +3,11 @@ whole file."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,8 @@ import fsspec
 
 from data_tools.format.tar_reader import BLOCK
 from data_tools.io.errors import UserError
+from data_tools.io.files import publish, synced_file
+from data_tools.io.lock import FileLock
 from data_tools.io.remote import require_backend
 
 PARTS = ".parts"
@@ -74,51 +74,12 @@ class Output:
         if self.is_remote:
             yield
             return
-        descriptor = os.open(self.scratch / f"lock-{task}", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._wait_for(descriptor)
+        with FileLock(self.scratch / f"lock-{task}") as lock:
+            if not lock.acquire(timeout=10):
+                raise UserError(f"{self.root}: another run is writing here; wait for it or end it")
+            if not lock.supported:
+                print(f"{self.root}: this file system has no locks; do not start the same task twice", file=sys.stderr)
             yield
-        finally:
-            os.close(descriptor)
-
-    @contextmanager
-    def amending(self, folder: str) -> Iterator[None]:
-        """Waits until no other process is adding to a finished local dataset's ``folder`` (a lock file in it says so),
-        and keeps them away.
-
-        Not in the scratch folder, which each of them removes when it ends.
-        """
-        os.makedirs(f"{self.root}/{folder}", exist_ok=True)
-        descriptor = os.open(f"{self.root}/{folder}/lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{self.root}: waiting for another process that is writing here", file=sys.stderr, flush=True)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError as error:
-                print(
-                    f"{self.root}: this file system has no locks ({error.strerror}); add one thing at a time",
-                    file=sys.stderr,
-                )
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _wait_for(self, descriptor: int) -> None:
-        for _ in range(100):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError as error:
-                print(
-                    f"{self.root}: this file system has no locks ({error.strerror}); do not start the same task twice",
-                    file=sys.stderr,
-                )
-                return
-        raise UserError(f"{self.root}: another run is writing here; wait for it or end it")
 
     def take_back(self) -> bool:
         """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says
@@ -135,10 +96,8 @@ class Output:
         if set(Path(self.root).glob("*.tar")) - set(empty) or set(self.scratch.glob("*.json")) - set(records):
             return False
         for lock in self.scratch.glob("lock-*"):
-            with open(lock) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:  # held, or a file system that cannot tell
+            with FileLock(lock) as held:
+                if not held.acquire(timeout=0) or not held.supported:
                     return False
         for path in [*records, *(path.with_suffix(".idx") for path in empty), *empty]:
             path.unlink(missing_ok=True)
@@ -180,21 +139,17 @@ class Output:
             self._fs.put_file(str(local), f"{self._base}/{name}")
             local.unlink()
             return
-        target = Path(self.root, name)
-        os.replace(local, target)
-        sync_folder(target.parent)
+        publish(local, Path(self.root, name))
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file, written aside, synced and renamed."""
+        """A small file, complete under its name or not there."""
         local = self.scratch / f"{name.replace('/', '-')}.{uuid.uuid4().hex}.tmp"
-        with open(local, "wb") as file:
+        with synced_file(local) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         self.publish(name, local)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        self.write(name, json_text(value).encode())
 
     def remove(self, name: str) -> None:
         """Removes a finished file if it is there."""
@@ -213,6 +168,11 @@ class Output:
             self._fs.rm(f"{self._base}/{PARTS}", recursive=True)
 
 
+def json_text(value: Any) -> str:
+    """A JSON file's content: the same value gives the same text."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def refuse_file(path: str | Path) -> None:
     """Raises UserError where a file stands in the place of a folder, or of one above it."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
@@ -227,12 +187,3 @@ def make_folder(path: str | Path) -> Path:
     refuse_file(path)
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

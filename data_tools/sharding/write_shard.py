@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import xxhash
 from data_tools.format.index import IMAGE_FORMATS, ROW, hash_key, index_name
 from data_tools.format.tar_writer import TarWriter
 from data_tools.io.errors import UserError
+from data_tools.io.files import synced_file
 from data_tools.io.output import PARTS, Output
 from data_tools.samples.captions import clean_all
 from data_tools.samples.images import prepare
@@ -70,13 +70,11 @@ def _publish(
     max_captions: int,
 ) -> dict[str, Any]:
     """Tar, then index, then the record: where the record is, the others are whole."""
-    aside = output.scratch / f"{index_name(name)}.tmp"
-    with open(aside, "wb") as file:
+    local_index = output.scratch / f"{index_name(name)}.tmp"
+    with synced_file(local_index) as file:
         np.save(file, index, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
     output.publish(name, local)
-    output.publish(index_name(name), aside)
+    output.publish(index_name(name), local_index)
     entry = {"name": name, "samples": len(index), "bytes": writer.bytes, "digest": writer.digest}
     record = {"entry": entry, "max_captions": max_captions, "rejects": rejects}
     output.write_json(f"{PARTS}/{name}.json", record)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.files import publish, sync_folder, write_atomic
 from trainer.checkpoint.tensor_file import DigestFile, digest_of
 from trainer.core.distributed import say
 from trainer.core.types import UserError
@@ -80,12 +81,11 @@ class Draft:
         last = DigestFile(self._folder / MANIFEST)
         last.write(json.dumps(manifest, indent=1).encode())
         last.close()
-        _sync(self._folder)
+        sync_folder(self._folder)
         if self.final.exists():  # written before, by a course of the run that is replaced now
             os.rename(self.final, self._parent / f".{self.final.name}.replaced")
-        os.rename(self._folder, self.final)
-        _sync(self._parent)
-        _point(self._parent, self.final.name)
+        publish(self._folder, self.final)
+        write_atomic(self._parent / "latest", self.final.name + "\n")
         _remove(self._parent / f".{self.final.name}.replaced")
         return self.final
 
@@ -94,24 +94,6 @@ class Draft:
         for file in self._files.values():
             file.abandon()
         _remove(self._folder)
-
-
-def _point(parent: Path, name: str) -> None:
-    aside = parent / ".latest"
-    with open(aside, "w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, parent / "latest")
-    _sync(parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:

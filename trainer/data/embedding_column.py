@@ -12,9 +12,7 @@ counts as damaged, as it would with the tower.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +23,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.format.columns import amended_columns
 from data_tools.format.index import MANIFEST, Dataset, Strings, load_array
+from data_tools.io.files import atomic_file
+from data_tools.io.lock import FileLock
 from trainer.core.types import Stored, UserError
 from trainer.data.transforms import Damaged
 
@@ -144,13 +145,9 @@ class ColumnWriter:
     def locked(self) -> Iterator[list[int]]:
         """Keeps a second run away, as long as this process lives; gives the parts that are still to be written."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        with open(self.scratch / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it"
-                ) from None
+        with FileLock(self.scratch / "lock") as lock:
+            if not lock.acquire(timeout=0):
+                raise UserError(f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it")
             self.folder.mkdir(exist_ok=True)
             yield [part for part in range(self.num_parts) if not self._path(part).is_file()]
 
@@ -169,18 +166,19 @@ class ColumnWriter:
     def finish(self) -> int:
         """Joins the parts, names the column in the manifest and clears up; returns how many samples have no
         embedding."""
+        empty = sum(int((~self._read(part).any(axis=1)).sum()) for part in range(self.num_parts))
+        with amended_columns(self.dataset) as entries:
+            for left_over in Path(self.dataset.root, "columns").glob(f".{self.stored.column}.*.tmp"):  # of a killed run
+                left_over.unlink()
+            entries |= self._join(empty)
+        shutil.rmtree(self.folder)
+        return empty
+
+    def _join(self, empty: int) -> dict[str, dict[str, Any]]:
+        """The column's file from its parts; its entries for the manifest."""
+        columns, name, parts = Path(self.dataset.root, "columns"), self.stored.column, range(self.num_parts)
         count, width = self.dataset.num_samples, self.stored.width
-        columns = Path(self.dataset.root, "columns")
-        columns.mkdir(exist_ok=True)
-        for left_over in columns.glob(f"{self.stored.column}.*.tmp"):  # of a run that was killed while it joined
-            left_over.unlink()
-        empty = 0
-        for part in range(self.num_parts):
-            empty += int((~self._read(part).any(axis=1)).sum())
-        name = self.stored.column
-        made = {"side": self.stored.side, "tower": self.stored.tower, "empty": empty, **self.facts}
-        parts = range(self.num_parts)
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         if self.storage == "int8":
             _save(columns / f"{name}.npy", (to_int8(self._read(part))[0] for part in parts), (count, width), np.int8)
             _save(columns / f"{name}.scale.npy", (to_int8(self._read(part))[1] for part in parts), (count,), np.float32)
@@ -191,14 +189,12 @@ class ColumnWriter:
             "file": f"columns/{name}.npy",
             "dtype": "int8" if self.storage == "int8" else "float16",
             "shape": [count, width],
-            **made,
+            "side": self.stored.side,
+            "tower": self.stored.tower,
+            "empty": empty,
+            **self.facts,
         }
-        manifest = Dataset.open(self.dataset.root).manifest  # another column may have been joined meanwhile
-        manifest = {**manifest, "columns": {**manifest.get("columns", {}), **entries}}
-        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        _publish(Path(self.dataset.root, MANIFEST), [text.encode()])
-        shutil.rmtree(self.folder)
-        return empty
+        return entries
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:08d}.npy"
@@ -225,19 +221,5 @@ def _save(path: Path, pieces: Any, shape: tuple[int, ...], dtype: Any) -> None:
         for piece in pieces:
             yield np.ascontiguousarray(piece).tobytes()
 
-    _publish(path, chunks())
-
-
-def _publish(path: Path, chunks: Any) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_file(path) as file:
+        file.writelines(chunks())

@@ -21,6 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset, load_array, scan_tar
+from data_tools.io.files import atomic_file
 from trainer.core.distributed import say
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
@@ -130,10 +131,8 @@ def _cost(path: str, count: int, remote: bool) -> str:
 
 
 def _save(path: Path, rows: NDArray[np.void]) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
+    with atomic_file(path) as file:
         np.save(file, rows)
-    part.replace(path)
 
 
 def _reach(rows: NDArray[np.void]) -> int:

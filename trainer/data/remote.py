@@ -9,7 +9,6 @@ while somebody reads it stays readable through the open file.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import TypeVar
 import fsspec
 import xxhash
 
+from data_tools.io.lock import FileLock
 from trainer.core.types import RunFailed, UserError
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class ShardCache:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Holds ``name`` against all processes of this node; a killed holder lets go."""
-        with open(self.root / "locks" / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.root / "locks" / f"{name}.lock") as lock:
+            lock.acquire()
             yield
 
     def persist(self, url: str, attempt: Callable[[], T]) -> T:
@@ -128,13 +128,11 @@ class ShardCache:
         """Bytes reserved by others; what killed processes left half fetched (nobody holds its lock) is removed."""
         reserved = 0
         for part, stat in _stats(self.root / "shards", "*.part"):
-            with open(self.root / "locks" / f"{part.name.removesuffix('.part')}.lock", "w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+            with FileLock(self.root / "locks" / f"{part.name.removesuffix('.part')}.lock") as lock:
+                if lock.acquire(timeout=0):
+                    part.unlink(missing_ok=True)
+                else:
                     reserved += stat.st_size
-                    continue
-                part.unlink(missing_ok=True)
         return reserved
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_tools.io.files import write_atomic
 from trainer import __version__
 from trainer.core import collectives, distributed
 
@@ -44,9 +44,7 @@ def write_environment(run_dir: Path, samples_seen: int) -> None:
     except (ValueError, KeyError):  # cut short by a crash: it explains, nothing depends on it
         starts = []
     starts.append(_environment(hosts) | {"samples_seen": samples_seen})
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
-    os.replace(aside, path)
+    write_atomic(path, json.dumps({"starts": starts}, indent=1) + "\n")
 
 
 def _environment(hosts: list[str]) -> dict[str, Any]:

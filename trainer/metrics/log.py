@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from data_tools.io.files import write_atomic
 from trainer.core import distributed
 from trainer.core.settings import Settings
 from trainer.metrics.environment import write_environment
@@ -195,9 +196,7 @@ def cut_back(path: Path, samples_seen: int) -> float:
         if here:
             kept.append(line + "\n")
             seconds = max(seconds, record.get("seconds") or 0.0)
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(path, "".join(kept))
     return seconds
 
 

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.files import write_atomic
 from trainer.core.settings import check_out
 from trainer.core.types import UserError
 from trainer.report.curves import read_log
@@ -55,9 +56,7 @@ def write_report(run: Path, out: Path) -> Path:
         directory=str(run),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.write_text(render(facts), encoding="utf-8")
-    aside.replace(out)
+    write_atomic(out, render(facts))
     return out
 
 

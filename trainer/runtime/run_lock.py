@@ -7,20 +7,16 @@ with RunLock(run_dir):        # every rank; rank 0 holds it to the end, or until
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import time
 from pathlib import Path
 from typing import Any
 
+from data_tools.io.lock import FileLock
 from trainer.core.collectives import on_main
 from trainer.core.distributed import say
 from trainer.core.types import RunFailed, UserError
 
 PATIENCE = 60.0
 """Seconds for those before to finish their step, save and go."""
-NOT_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-"""Answers of file systems without locks: there the directory is trusted."""
 MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG)
 """Answers that the same command would get again."""
 
@@ -32,43 +28,28 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, patience: float = PATIENCE) -> None:
-        self._run_dir, self._patience, self._handle = run_dir, patience, -1
+        self._run_dir, self._patience = run_dir, patience
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> RunLock:
         on_main(self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
+        if self._lock is not None:
+            self._lock.close()
 
     def _take(self) -> dict[str, Any]:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self._run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = FileLock(self._run_dir / "lock", inherited=False)
         except OSError as error:
             if error.errno not in MISTAKES:
                 raise
             raise UserError(
                 f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another"
             ) from error
-        deadline = time.monotonic() + self._patience
-        said = False
-        while True:
-            try:
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return {}
-            except OSError as error:
-                if error.errno in NOT_HERE:
-                    return {}
-                if time.monotonic() > deadline:
-                    raise RunFailed(
-                        f"{self._run_dir}: another job is training there; end it, or choose another run.directory"
-                    ) from error
-            if not said:
-                said = True
-                say(
-                    f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to "
-                    f"end"
-                )
-            time.sleep(0.2)
+        waiting = f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to end"
+        if not self._lock.acquire(self._patience, on_wait=lambda: say(waiting)):
+            raise RunFailed(f"{self._run_dir}: another job is training there; end it, or choose another run.directory")
+        return {}

@@ -1,0 +1,99 @@
+"""Atomic writes and locks: what a reader, a full disk, a second process and a fork see of them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.io.files import atomic_file, publish, write_atomic
+from data_tools.io.lock import FileLock
+
+
+def test_a_file_is_replaced_as_a_whole_and_synced_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names))[1])
+    with atomic_file(path) as file:
+        file.write(b"ne")
+        assert path.read_text() == "old"
+        file.write("ü".encode())
+    assert path.read_text(encoding="utf-8") == "neü" and calls == ["fsync", "replace", "fsync"]
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_folder_is_published_by_rename(tmp_path: Path) -> None:
+    (tmp_path / ".draft").mkdir()
+    write_atomic(tmp_path / ".draft" / "a", b"\x00")
+    publish(tmp_path / ".draft", tmp_path / "final")
+    assert (tmp_path / "final" / "a").read_bytes() == b"\x00"
+
+
+def test_a_second_holder_waits_is_told_and_gets_it_afterwards(tmp_path: Path) -> None:
+    told: list[str] = []
+    with FileLock(tmp_path / "lock") as first, FileLock(tmp_path / "lock") as second:
+        assert first.acquire()
+        assert not second.acquire(timeout=0, on_wait=lambda: told.append("never"))
+        assert not second.acquire(timeout=0.2, on_wait=lambda: told.append("waiting"))
+        assert told == ["waiting"]
+        first.close()
+        assert second.acquire(timeout=0)
+
+
+@pytest.mark.parametrize("inherited", [True, False])
+def test_a_lock_is_inherited_by_children_if_asked(tmp_path: Path, inherited: bool) -> None:
+    lock = FileLock(tmp_path / "lock", inherited)
+    assert lock.acquire(timeout=0)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)  # until the parent has closed its end
+        os._exit(0)
+    os.close(read)
+    lock.close()
+    with FileLock(tmp_path / "lock", inherited) as other:
+        assert other.acquire(timeout=0) is not inherited
+    os.close(write)
+    os.waitpid(child, 0)
+    with FileLock(tmp_path / "lock", inherited) as other:
+        assert other.acquire(timeout=0)
+
+
+def test_a_file_system_without_locks_is_trusted_and_other_errors_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(number: int) -> Any:
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", answer(errno.ENOLCK))
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.acquire() and not lock.supported
+    monkeypatch.setattr(fcntl, "flock", answer(errno.EIO))
+    with FileLock(tmp_path / "lock") as lock, pytest.raises(OSError, match="Input/output"):
+        lock.acquire()
