@@ -1,0 +1,138 @@
+"""Every loss on the device against float64 with all logits at once, and its repeatability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tests.gpu.checks import Check, Measured, worst
+from tests.support import dense_losses
+from trainer.core import distributed
+from trainer.core.types import Embeddings
+from trainer.losses import PairLoss, SigmoidLoss, SoftmaxLoss, TripletLoss
+from trainer.losses.queue import QueueLoss
+from trainer.losses.sinkhorn import SinkhornLoss
+
+EXACT = 2e-6
+"""A float32 logit at t = 120 is itself rounded by 4e-6; at t = 10 errors are a tenth of this."""
+
+
+def gradients(loss: PairLoss, z: Embeddings) -> dict[str, Tensor]:
+    """Loss and gradients on the device."""
+    leaves = [value.detach().to(distributed.device()).requires_grad_() for value in z[:4]]
+    groups = None if z.groups is None else z.groups.to(distributed.device())
+    value = loss.to(distributed.device())(Embeddings(*leaves, groups))
+    value.backward()
+    names = ("image", "text", "scale", "bias")
+    return {"loss": value.detach(), **{name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}}
+
+
+def errors(loss: PairLoss, dense: dense_losses.Dense, z: Embeddings) -> dict[str, float]:
+    """Relative errors of loss and gradients against float64 on the CPU."""
+    found = gradients(loss, z)
+    truth = Embeddings(*[value.double().requires_grad_() for value in z[:4]], z.groups)
+    value = dense(truth)
+    wanted = dict(
+        zip(found, (value.detach(), *torch.autograd.grad(value, truth[:4], materialize_grads=True)), strict=True)
+    )
+    return {name: dense_losses.relative(found[name].cpu(), wanted[name]) for name in found}
+
+
+def against_float64(make: Callable[[], PairLoss], dense: dense_losses.Dense, rows: int, t: float) -> Measured:
+    # Cosines around 0.3 at high temperatures: a softmax that is sure of every pair has a gradient of rounding errors.
+    return worst(errors(make(), dense, dense_losses.batch(rows, 96, t=t, near=1.0 if t < 50 else 0.35)), EXACT)
+
+
+def masked(z: Embeddings) -> Tensor:
+    weight = (~dense_losses.same(z) | dense_losses.eye(z)).double()
+    return dense_losses.sigmoid(z, weight=weight)
+
+
+def repeats(make: Callable[[], PairLoss], rows: int) -> Measured:
+    """The same call three times gives the same bits."""
+    z = dense_losses.batch(rows, 96)
+    first, *others = (gradients(make(), z) for _ in range(3))
+    same = all(torch.equal(first[name], other[name]) for other in others for name in first)
+    return Measured("bit-equal" if same else "different", same)
+
+
+def runs(make: Callable[[], PairLoss], rows: int) -> Measured:
+    """Objectives whose reference needs more than a screen: the same numbers as on the CPU, where they are tested."""
+    z = dense_losses.batch(rows, 32)
+    found = gradients(make(), z)
+    leaves = [value.clone().requires_grad_() for value in z[:4]]
+    value = make()(Embeddings(*leaves, z.groups))
+    value.backward()
+    wanted = {"loss": value.detach().double()} | {
+        name: leaf.grad.double() for name, leaf in zip(("image", "text", "scale", "bias"), leaves, strict=True)
+    }
+    return worst({name: dense_losses.relative(found[name].cpu(), wanted[name]) for name in found}, 1e-5)
+
+
+def kernel_tile(rows: int, columns: int, width: int, t: float, b: float, shift: int | None) -> float:
+    from trainer.losses.kernel import sigmoid_tile
+
+    generator = torch.Generator().manual_seed(rows + columns)
+    images, texts = (
+        torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1) for n in (rows, columns)
+    )
+    device = distributed.device()
+    out = torch.full((rows, columns), float("nan"), device=device)
+    scalars = [torch.tensor(value, device=device) for value in (t, b)]
+    loss, _ = sigmoid_tile(images.to(device), texts.to(device), *scalars, out, shift, False)
+    z = t * images.double() @ texts.double().T + b
+    matched = torch.zeros_like(z, dtype=torch.bool)
+    for row in range(rows):
+        if shift is not None and 0 <= row + shift < columns:
+            matched[row, row + shift] = True
+    signed = torch.where(matched, -z, z)
+    wanted = torch.where(matched, -torch.sigmoid(signed), torch.sigmoid(signed))
+    truth = torch.nn.functional.softplus(signed, threshold=1e9).sum()
+    return max(
+        float((out.cpu().double() - wanted).norm() / wanted.norm()), float((loss.cpu() - truth).abs() / truth.abs())
+    )
+
+
+def triton_tile() -> Measured:
+    from tests.gpu.checks import Skip, on_gpu
+
+    if not on_gpu():
+        raise Skip("Triton's interpreter is used by tests/test_losses_kernel.py")
+    shapes = [(64, 64, 32, 10.0, -10.0, 0), (127, 63, 769, 10.0, -10.0, -64), (5, 130, 24, 120.0, 0.0, 60)]
+    shapes += [(1, 1, 1, 10.0, -10.0, 0), (1000, 513, 768, 10.0, -10.0, None), (65, 64, 33, 120.0, -20.0, None)]
+    return worst({str(shape): kernel_tile(*shape) for shape in shapes}, EXACT)
+
+
+def checks(dry: bool) -> list[Check]:
+    rows = 150 if dry else 1500
+    tile = 40 if dry else 512
+    sigmoid = partial(SigmoidLoss, tile_rows=tile)
+    exact = f"error <= {EXACT:.0e}"
+    found = [
+        Check(f"sigmoid, t = {t:g}", exact, partial(against_float64, sigmoid, dense_losses.sigmoid, rows, t))
+        for t in (10.0, 120.0)
+    ]
+    found += [
+        Check(f"softmax, t = {t:g}", exact, partial(against_float64, SoftmaxLoss, dense_losses.softmax, rows, t))
+        for t in (10.0, 100.0)
+    ]
+    found.append(
+        Check(
+            "sigmoid, groups masked",
+            exact,
+            partial(against_float64, partial(sigmoid, same_group="mask"), masked, rows, 10.0),
+        )
+    )
+    others: list[tuple[str, Callable[[], PairLoss]]] = [
+        ("triplet", partial(TripletLoss, tile_rows=tile)),
+        ("queue", partial(QueueLoss, tile_rows=tile, width=32, size=64)),
+        ("sinkhorn", partial(SinkhornLoss, tile_rows=tile)),
+    ]
+    found += [Check(name, "as on the CPU, 1e-05", partial(runs, make, rows // 3)) for name, make in others]
+    found.append(Check("Triton tile at awkward shapes", exact, triton_tile))
+    found.append(Check("sigmoid three times", "bit-equal", partial(repeats, sigmoid, rows)))
+    found.append(Check("softmax three times", "bit-equal", partial(repeats, SoftmaxLoss, rows)))
+    return found
