@@ -18,7 +18,8 @@ from trainer.losses import PairLoss, SigmoidLoss, SoftmaxLoss
 def exact(loss: PairLoss, dense: dense_losses.Dense, world: int, rows: int) -> Measured:
     """Rank 0's gradients against the dense computation of the global batch, in which every rank brings these rows."""
     distributed.init(60)
-    mine = dense_losses.batch(rows, 96)._replace(groups=None)
+    # Every pair occurs once a rank: where cosines are high, what is left of a softmax's gradient is mostly rounding.
+    mine = dense_losses.batch(rows, 96, near=0.35)._replace(groups=None)
     with emulated.ranks(world):
         found = gradients(loss, mine)
     own = [value.double().requires_grad_() for value in mine[:4]]

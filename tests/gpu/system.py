@@ -69,15 +69,16 @@ def one_visible_gpu() -> Measured:
 
 
 FAILING = """
+import sys
 import torch
 from trainer.core import distributed
-from trainer.core.settings import run_verb
+from data_tools.io.errors import run_command
 from trainer.core.types import UserError
 def main(argv):
     distributed.init(600)
     torch.distributed.all_reduce(torch.ones(1, device=distributed.device()))
     raise UserError("made for this test")
-run_verb(main)
+sys.exit(run_command(main, []))
 """
 
 

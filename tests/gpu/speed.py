@@ -1,0 +1,192 @@
+"""How fast: the loss against the three matrix products and a public kernel, steps against open_clip's, the loader."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests.gpu import emulated
+from tests.gpu.checks import Check, Measured, Skip, on_gpu, peak_bytes, seconds
+from tests.gpu.memory import batch_for
+from trainer.core import distributed
+from trainer.core.types import Embeddings
+from trainer.engine import EngineSettings, build_engine
+from trainer.losses import SigmoidLoss
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.optim import OptimSettings, build_optimizer
+from trainer.plan.model_shapes import KNOWN, stand_in
+from trainer.step import train_step
+
+WIDTH = 768
+
+
+def embeddings(rows: int, dtype: torch.dtype) -> Embeddings:
+    device = distributed.device()
+    generator = torch.Generator(device).manual_seed(0)
+    image, text = (
+        normalize(torch.randn(rows, WIDTH, device=device, generator=generator), dim=1).to(dtype) for _ in range(2)
+    )
+    scalars = [torch.full((1,), value, device=device, requires_grad=True) for value in (10.0, -10.0)]
+    return Embeddings(image.requires_grad_(), text.requires_grad_(), *scalars)
+
+
+def forward_backward(loss: Callable[[Embeddings], Tensor], z: Embeddings) -> None:
+    for leaf in z[:4]:
+        leaf.grad = None
+    loss(z).backward()
+
+
+def products(rows: int, dtype: torch.dtype, chunk: int = 4096) -> Callable[[], None]:
+    """The three products that any exact loss makes, in tiles: the floor."""
+    z = embeddings(rows, dtype)
+    image, text = z.image.detach(), z.text.detach()
+    d_image, d_text = torch.zeros_like(image, dtype=torch.float32), torch.zeros_like(text, dtype=torch.float32)
+
+    def run() -> None:
+        for i in range(0, rows, chunk):
+            x = image[i : i + chunk]
+            for j in range(0, rows, chunk):
+                u = text[j : j + chunk]
+                logits = x @ u.T
+                d_image[i : i + chunk] += logits @ u
+                d_text[j : j + chunk] += logits.T @ x
+
+    return run
+
+
+def loss_time(rows: int, dtype: torch.dtype, **keys: Any) -> Measured:
+    """Forward and backward of this rank's whole batch, and its memory beyond the inputs and their gradients."""
+    z, loss = embeddings(rows, dtype), SigmoidLoss(**keys)
+    forward_backward(loss, z)
+    mine = seconds(lambda: forward_backward(loss, z), rounds=3, warmups=1)
+    floor = seconds(products(rows, dtype), rounds=3, warmups=1)
+    peak = peak_bytes(lambda: forward_backward(loss, z)) / 2**20 if on_gpu() else float("nan")
+    rate = 6 * rows * rows * WIDTH / mine / 1e12
+    text = f"{1e3 * mine:.1f} ms ({rate:.0f} TFLOP/s), {mine / floor:.2f}x the three products, {peak:.0f} MiB"
+    return Measured(text, None, {"seconds": mine, "floor": floor, "peak_mib": peak})
+
+
+def public_kernel(rows: int, dtype: torch.dtype, **keys: Any) -> Measured:
+    """Against siglip-kernel (PyPI), in the same call."""
+    if importlib.util.find_spec("siglip_kernel") is None:
+        raise Skip("pip install siglip-kernel")
+    if not on_gpu():
+        raise Skip("siglip-kernel needs a GPU")
+    import siglip_kernel
+
+    z, loss = embeddings(rows, dtype), SigmoidLoss(**keys)
+    image, text = (value.detach().requires_grad_() for value in z[:2])
+    log_temperature, bias = (
+        torch.tensor(value, device=image.device, requires_grad=True) for value in (2.302585, -10.0)
+    )
+
+    def peer_step() -> None:
+        for leaf in (image, text, log_temperature, bias):
+            leaf.grad = None
+        siglip_kernel.fused_siglip_loss(image, text, log_temperature, bias).backward()
+
+    mine = seconds(lambda: forward_backward(loss, z), rounds=3, warmups=1)
+    peer = seconds(peer_step, rounds=3, warmups=2)
+    return Measured(f"{1e3 * mine:.1f} ms against {1e3 * peer:.1f} ms, {mine / peer:.2f}x", mine <= peer)
+
+
+def share_of_a_step(rows: int, world: int) -> Measured:
+    """The loss of one of ``world`` emulated ranks beside the towers' step on as many pairs."""
+    z = embeddings(rows, torch.bfloat16 if on_gpu() else torch.float32)
+    with emulated.ranks(world):
+        loss = seconds(lambda: forward_backward(SigmoidLoss(), z), rounds=3, warmups=1)
+    return Measured(f"{1e3 * loss:.1f} ms for {rows} pairs a rank x {world}", None, {"seconds": loss})
+
+
+def vit_base(dry: bool, precision: str) -> tuple[Any, DualEncoder]:
+    """An engine on SigLIP ViT-B/16 (toy towers when dry), and its model."""
+    distributed.init(60)
+    if dry:
+        from tests.support.tiny_models import tiny_settings
+
+        settings = tiny_settings("siglip")
+        model = build(settings)
+    else:
+        name = "google/siglip-base-patch16-224"
+        with stand_in(ModelSettings(path=name), KNOWN[name]) as known:
+            model = build(ModelSettings(config=KNOWN[name], tokenizer=known.path))
+    engine_settings = EngineSettings(ds_config="zero0", precision=precision)  # type: ignore[arg-type]
+    return build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0), model
+
+
+def towers(dry: bool, rows: int, micro_batch: int) -> Measured:
+    """Pairs a second of ViT-B/16, one pass and two, and of plain torch on the same modules (no engine, no caching)."""
+    precision = "bf16" if on_gpu() else "fp32"
+    engine, model = vit_base(dry, precision)
+    batch, loss = batch_for(model, rows), SigmoidLoss()
+    one = batch_for(model, micro_batch)
+    single = micro_batch / seconds(lambda: train_step(engine, one, loss, None), rounds=3)
+    double = rows / seconds(lambda: train_step(engine, batch, loss, micro_batch), rounds=3, warmups=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=on_gpu())
+    local = one.to(distributed.device())
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(distributed.device().type, torch.bfloat16, enabled=precision == "bf16"):
+            z = model(local.pixels, local.tokens, local.token_mask)
+        loss(z).backward()
+        optimizer.step()
+
+    floor = micro_batch / seconds(plain, rounds=3)
+    text = (
+        f"{single:.0f} pairs/s in one pass ({single / floor:.2f}x plain torch), "
+        f"{double:.0f} in two ({double / floor:.2f}x)"
+    )
+    facts = {"one_pass": single, "two_passes": double, "plain": floor}
+    return Measured(text, None if dry else single / floor >= 0.95 and double / floor >= 0.7, facts)
+
+
+def loader(rows: int, batches: int) -> Measured:
+    """Pairs a second from tars to the device's memory."""
+    from tests.support.runs import make_shards
+    from tests.support.tiny_models import tiny_captions, tiny_settings
+    from trainer.data import DataSettings, build_loader
+
+    distributed.init(60)
+    model = build(tiny_settings("siglip"))
+    with tempfile.TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder), tiny_captions(256))
+        stream = build_loader(DataSettings(train=str(shards), cache_decoded=0), model.preprocess, rows, 0, 1, 0, 0)
+        try:
+            next(stream)
+            start = time.perf_counter()
+            for _ in range(batches):
+                batch = next(stream).to(distributed.device())
+            if on_gpu():
+                torch.cuda.synchronize()
+            rate = batches * rows / (time.perf_counter() - start)
+        finally:
+            stream.close()
+    return Measured(f"{rate:.0f} tiny pairs/s on {batch.pixels.device}", batch.pixels.device == distributed.device())
+
+
+def checks(dry: bool) -> list[Check]:
+    rows = 256 if dry else 65536
+    half = torch.float32 if dry else torch.bfloat16
+    return [
+        Check(f"sigmoid, {rows} pairs, fp32", "", partial(loss_time, rows // 4, torch.float32)),
+        Check(f"sigmoid, {rows} pairs, bf16 embeddings", "", partial(loss_time, rows, half)),
+        Check("against siglip-kernel", "not slower", partial(public_kernel, rows, half)),
+        Check("loss of 8 emulated ranks", "", partial(share_of_a_step, 32 if dry else 4096, 8)),
+        Check(
+            "ViT-B/16 steps",
+            "one pass >= 0.95x, two >= 0.7x of plain torch",
+            partial(towers, dry, 16 if dry else 1024, 4 if dry else 256),
+        ),
+        Check("loader into the device", "arrives", partial(loader, 32, 4 if dry else 50)),
+    ]

@@ -1,0 +1,35 @@
+"""The script for GPUs (tests/gpu) at toy sizes on the CPU, so that it does not fail on the card by a typing mistake."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_section_runs_and_nothing_fails(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = ["bash", "tests/gpu/run.sh", "--dry", "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads(out.read_text())
+    sections = {record["section"] for record in records}
+    assert sections == {"system", "losses", "ring", "steps", "memory", "speed", "training", "several"}
+    measured = [record for record in records if record["ok"] is True]
+    assert len(measured) > 25
+    assert len(done.stdout.splitlines()) > len(records)
+
+
+def test_without_a_gpu_it_names_the_option(tmp_path: Path) -> None:
+    empty = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "tests/gpu/run.sh"], cwd=ROOT, env=empty, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "--dry" in done.stderr
