@@ -188,7 +188,7 @@ def test_a_teacher_draws_no_random_numbers_and_no_gradient() -> None:
     assert not any(value.requires_grad for value in whole[:4])
     for one, other in zip(whole[:4], pieces[:4], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    rounded = Teacher(tiny_teacher(), "tiny", autocasts=True)(batch, 7)
+    rounded = Teacher(tiny_teacher(), "tiny", precision="bf16")(batch, 7)
     assert rounded.image.dtype == torch.float32
     assert 1e-6 < (rounded.image - whole.image).abs().max() < 0.05
 
@@ -266,7 +266,7 @@ def test_a_teacher_sees_what_the_student_sees(teachers: Path) -> None:
     check_inputs("teacher", student, dataclasses.replace(student, mean=(0.1, 0.2, 0.3)))
     batch = tiny_batch(5)
     truth = build(DistillSettings(teacher=str(teachers / "one")).model).eval()
-    taught = build_teacher(DistillSettings(teacher=str(teachers / "one")), student, autocasts=False)(batch, 2)
+    taught = build_teacher(DistillSettings(teacher=str(teachers / "one")), student, precision="fp32")(batch, 2)
     torch.testing.assert_close(taught.image, normalize(truth.embed_images(batch.pixels)).detach(), rtol=0, atol=1e-6)
 
 
@@ -283,7 +283,7 @@ def test_the_planner_counts_the_teacher(teachers: Path, recipe: Path) -> None:
     for precision, least, most in (("fp32", 4.0, 4.1), ("bf16", 2.0, 3.6)):
         teacher = teacher_of(taught, precision, "cpu")
         assert teacher is not None
-        held = Teacher(build(taught.distill.model), "one", precision == "bf16").model if taught.distill else None
+        held = Teacher(build(taught.distill.model), "one", precision).model if taught.distill else None
         assert held is not None and teacher.parameters == sum(p.nbytes for p in held.parameters())
         assert least <= teacher.parameters / teacher.count <= most
         job = dataclasses.replace(alone, teacher=teacher)

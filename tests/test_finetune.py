@@ -173,7 +173,7 @@ def test_a_rounded_base_is_refused_where_it_would_not_be_exact(shards: Path, tmp
     tiny_pretrained("siglip", tmp_path / "base")
     recipe = write_recipe(tmp_path, tmp_path / "base", shards, "zero1", lora={"rank": 4, "base": "bfloat16"})
     for overrides, message in (
-        ([], "is for engine.precision bf16"),
+        ([], "is for towers that compute in it"),
         (["model.lora.dora=true"], "leave base out, or dora"),
     ):
         [text] = run_ranks(mistake, 1, recipe, *overrides)

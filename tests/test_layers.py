@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"core"},
     {"engine", "optim", "metrics", "models", "losses", "data", "runtime"},
-    {"step", "checkpoint", "evals", "distill"},
+    {"gradient", "checkpoint", "evals", "distill"},
+    {"step"},
     {"config"},
     {"plan"},
     {"run"},

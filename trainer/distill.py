@@ -19,6 +19,7 @@ from pydantic import Field
 from trainer.core import distributed
 from trainer.core.settings import Settings
 from trainer.core.types import Batch, Embeddings, Preprocess, UserError
+from trainer.engine.precision import DTYPES, Precision
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.adapt.lock import LockSettings
 from trainer.models.adapt.lora import hold_base
@@ -44,8 +45,8 @@ class Teacher:
     """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and
     without it."""
 
-    def __init__(self, model: DualEncoder, path: str, autocasts: bool = False) -> None:
-        self.path, self.autocasts = path, autocasts
+    def __init__(self, model: DualEncoder, path: str, precision: Precision = "fp32") -> None:
+        self.path, self.dtype = path, DTYPES[precision]
         towers, preprocess = model.towers, model.preprocess
         self.identity: dict[str, Any] = {
             "image": fingerprint(towers, preprocess, "image"),
@@ -54,15 +55,15 @@ class Teacher:
         }
         """What makes it the same teacher, wherever it lies."""
         self.model = model.requires_grad_(False).eval().to(distributed.device())
-        if autocasts:
-            hold_base(towers, torch.bfloat16)
+        if self.dtype != torch.float32:
+            hold_base(towers, self.dtype)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: int) -> Embeddings:
         """[b, k] float32 embeddings of the local batch, ``rows`` pairs at a time, and the teacher's scale and bias."""
         device = distributed.device()
         image, text = (torch.empty(batch.rows, self.model.embed_dim, device=device) for _ in range(2))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocasts):
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             scale, bias = self.model.head()
             for index, part in enumerate(batch.split(rows)):
                 micro, places = part.to(device), slice(index * rows, index * rows + part.rows)
@@ -86,7 +87,7 @@ class Teacher:
             )
 
 
-def build_teacher(settings: DistillSettings, student: Preprocess, autocasts: bool) -> Teacher:
+def build_teacher(settings: DistillSettings, student: Preprocess, precision: Precision) -> Teacher:
     """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student
     sees."""
     try:
@@ -94,7 +95,7 @@ def build_teacher(settings: DistillSettings, student: Preprocess, autocasts: boo
     except UserError as error:
         raise type(error)(str(error).replace("model.path", "distill.teacher")) from error
     check_inputs(settings.teacher, student, model.preprocess)
-    return Teacher(model, settings.teacher, autocasts)
+    return Teacher(model, settings.teacher, precision)
 
 
 def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:

@@ -145,6 +145,8 @@ class Run:
         extra = {"guard": self.guard.state_dict(), "skipped": gather_skipped(loader.skipped), "tower": self.model.tower}
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record
+        if self.engine.loss_scale is not None:
+            extra["loss_scale"] = self.engine.loss_scale.state_dict()
         self.checkpointer.save(self.engine, self.samples_seen, extra, self.main_loss)
 
 
@@ -158,7 +160,7 @@ def build(recipe: Recipe) -> Run:
     model = models.build(recipe.model)
     main, teacher = losses.build(recipe.loss), None
     if recipe.distill is not None:
-        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.autocasts)
+        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.computes_in)
     loss = main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss)
     if world > 1:
         loss.connect(distributed.device())
@@ -199,7 +201,7 @@ def describe(run: Run) -> None:
     distributed.say(
         f"{run.directory}: {trained / 1e6:,.1f} M parameters to train, {locked / 1e6:,.1f} M locked; "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
-        f"{run.recipe.engine.ds_config}, {'bf16' if run.recipe.engine.autocasts else 'fp32'}, "
+        f"{run.recipe.engine.ds_config}, {run.recipe.engine.computes_in}, "
         f"micro-batch {run.micro_batch or 'whole'}"
     )
     if not distributed.is_main():

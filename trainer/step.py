@@ -9,7 +9,8 @@ gradients. Scale and bias count once, towers without a trainable parameter are l
 one micro-batch needs no second pass.
 
 The gradient does not depend on the micro-batch: a step that runs out of memory on any rank is repeated with half of it
-on all of them.
+on all of them. Nor does it depend on fp16's loss scale: a step whose gradient overflows is repeated at half the scale.
+trainer/gradient.py makes the gradient, this module repeats, judges and applies it.
 """
 
 from __future__ import annotations
@@ -20,23 +21,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from trainer.core import collectives, distributed
+from trainer.core import distributed
 from trainer.core.settings import OPERATIONAL, Settings
-from trainer.core.types import Batch, Embeddings, Loss, UserError
-from trainer.engine.oom import LOSS_REMEDY, REMEDY, OutOfMemory, free
+from trainer.core.types import Batch, Loss, UserError
+from trainer.engine.oom import REMEDY, free
 from trainer.engine.rng import RandomState
-from trainer.metrics import Stopwatch
+from trainer.gradient import Attempt, Gradient, GradReduction, Teacher
 from trainer.optim import Guard
 
 if TYPE_CHECKING:
     from trainer.engine import Engine
 
-GradReduction = Literal["per_step", "per_micro_batch"]
-Teacher = Callable[[Batch, int], Embeddings]
 Skipped = Literal["", "not finite", "spike"]
 
 
@@ -96,24 +93,35 @@ def train_step(
     start = RandomState.take(engine.device)
     restore_loss = _snapshot(loss)
     while True:
-        attempt = _Attempt(engine, batch, loss, rows, grad_reduction, teacher)
+        attempt = Attempt(engine, batch, loss, rows, grad_reduction, teacher)
         gradient = attempt.run()
-        if gradient is not None:
-            result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
-            if result.skipped == "not finite":
-                restore_loss()
-            return result
-        del attempt
+        if gradient is not None and not (gradient.overflowed and engine.lower_loss_scale()):
+            break
         engine.discard_gradients()
-        free()
-        if rows == 1:
-            raise UserError(f"out of memory with one pair at a time: {REMEDY}")
-        distributed.say(
-            f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on"
-        )
-        rows //= 2
+        if gradient is None:
+            del attempt
+            free()
+            rows = _half(rows)
         start.restore(engine.device)
         restore_loss()
+    result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
+    if result.skipped == "not finite":
+        restore_loss()
+        if engine.loss_scale is not None and not gradient.overflowed:
+            attempt.name_overflowing_modules()
+    if engine.loss_scale is not None:
+        engine.loss_scale.end_step(finite=math.isfinite(gradient.norm))
+    return result
+
+
+def _half(rows: int) -> int:
+    """The micro-batch to go on with after running out of memory."""
+    if rows == 1:
+        raise UserError(f"out of memory with one pair at a time: {REMEDY}")
+    distributed.say(
+        f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on"
+    )
+    return rows // 2
 
 
 def _snapshot(loss: Loss) -> Callable[[], None]:
@@ -123,7 +131,7 @@ def _snapshot(loss: Loss) -> Callable[[], None]:
     return snapshot() if snapshot is not None else lambda: None
 
 
-def _update(engine: Engine, gradient: _Gradient, guard: Guard | None, rows: int) -> StepResult:
+def _update(engine: Engine, gradient: Gradient, guard: Guard | None, rows: int) -> StepResult:
     norm = gradient.norm
     if guard is not None:
         limit = guard.limit
@@ -137,197 +145,3 @@ def _update(engine: Engine, gradient: _Gradient, guard: Guard | None, rows: int)
     else:
         engine.step(clip=limit if verdict == "clip" else None)
     return StepResult(gradient.loss, norm, gradient.scale, gradient.bias, skipped, rows)
-
-
-@dataclass(frozen=True)
-class _Gradient:
-    """The engine holds it; this is what is known of it."""
-
-    loss: float
-    norm: float
-    scale: float
-    bias: float
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of the engine's forward in pass 1, and the random state before it: pass 2 repeats it."""
-
-    rows: slice
-    image: bool
-    text: bool
-    random: RandomState
-
-
-class _Attempt:
-    """One try at a gradient with a given micro-batch. ``run`` returns None when some rank ran out of memory."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        batch: Batch,
-        loss: Loss,
-        rows: int,
-        grad_reduction: GradReduction,
-        teacher: Teacher | None,
-    ) -> None:
-        self.engine, self.batch, self.loss, self.rows, self.grad_reduction, self.teacher = (
-            engine,
-            batch,
-            loss,
-            rows,
-            grad_reduction,
-            teacher,
-        )
-        self.taught: Embeddings | None = None
-        self.trouble = OutOfMemory()
-        self.clock = Stopwatch(engine.device)
-
-    def run(self) -> _Gradient | None:
-        if self.teacher is not None:  # first: nothing of the student is held yet
-            with self.trouble.during("in the teacher"):
-                self.taught = self.teacher(self.batch, self.rows)
-            if self.trouble.anywhere():
-                return None
-        return self._single_pass() if self.rows >= self.batch.rows else self._two_passes()
-
-    def _single_pass(self) -> _Gradient | None:
-        """Towers, loss and backward in one graph."""
-        engine, trouble = self.engine, self.trouble
-        z: Embeddings | None = None
-        self.clock.start()
-        with trouble.during("embedding", engine.forward_communicates):
-            z = self._forward(slice(0, self.batch.rows), image=True, text=True)
-        self.clock.stop()
-        if trouble.anywhere() or z is None:
-            return None
-        value, mean = self._run_loss(z)
-        if value is None:
-            return None
-        scale, bias = z.scale.item(), z.bias.item()
-        if not math.isfinite(mean):
-            return _Gradient(mean, math.nan, scale, bias)
-        del z
-        engine.start_gradients()
-        with trouble.during("in the backward pass", engine.backward_communicates):
-            engine.backward(value, last=True)
-        del value
-        return None if trouble.anywhere() else _Gradient(mean, engine.finish_gradients(), scale, bias)
-
-    def _two_passes(self) -> _Gradient | None:
-        embedded = self._embed(self._towers_trained())
-        if embedded is None:
-            return None
-        leaves, calls = embedded
-        value, mean = self._run_loss(leaves)
-        if value is None:
-            return None
-        after = RandomState.take(self.engine.device)
-        scale, bias = leaves.scale.item(), leaves.bias.item()
-        if not math.isfinite(mean):
-            return _Gradient(mean, math.nan, scale, bias)
-        with self.trouble.during("in the backward pass of the loss"):
-            value.backward()
-        del value
-        if self.trouble.anywhere():
-            return None
-        self.engine.start_gradients(each=self.grad_reduction == "per_micro_batch")
-        with self.trouble.during("in the second pass", self.engine.backward_communicates):
-            self._backpropagate(leaves, calls)
-        if self.trouble.anywhere():
-            return None
-        after.restore(self.engine.device)
-        return _Gradient(mean, self.engine.finish_gradients(), scale, bias)
-
-    def _forward(self, rows: slice, image: bool, text: bool) -> Embeddings:
-        micro = Batch(*(field[rows] for field in self.batch)).to(self.engine.device)
-        return self.engine.forward(
-            micro.pixels if image else None, micro.tokens if text else None, micro.token_mask if text else None
-        )
-
-    def _towers_trained(self) -> tuple[bool, bool]:
-        """Which embeddings depend on a trainable parameter; asked of one row, once in a run."""
-        if self.engine.towers_trained is None:
-            before = RandomState.take(self.engine.device)
-            with self.trouble.during("embedding one pair", self.engine.forward_communicates):
-                z = self._forward(slice(0, 1), image=True, text=True)
-                self.engine.towers_trained = z.image.requires_grad, z.text.requires_grad
-            before.restore(self.engine.device)
-        return self.engine.towers_trained or (True, True)
-
-    @torch.no_grad()
-    def _embed(self, trained: tuple[bool, bool]) -> tuple[Embeddings, list[_Call]] | None:
-        """Pass 1: the embeddings of the whole local batch as leaves, and the calls that pass 2 has to repeat."""
-        image, text = trained
-        # A tower that pass 2 leaves out is called on its own, so that the other one's random state can be met again.
-        towers = [(True, True)] if image == text else [(True, False), (False, True)]
-        calls: list[_Call] = []
-        columns: list[Tensor | None] = [None, None]
-        scale = bias = None
-        self.clock.start()
-        with self.trouble.during("in the first pass", self.engine.forward_communicates):
-            state: RandomState | None = None
-            for start in range(0, self.batch.rows, self.rows):
-                rows = slice(start, min(start + self.rows, self.batch.rows))
-                for call_image, call_text in towers:
-                    state = RandomState.take(self.engine.device, state)
-                    if (call_image and image) or (call_text and text):
-                        calls.append(_Call(rows, call_image, call_text, state))
-                    z = self._forward(rows, call_image, call_text)
-                    scale, bias = z.scale, z.bias
-                    for column, (part, wanted) in enumerate([(z.image, call_image), (z.text, call_text)]):
-                        if wanted:
-                            columns[column] = _place(part, columns[column], rows, self.batch.rows)
-            if not calls:  # both towers are locked: scale and bias alone
-                calls.append(_Call(slice(0, 0), False, False, RandomState.take(self.engine.device)))
-        self.clock.stop()
-        if self.trouble.anywhere():
-            return None
-        assert columns[0] is not None and columns[1] is not None and scale is not None and bias is not None
-        leaves = [field.detach().clone().requires_grad_() for field in (scale, bias)]
-        # A locked tower's gradient is not asked for: it would cost a product, and the texts' a way around the ring.
-        return Embeddings(
-            columns[0].requires_grad_(image), columns[1].requires_grad_(text), leaves[0], leaves[1]
-        ), calls
-
-    def _run_loss(self, z: Embeddings) -> tuple[Tensor | None, float]:
-        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory beside the
-        towers' activations."""
-        value: Tensor | None = None
-        taught, self.taught = self.taught, None
-        with self.trouble.during("in the loss", communicates=distributed.world_size() > 1):
-            value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
-        mine = 0.0 if value is None else value.item()
-        mean, failed = collectives.mean_over_ranks([mine, float(self.trouble.here)])
-        if failed and self.rows < self.batch.rows:  # nothing of the towers is held
-            raise UserError(
-                f"out of memory in the loss, which takes the same with any batch.micro_batch: {LOSS_REMEDY}"
-            )
-        return (None, mean) if failed else (value, mean)
-
-    def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:
-        """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
-        # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal
-        # parts.
-        shares = len(calls) if self.grad_reduction == "per_micro_batch" else 1
-        for index, call in enumerate(calls):
-            call.random.restore(self.engine.device)
-            z = self._forward(call.rows, call.image, call.text)
-            everything = slice(None)
-            parts = [(z.image, leaves.image, call.rows, 1), (z.text, leaves.text, call.rows, 1)]
-            if index < shares:
-                parts += [(z.scale, leaves.scale, everything, shares), (z.bias, leaves.bias, everything, shares)]
-            terms = [
-                torch.sum(part * leaf.grad[rows]) / n
-                for part, leaf, rows, n in parts
-                if part.requires_grad and leaf.grad is not None
-            ]
-            self.engine.backward(torch.stack(terms).sum(), last=index == len(calls) - 1)
-
-
-def _place(part: Tensor, whole: Tensor | None, rows: slice, num_rows: int) -> Tensor:
-    """Writes a micro-batch's embeddings into those of the local batch, which exist once."""
-    if whole is None:
-        whole = part.new_empty(num_rows, part.shape[1])
-    whole[rows] = part
-    return whole

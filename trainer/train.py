@@ -85,6 +85,8 @@ def resume(run: Run) -> Resumed | None:
     run.guard.load_state_dict(resumed.extra["guard"])
     if run.teacher is not None and run.directory.resolve() in resumed.folder.resolve().parents:
         run.teacher.check_resumed(resumed.extra.get("teacher"))
+    if run.engine.loss_scale is not None and "loss_scale" in resumed.extra:
+        run.engine.loss_scale.load_state_dict(resumed.extra["loss_scale"])
     check_tower(run, resumed)
     if not run.recipe.optim.ema:
         run.engine.average_weights(0.0)  # drops the average of a run that had one: it would never move again
@@ -104,11 +106,13 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         before, rate = run.samples_seen, run.rate
         result = run.step(batch)
         values = {key: getattr(result, key) for key in ("loss", "grad_norm", "scale", "bias")} | {"lr": rate}
-        counts = {
+        counts: dict[str, float] = {
             "spikes": run.guard.num_spikes,
             "bad_steps": run.guard.num_bad_steps,
             "replaced": loader.skipped.count,
         }
+        if run.engine.loss_scale is not None:
+            counts |= {"loss_scale": run.engine.loss_scale.value, "overflows": run.engine.loss_scale.num_overflows}
         log.step(step, run.samples_seen, values | counts, result.alone)
         if result.skipped:
             ids = gather_sample_ids(batch.ids)

@@ -15,11 +15,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.shipped import shipped
 from trainer.core.types import UserError
+from trainer.engine.precision import Precision, best_precision
 
 FOLDER = shipped("ds_configs")
 
@@ -30,23 +29,19 @@ class EngineSettings(Settings):
     ds_config: Annotated[str, OPERATIONAL] = "zero1"
     """Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: where
     tensors live."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 computes the towers under torch autocast; weights, gradients, optimizer and loss are float32 either way.
-    auto: bf16 where the processor has bf16 matrix units, else fp32, which is then several times faster; all ranks of a
-    run need the same kind of processor."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """bf16 and fp16 compute the towers under torch autocast; weights, gradients, optimizer and loss are float32 either
+    way. fp16 scales the loss dynamically: a step whose gradient overflows is repeated at half the scale, no batch is
+    lost. auto: bf16 where the processor has bf16 matrix units, fp16 on the GPUs before them (V100, T4, RTX 20xx, GTX
+    16xx), else fp32, which is then several times faster; all ranks of a run need the same kind of processor."""
+    float32_modules: tuple[str, ...] = ()
+    """Regular expressions: modules whose name matches compute in float32 all the same. For layers that overflow in
+    fp16; the warning about such a layer gives its name."""
 
     @property
-    def autocasts(self) -> bool:
-        """Whether the towers compute in bf16 on this machine."""
-        return has_bf16_units() if self.precision == "auto" else self.precision == "bf16"
-
-
-def has_bf16_units() -> bool:
-    """True on GPUs since Ampere and on processors with AMX; others emulate bf16 (measured on AVX2: an eighth of the
-    fp32 rate)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported())
+    def computes_in(self) -> Precision:
+        """What the towers compute in on this machine."""
+        return best_precision() if self.precision == "auto" else self.precision
 
 
 OWNERS = {

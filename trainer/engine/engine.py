@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,6 +36,14 @@ from trainer.core import collectives, distributed
 from trainer.core.types import Embeddings, UserError
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
 from trainer.engine.ema import average_weights, averaged
+from trainer.engine.precision import (
+    DTYPES,
+    LossScale,
+    autocast_forward,
+    find_overflow,
+    keep_float32,
+    require_float32,
+)
 from trainer.engine.state import Fragment, fragments
 from trainer.engine.state_names import WEIGHT
 
@@ -61,8 +68,10 @@ class Engine:
     """DeepSpeed's engine behind the few calls that a step makes; every rank must make the same ones in the same
     order."""
 
-    def __init__(self, ds_engine: Any, merged_config: dict[str, Any]) -> None:
+    def __init__(self, ds_engine: Any, merged_config: dict[str, Any], loss_scale: LossScale | None = None) -> None:
         self.ds_engine = ds_engine
+        self.loss_scale = loss_scale
+        """Of fp16; None in other precisions."""
         self.merged_config = merged_config
         """What DeepSpeed was given: for ``<run>/deepspeed.json``."""
         self.device = distributed.device()
@@ -125,6 +134,19 @@ class Engine:
         """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks
         together."""
         return averaged(self.ds_engine)
+
+    def lower_loss_scale(self) -> bool:
+        """After a gradient that overflowed: True where fp16's loss scale was halved, and the step may be repeated."""
+        if self.loss_scale is None or not self.loss_scale.lower():
+            return False
+        distributed.say(
+            f"gradient beyond float16: the same step again at half the loss scale, {self.loss_scale.value:g}"
+        )
+        return True
+
+    def find_overflow(self) -> AbstractContextManager[list[str]]:
+        """Within, the list gets the names of modules whose outputs ``forward`` finds beyond float16."""
+        return find_overflow(self.module)
 
     def start_gradients(self, each: bool = False) -> None:
         """Begins a step's backward passes; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""
@@ -227,9 +249,13 @@ def build_engine(
         raise UserError(
             "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
         )
-    if not settings.autocasts and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+    precision = settings.computes_in
+    held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if odd := held - {torch.float32, DTYPES[precision]}:
+        name = str(odd.pop()).removeprefix("torch.")
         raise UserError(
-            "model.lora.base bfloat16 is for engine.precision bf16, and this run computes in fp32: set one of them"
+            f"model.lora.base {name} is for towers that compute in it, and this run computes in {precision}: set "
+            f"engine.precision, or leave model.lora.base out"
         )
     model = model.to(distributed.device())
     if config["zero_optimization"]["stage"] == 3 and not all(
@@ -239,8 +265,12 @@ def build_engine(
             "model.lora.base int8 and nf4 cannot be partitioned: take an engine.ds_config of ZeRO 0 to 2, or bfloat16"
         )
     distributed.init()
-    if settings.autocasts:
-        autocast_forward(model, torch.bfloat16)
+    loss_scale = LossScale() if precision == "fp16" else None
+    if precision == "fp32":
+        require_float32()
+    else:
+        keep_float32(model, settings.float32_modules)
+        autocast_forward(model, DTYPES[precision], loss_scale)
     model.train()
     try:
         ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -250,7 +280,7 @@ def build_engine(
         raise UserError(
             f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
         ) from error
-    return Engine(ds_engine, config)
+    return Engine(ds_engine, config, loss_scale)
 
 
 def _forget_reductions(optimizer: Any) -> None:
@@ -284,20 +314,3 @@ def _forget_reductions(optimizer: Any) -> None:
         optimizer._offload_accumulated_param_ids = set()
     optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
     optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
-
-
-def autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes ``model.forward`` compute in ``dtype`` under torch autocast, weights and gradients staying float32.
-
-    Around the model and not around the engine, because DeepSpeed switches an autocast from outside off; and not through
-    DeepSpeed's ``torch_autocast``, because that averages the gradients of linear layers in bf16: the result would
-    depend on the ZeRO stage and on the number of micro-batches.
-    """
-    forward: Callable[..., Any] = model.forward
-    device = distributed.device().type
-
-    def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype):
-            return forward(*args, **kwargs)
-
-    model.forward = autocast

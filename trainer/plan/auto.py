@@ -40,7 +40,7 @@ def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device:
 
     1 where not even that fits: the step then says so itself, or proves the forecast too careful.
     """
-    precision = "bf16" if recipe.engine.autocasts else "fp32"
+    precision = recipe.engine.computes_in
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
     rows, _ = largest(
         look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes)
