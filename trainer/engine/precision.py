@@ -43,9 +43,8 @@ def require_float32() -> None:
     """float32 products and convolutions without TF32, which torch allows cuDNN unless told otherwise (a patch embedding
     would keep 11 bits of 24)."""
     backends: Any = torch.backends
-    for operator in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-        operator.fp32_precision = "ieee"
-    backends.cudnn.allow_tf32 = False  # the same in torch's older words: without it, asking in those raises an error
+    backends.cuda.matmul.fp32_precision = backends.cudnn.fp32_precision = "ieee"
+    backends.cudnn.allow_tf32 = False  # the same in torch's older words: convolutions then have no setting of their own
 
 
 class LossScale:
