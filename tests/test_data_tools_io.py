@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_tools.io import progress
 from data_tools.io.files import atomic_file, publish, write_atomic
+from data_tools.io.formatting import count, duration, human_bytes
 from data_tools.io.lock import FileLock
 
 
@@ -97,3 +100,47 @@ def test_a_file_system_without_locks_is_trusted_and_other_errors_are_not(
     monkeypatch.setattr(fcntl, "flock", answer(errno.EIO))
     with FileLock(tmp_path / "lock") as lock, pytest.raises(OSError, match="Input/output"):
         lock.acquire()
+
+
+def test_words_for_numbers() -> None:
+    assert [count(n) for n in (0.5, 512, 99_999, 123_456, 1_234_567, 40e9)] == [
+        "0.5",
+        "512",
+        "99,999",
+        "123k",
+        "1.23M",
+        "40.00B",
+    ]
+    assert [duration(s) for s in (9, 3725, 90_061)] == ["0:00:09", "1:02:05", "1d 1:01:01"]
+    assert [human_bytes(size) for size in (12, 1_234_567, 3e15)] == ["12 bytes", "1.2 MB", "3000.0 TB"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_shows_position_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+    clock, err = Clock(), stream()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress.Progress(total=1000, done=100, unit="samples") as shown:
+        for _ in range(4):
+            clock.now += 2
+            shown.add(50)
+    live = stream is Terminal
+    printed = err.getvalue().replace("\r\x1b[K", "\n").split("\n") if live else err.getvalue().split("\n")
+    printed = [line for line in printed if line]
+    assert printed[0] == "150/1,000 samples | 25 samples/s | ETA 0:00:34"
+    assert printed[-1] == "300/1,000 samples | 25 samples/s | 0:00:08"
+    assert len(printed) == (5 if live else 3), "on a terminal each is drawn, elsewhere one every 5 s and the last"
+    assert ("\r" in err.getvalue()) == live

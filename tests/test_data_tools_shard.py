@@ -24,10 +24,11 @@ from PIL import Image
 from data_tools.__main__ import main as data_tools
 from data_tools.format.index import Dataset, hash_key, read_key, scan_tar
 from data_tools.format.tar_reader import Problem, walk
+from data_tools.io import output
 from data_tools.io.output import Output
-from data_tools.io.progress import Progress
 from data_tools.sharding import plan
 from data_tools.sharding.counts import Tally
+from data_tools.sharding.progress import ShardProgress
 from tests.support.picture_files import COLUMNS, contents, encoded, picture, rejects, shard, write_pairs
 
 
@@ -441,14 +442,14 @@ def test_ctrl_c_ends_at_once_and_the_run_continues_later(reference: Path, tmp_pa
     ]
 
 
-def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(total=1000, done=100)
-    progress._printed -= 60
-    progress._recent[0] = (progress._recent[0][0] - 2, 0, 0)
-    progress.add(Tally(180, 5_000_000, Counter({"html": 15, "truncated": 5})))
+def test_progress_names_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ShardProgress(total=1000, done=100)
+    progress.started -= 2
+    progress._recent[0] = (progress.started, 0)
+    progress.add_tally(Tally(180, 5_000_000, Counter({"html": 15, "truncated": 5})))
     line = capsys.readouterr().err
     assert "300/1,000 rows" in line and "left out 20 (html 15, truncated 5)" in line and "2.5 MB/s" in line
-    assert 95 <= int(line.split(" | ")[1].split()[0]) <= 100 and "ETA 7." in line
+    assert 95 <= int(line.split(" | ")[1].split()[0]) <= 100 and "ETA 0:00:07" in line
     progress.close()
     assert "ETA" not in capsys.readouterr().err
 
@@ -456,7 +457,7 @@ def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_two_runs_at_once_are_kept_apart(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Output(str(tmp_path))
     first.start()
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(output, "PATIENCE", 0.2)
     with first.locked("0-of-1"):
         assert shard(pairs, tmp_path) == 2
     assert shard(pairs, tmp_path) == 0

@@ -13,14 +13,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_tools.io import progress
 from tests.support.forked_ranks import run_ranks
 from trainer.core.distributed import rank
 from trainer.core.settings import parse
 from trainer.core.types import UserError
-from trainer.metrics import LogSettings, RunLog, meters, progress_line
+from trainer.metrics import LogSettings, RunLog, meters
 from trainer.metrics.log import LineFile, cut_back
 from trainer.metrics.meters import Meter
-from trainer.metrics.progress_line import ProgressLine, count, duration, render
+from trainer.metrics.progress_line import ProgressLine, render
 
 QUIET = LogSettings(trackers=(), every=2)
 VALUES = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "scale": 10.0, "bias": -10.0}
@@ -31,7 +32,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        for module in (meters, progress_line):
+        for module in (meters, progress):
             monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
@@ -218,27 +219,15 @@ def test_a_terminal_is_rewritten_and_elsewhere_lines_are_rare(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "60")
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        progress = ProgressLine(5_120_000, 30.0, stream)
+        line = ProgressLine(5_120_000, 30.0, stream)
         for _ in range(6):
-            progress.show(SHOWN)
+            line.show(SHOWN)
             clock.sleep(0.15)
-        progress.show(SHOWN, last=True)
-        progress.close()
+        line.show(SHOWN, last=True)
+        line.close()
     assert terminal.getvalue().count("\r\x1b[K") == 4 and terminal.getvalue().count("\n") == 1
     assert {len(part.rstrip()) for part in terminal.getvalue().split("\r\x1b[K")} == {0, 59}
     assert "\r" not in file.getvalue() and file.getvalue().count("\n") == 2
-
-
-def test_words_for_numbers() -> None:
-    assert [count(n) for n in (0.5, 512, 99_999, 123_456, 1_234_567, 40e9)] == [
-        "0.5",
-        "512",
-        "99,999",
-        "123k",
-        "1.23M",
-        "40.00B",
-    ]
-    assert [duration(s) for s in (9, 3725, 90_061)] == ["0:00:09", "1:02:05", "1d 1:01:01"]
 
 
 def test_a_meter_leaves_out_what_is_aside(clock: Clock) -> None:

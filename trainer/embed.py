@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from data_tools.io.errors import run_command
+from data_tools.io.progress import Progress
 from trainer import config
 from trainer.config import Recipe
 from trainer.core import collectives, distributed
@@ -79,9 +79,17 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
         return
     with ExitStack() as lock:
         missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
-        progress = Progress(source.size, sum(len(writer.samples(part)) for part in missing))
-        for part in missing[distributed.rank() :: distributed.world_size()]:
-            writer.write(part, np.concatenate(list(progress.over(embedder.rows(source, writer.samples(part))))))
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        done = source.size - sum(len(writer.samples(part)) for part in missing)
+        if done:
+            distributed.say(f"going on: {done:,} of {source.size:,} samples are embedded already")
+        with Progress(source.size, done, "samples", quiet=not distributed.is_main()) as progress:
+            for part in mine:
+                batches = []
+                for batch in embedder.rows(source, writer.samples(part)):
+                    batches.append(batch)
+                    progress.add(len(batch) * distributed.world_size())  # the other ranks are taken to be as fast
+                writer.write(part, np.concatenate(batches))
         collectives.barrier()
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
     left = f", {empty:,} could not be used and have none" if empty else ""
@@ -160,35 +168,6 @@ def tower_path(settings: ModelSettings) -> str:
     """Where the stored tower comes from."""
     tower = settings.image if settings.precomputed.side == "image" else settings.text
     return str(settings.path or (tower.path if tower else ""))
-
-
-class Progress:
-    """A line every few seconds from rank 0: it counts its own share and takes the others to be as fast."""
-
-    def __init__(self, total: int, left: int) -> None:
-        self.total, self.left, self.seen = total, left, 0
-        self.began = self.said = time.monotonic()
-        if left < total:
-            distributed.say(f"going on: {total - left:,} of {total:,} samples are embedded already")
-
-    def over(self, batches: Iterator[Half]) -> Iterator[Half]:
-        """The same batches, counted."""
-        for rows in batches:
-            self.seen += len(rows)
-            now = time.monotonic()
-            if now - self.said > 5:
-                self.said = now
-                distributed.say(self.line(now))
-            yield rows
-
-    def line(self, now: float) -> str:
-        seen = min(self.left, self.seen * distributed.world_size())
-        rate = seen / max(now - self.began, 1e-3)
-        minutes, seconds = divmod(int((self.left - seen) / rate), 60)
-        return (
-            f"embedded {self.total - self.left + seen:,}/{self.total:,} | {rate:,.0f} samples/s | ETA "
-            f"{minutes}:{seconds:02d}"
-        )
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

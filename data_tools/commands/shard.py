@@ -24,12 +24,12 @@ from data_tools.commands.merge import PLAN, REJECTS, merge, record_of, reopen_if
 from data_tools.format.index import MANIFEST
 from data_tools.io.errors import UserError
 from data_tools.io.output import Output
-from data_tools.io.progress import EXAMPLES, Progress
 from data_tools.io.remote import require_backend
 from data_tools.samples.images import ImageOptions
 from data_tools.samples.reject import explain
 from data_tools.sharding.counts import Tally
 from data_tools.sharding.plan import Plan, ShardOptions
+from data_tools.sharding.progress import EXAMPLES, ShardProgress
 from data_tools.sharding.ray import shard_on_ray
 from data_tools.sharding.workers import write_shards
 from data_tools.sources import KINDS, SourceOptions, open_source
@@ -267,10 +267,10 @@ def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.N
     done = sum(rows[shard] for shard in mine if shard not in todo)
     before = [line for record in records.values() if record for line in record["rejects"]]
     earlier = Counter(line["reason"] for line in before)
-    progress = Progress(sum(rows.values()), done, arguments.quiet)
+    progress = ShardProgress(sum(rows.values()), done, arguments.quiet)
 
     def hear(tally: Tally) -> None:
-        progress.add(tally)
+        progress.add_tally(tally)
         counts, seen = progress.rejected + earlier, progress.seen + done
         if seen >= min(_FEW, progress.total) and counts.total() > arguments.max_rejected * seen:
             raise UserError(_refusal(arguments.pairs, output, counts, seen, (before + progress.examples)[:EXAMPLES]))

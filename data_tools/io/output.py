@@ -22,6 +22,8 @@ from data_tools.io.files import publish, synced_file
 from data_tools.io.lock import FileLock
 from data_tools.io.remote import require_backend
 
+PATIENCE = 10.0
+"""Seconds to wait for the children of a killed run to end."""
 PARTS = ".parts"
 """Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them
 all."""
@@ -75,7 +77,7 @@ class Output:
             yield
             return
         with FileLock(self.scratch / f"lock-{task}") as lock:
-            if not lock.acquire(timeout=10):
+            if not lock.acquire(PATIENCE):
                 raise UserError(f"{self.root}: another run is writing here; wait for it or end it")
             if not lock.supported:
                 print(f"{self.root}: this file system has no locks; do not start the same task twice", file=sys.stderr)

@@ -1,81 +1,103 @@
-"""A line that says how fast it goes, what is left out and when it ends; redrawn on a terminal, every few seconds in a
-log."""
+"""Progress of long work: one line that is redrawn in place on a terminal, and a plain line every few seconds elsewhere.
+
+with Progress(total=num_samples, unit="samples") as progress:
+    for batch in batches:
+        progress.add(len(batch))                      # 1,024/50,000 samples | 311 samples/s | ETA 0:02:37
+"""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
 
-from data_tools.sharding.counts import Tally
+from data_tools.io.formatting import duration
 
-EXAMPLES = 1000
+REDRAW_SECONDS = 0.2
+
+
+class StatusLine:
+    """Shows the newest state of something on ``stream`` (stderr): every 0.2 s in place on a terminal, every ``seconds``
+    as a line elsewhere."""
+
+    def __init__(self, seconds: float, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._every = REDRAW_SECONDS if self._terminal else seconds
+        self._next = 0.0
+        self._open = False
+
+    def show(self, render: Callable[[int | None], str], last: bool = False) -> None:
+        """Shows ``render(width)`` when it is time, or when it is the ``last``. ``width`` is the columns there are, None
+        where there is no terminal."""
+        now = time.monotonic()
+        if now < self._next and not last:
+            return
+        self._next = now + self._every
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[K{render(width)[:width]}")
+            self._open = True
+        else:
+            self._stream.write(render(None) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the line, which stays on the terminal."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open = False
 
 
 class Progress:
-    """Counts rows of all workers and prints to stderr."""
+    """Counts to ``total`` and shows the rate of the last half minute or so and the time left; ``done`` units were done
+    before. ``rate_unit`` is what the rate counts, ``unit`` unless given."""
 
-    def __init__(self, total: int, done: int, quiet: bool = False) -> None:
-        self.total, self.done, self.images, self.bytes = total, done, 0, 0
-        self.rejected: Counter[str] = Counter()
-        self.examples: list[dict[str, str]] = []
-        """The first ones that were left out."""
+    def __init__(self, total: int, done: int = 0, unit: str = "rows", rate_unit: str = "", quiet: bool = False) -> None:
+        self.total, self.done, self.seen = total, done, 0
+        """``seen`` counts the units of this run."""
+        self.unit, self.rate_unit = unit, rate_unit or unit
         self.started = time.monotonic()
-        self._quiet, self._tty = quiet, sys.stderr.isatty()
-        self._recent: deque[tuple[float, int, int]] = deque([(self.started, 0, 0)], maxlen=120)
-        self._printed = self.started
+        self._status = None if quiet else StatusLine(seconds=5.0)
+        self._recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=120)
 
-    @property
-    def seen(self) -> int:
-        """Rows looked at by this run."""
-        return self.images + sum(self.rejected.values())
-
-    def add(self, tally: Tally) -> None:
-        """Adds a worker's report and prints when it is time to."""
-        self.images += tally.images
-        self.bytes += tally.bytes
-        self.rejected += tally.rejected
-        self.examples += tally.examples[: EXAMPLES - len(self.examples)]
+    def add(self, units: int) -> None:
+        """``units`` more are done."""
+        self.seen += units
         now = time.monotonic()
-        self._recent.append((now, self.seen, self.bytes))
-        if not self._quiet and now - self._printed > (0.2 if self._tty else 5.0):
-            self._printed = now
-            self._print(self.line(now), "\r" if self._tty else "\n")
+        self._recent.append((now, self.seen))
+        if self._status is not None and now - self.started >= REDRAW_SECONDS:
+            self._status.show(lambda _: self.line(now))
 
     def line(self, now: float) -> str:
-        """The rates are those of the last half minute or so."""
-        start, rows, size = self._recent[0]
-        seconds = max(now - start, 1e-3)
-        rate = (self.seen - rows) / seconds
-        left = self.total - self.done - self.seen
-        eta = _clock(left / rate) if rate > 0 else "?"
-        parts = [
-            f"{self.done + self.seen:,}/{self.total:,} rows",
-            f"{rate:,.0f} images/s",
-            f"{(self.bytes - size) / seconds / 1e6:,.1f} MB/s",
-        ]
-        if self.rejected:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common(4))
-            parts.append(f"left out {sum(self.rejected.values()):,} ({reasons})")
-        return " | ".join([*parts, f"ETA {eta}"])
+        """The state as text."""
+        start, seen = self._recent[0]
+        rate = (self.seen - seen) / max(now - start, 1e-3)
+        left = f"ETA {duration(max(self.total - self.done - self.seen, 0) / rate)}" if rate > 0 else "ETA ?"
+        return " | ".join([*self._facts(rate), left])
+
+    def _facts(self, rate: float) -> list[str]:
+        position = f"{self.done + self.seen:,}/{self.total:,} {self.unit}"
+        return [position, f"{rate:,.0f} {self.rate_unit}/s", *self.details()]
+
+    def details(self) -> list[str]:
+        """What else there is to say, between the rate and the time left."""
+        return []
 
     def close(self) -> None:
-        """The last line, with the rates of the whole run."""
-        if self._quiet:
-            return
-        self._recent = deque([(self.started, 0, 0)])
-        now = time.monotonic()
-        self._print(self.line(now).rpartition(" | ")[0] + f" | {_clock(now - self.started)}", "\n")
+        """The last line: the rate and the duration of this run as a whole."""
+        if self._status is not None:
+            seconds = max(time.monotonic() - self.started, 1e-3)
+            text = " | ".join([*self._facts(self.seen / seconds), duration(seconds)])
+            self._status.show(lambda _: text, last=True)
+            self._status.close()
 
-    def _print(self, text: str, end: str) -> None:
-        if self._tty:
-            width = shutil.get_terminal_size().columns - 1
-            text = text[:width].ljust(width)
-        print(text, end=end, file=sys.stderr, flush=True)
+    def __enter__(self) -> Progress:
+        return self
 
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}" if minutes else f"{seconds:.1f} s"
+    def __exit__(self, *_: object) -> None:
+        self.close()

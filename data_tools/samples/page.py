@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_tools.io.formatting import human_bytes
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import decode
 from data_tools.samples.reject import Reject
@@ -174,15 +175,6 @@ def thumbnail(image: bytes) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def human_bytes(size: float) -> str:
-    """1,234,567 -> "1.2 MB"."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def short(value: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import trainer
+from data_tools.io.formatting import count, duration
 from trainer.report.chart import line_chart
 from trainer.report.curves import Log
 from trainer.report.gallery import gallery_html
@@ -92,7 +93,7 @@ def _lead(facts: Facts) -> str:
     elif model.get("path"):
         parts.append(str(model["path"]))
     if facts.log.last.get("samples_seen"):
-        parts.append(f"{_count(facts.log.last['samples_seen'])} pairs seen")
+        parts.append(f"{count(facts.log.last['samples_seen'])} pairs seen")
     size = (recipe.get("batch") or {}).get("size")
     if size:
         parts.append(f"global batch {size:,}")
@@ -115,7 +116,7 @@ def _tiles(facts: Facts) -> str:
     if "memory_bytes" in last:
         tiles.append(_tile("memory per rank", f"{last['memory_bytes'] / 2**30:.1f} <small>GiB</small>"))
     if "seconds" in last:
-        tiles.append(_tile("training time", _duration(last["seconds"])))
+        tiles.append(_tile("training time", duration(last["seconds"])))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -292,19 +293,3 @@ def _usual(log: Log, key: str) -> float:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}%"
-
-
-def _count(number: float) -> str:
-    for limit, sign in ((1e9, "B"), (1e6, "M")):
-        if number >= limit:
-            return f"{number / limit:.3g}{sign}"
-    return f"{number:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    small = "<small>{}</small>".format
-    return (
-        f"{hours}{small(' h')} {minutes}{small(' min')}" if hours else f"{minutes}{small(' min')} {rest}{small(' s')}"
-    )

@@ -1,0 +1,29 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def count(number: float) -> str:
+    """1234 -> 1,234; 1234567 -> 1.23M."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e5, "k")):
+        if number >= limit:
+            scaled = number / (1e3 if unit == "k" else limit)
+            return f"{scaled:.2f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1:02:05; days in front where there are some."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def human_bytes(size: float) -> str:
+    """1,234,567 -> 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
