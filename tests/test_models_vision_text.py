@@ -153,7 +153,7 @@ def test_a_convolutional_tower_embeds_every_picture_by_itself(
 
 def test_what_is_no_exact_or_no_plain_pair_is_refused(towers: dict[str, TowerSettings]) -> None:
     for config, message in (
-        ({"image_size": 16}, "start from a pretrained one"),
+        ({"image_size": 32}, "start from a pretrained one"),
         ({"model_type": "resnet"}, "take efficientnet or convnext"),
     ):
         with pytest.raises(UserError, match=message) as error:

@@ -34,15 +34,14 @@ from trainer.config import Recipe
 from trainer.core import collectives, distributed
 from trainer.core.collectives import on_main
 from trainer.core.settings import describe
-from trainer.core.types import Stored, UserError
+from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source
 from trainer.data.settings import SourceSettings, sharded
 from trainer.data.source import Source
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.models.dual_encoder import stored_tower, whole
-from trainer.models.precomputed import PrecomputedSettings
+from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
 
 
 def main(argv: list[str]) -> int:
@@ -56,10 +55,10 @@ def main(argv: list[str]) -> int:
             "model.lock.image)"
         )
     with distributed.process_group(recipe.run.timeout) if "RANK" in os.environ else nullcontext():
-        model = build(whole(recipe.model))
-        stored = stored_tower(model.towers, model.preprocess, recipe.model.precomputed)
+        model = build(recipe.model.without_precomputed_tower)
+        precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
         embedder = Embedder(
-            model.to(distributed.device()).eval(), stored, recipe, options.batch_size, options.precision
+            model.to(distributed.device()).eval(), precomputed, recipe, options.batch_size, options.precision
         )
         for source in (
             [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources
@@ -73,9 +72,9 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
     """Writes the column of one dataset; every rank calls."""
     source = open_source(settings, recipe.data)
     facts = embedder.facts(source)
-    writer = ColumnWriter(source.dataset, embedder.stored, storage, facts)
+    writer = ColumnWriter(source.dataset, embedder.precomputed, storage, facts)
     if on_main(lambda: {"there": writer.finished()})["there"]:
-        distributed.say(f"{source.dataset.root}: {embedder.stored.column!r} is there already, made by this tower")
+        distributed.say(f"{source.dataset.root}: {embedder.precomputed.column!r} is there already, made by this tower")
         return
     with ExitStack() as lock:
         missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
@@ -94,18 +93,20 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
     left = f", {empty:,} could not be used and have none" if empty else ""
     distributed.say(
-        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.stored.width} numbers as "
-        f"{embedder.stored.column!r}{left}"
+        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.precomputed.width} numbers as "
+        f"{embedder.precomputed.column!r}{left}"
     )
 
 
 class Embedder:
     """Samples of a source -> what the locked tower gives for them."""
 
-    def __init__(self, model: DualEncoder, stored: Stored, recipe: Recipe, batch_size: int, precision: str) -> None:
-        self.model, self.stored, self.recipe, self.batch_size, self.precision = (
+    def __init__(
+        self, model: DualEncoder, precomputed: PrecomputedTower, recipe: Recipe, batch_size: int, precision: str
+    ) -> None:
+        self.model, self.precomputed, self.recipe, self.batch_size, self.precision = (
             model,
-            stored,
+            precomputed,
             recipe,
             batch_size,
             precision,
@@ -115,7 +116,7 @@ class Embedder:
 
     def facts(self, source: Source) -> dict[str, object]:
         """What the manifest says of the column beside its tower."""
-        texts = {"captions": source.fields} if self.stored.side == "text" else {}
+        texts = {"captions": source.fields} if self.precomputed.side == "text" else {}
         return {"model": tower_path(self.recipe.model), "precision": self.precision, **texts}
 
     def rows(self, source: Source, samples: range) -> Iterator[Half]:
@@ -135,7 +136,7 @@ class Embedder:
         """The tower's input: uint8 [3, h, w], or a caption; None where the sample cannot be used."""
         data, preprocess = self.recipe.data, self.model.preprocess
         try:
-            if self.stored.side == "text":
+            if self.precomputed.side == "text":
                 captions = source.captions(sample)
                 if len(captions) > 1:
                     raise UserError(
@@ -149,12 +150,12 @@ class Embedder:
             return None
 
     def _embed(self, found: list[Tensor | str | None]) -> Half:
-        rows = np.zeros((len(found), self.stored.width), np.float16)
+        rows = np.zeros((len(found), self.precomputed.width), np.float16)
         usable = [row for row, one in enumerate(found) if one is not None]
         if not usable:
             return rows
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
-            if self.stored.side == "image":
+            if self.precomputed.side == "image":
                 pixels = torch.stack([one for one in found if isinstance(one, Tensor)])
                 output = self.model.tower_output("image", pixels.to(self.device))
             else:

@@ -97,14 +97,14 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class PrecomputedTower:
     """A locked tower's embeddings as a column beside the shards, which stand in for its inputs."""
 
     side: Literal["image", "text"]
     column: str
     """Name of the column."""
-    tower: str
-    """Fingerprint of the tower that must have made it."""
+    fingerprint: str
+    """That of the tower that must have made it."""
     width: int
     """Numbers in each embedding."""
 
@@ -127,5 +127,5 @@ class Preprocess:
     """Context length: every caption is cut or padded to it."""
     tokenize: Callable[[list[str]], tuple[Tensor, Tensor]]
     """Captions -> (tokens [b, num_tokens] int64, mask [b, num_tokens] bool). Picklable: loader workers call it."""
-    stored: Stored | None = None
+    precomputed: PrecomputedTower | None = None
     """The tower whose embeddings are read instead of its inputs."""

@@ -1,7 +1,7 @@
 """Embeddings of a locked tower as a side-car column of a dataset: read row by row in training, written in parts that
 survive a kill.
 
-    column = StoredColumn(dataset, preprocess.stored)         # refuses what another tower made
+    column = PrecomputedColumn(dataset, preprocess.precomputed)         # refuses what another tower made
     column.read(17)                                           # [k] float16
 
 A column is what `python -m data_tools join` lays beside the tars, ``columns/NAME.npy`` [num_samples, k] in the order of
@@ -27,7 +27,7 @@ from data_tools.format.columns import amended_columns
 from data_tools.format.index import MANIFEST, Dataset, Strings, load_array
 from data_tools.io.files import atomic_file
 from data_tools.io.lock import FileLock
-from trainer.core.types import Stored, UserError
+from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.transforms import Damaged
 
 Storage = Literal["fp16", "int8"]
@@ -36,16 +36,16 @@ ROWS = 8192
 """Samples of a part: what a killed run may lose, on each rank."""
 
 
-class StoredColumn:
+class PrecomputedColumn:
     """The rows of one dataset's column. Raises UserError where it is not there, not whole, or of another tower."""
 
-    def __init__(self, dataset: Dataset, stored: Stored, captions: list[str]) -> None:
-        where = f"{dataset.root}: the stored embeddings {stored.column!r}"
+    def __init__(self, dataset: Dataset, precomputed: PrecomputedTower, captions: list[str]) -> None:
+        where = f"{dataset.root}: the stored embeddings {precomputed.column!r}"
         again = (
-            f"write others with `python -m trainer.embed RECIPE model.precomputed.{stored.side}=ANOTHER_NAME`, or "
+            f"write others with `python -m trainer.embed RECIPE model.precomputed.{precomputed.side}=ANOTHER_NAME`, or "
             f"name the ones that fit"
         )
-        entry = dataset.manifest.get("columns", {}).get(stored.column)
+        entry = dataset.manifest.get("columns", {}).get(precomputed.column)
         if entry is None:
             there = ", ".join(dataset.columns) or "none"
             raise UserError(
@@ -55,30 +55,30 @@ class StoredColumn:
             raise UserError(
                 f"{where} do not say which tower made them: a column of `data_tools join` cannot stand for one; {again}"
             )
-        if entry["side"] != stored.side:
+        if entry["side"] != precomputed.side:
             raise UserError(
-                f"{where} are of the {entry['side']} tower, model.precomputed.{stored.side} needs the other's; {again}"
+                f"{where} are of the {entry['side']} tower, model.precomputed.{precomputed.side} needs the other's; {again}"
             )
         try:
-            values = dataset.column(stored.column)
-            scale = dataset.column(f"{stored.column}.scale") if entry["dtype"] == "int8" else None
+            values = dataset.column(precomputed.column)
+            scale = dataset.column(f"{precomputed.column}.scale") if entry["dtype"] == "int8" else None
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{where} cannot be read ({error}); {again}") from None
         assert not isinstance(values, Strings), "texts have no tower"
         assert not isinstance(scale, Strings), "texts have no tower"
-        if values.ndim != 2 or values.shape[1] != stored.width:
+        if values.ndim != 2 or values.shape[1] != precomputed.width:
             raise UserError(
-                f"{where} have shape {list(values.shape)}, the tower gives {stored.width} numbers a sample; {again}"
+                f"{where} have shape {list(values.shape)}, the tower gives {precomputed.width} numbers a sample; {again}"
             )
-        if entry["tower"] != stored.tower:
-            made, ours = entry["tower"][:12], stored.tower[:12]
+        if entry["tower"] != precomputed.fingerprint:
+            made, ours = entry["tower"][:12], precomputed.fingerprint[:12]
             raise UserError(
                 f"{where} were made by another tower (fingerprint {made} of {entry['model']}, here it is {ours}); "
                 f"{again}"
             )
         if len(values) != dataset.num_samples or (scale is not None and len(scale) != dataset.num_samples):
             raise UserError(f"{where} are {len(values):,}, the dataset has {dataset.num_samples:,} samples; {again}")
-        if stored.side == "text" and entry["captions"] != captions:
+        if precomputed.side == "text" and entry["captions"] != captions:
             raise UserError(
                 f"{where} are of the captions {entry['captions'] or 'txt'}, data.caption asks for "
                 f"{captions or 'txt'}; {again}"
@@ -107,7 +107,9 @@ class ColumnWriter:
     A run that finds parts of the same tower and dataset goes on from them.
     """
 
-    def __init__(self, dataset: Dataset, stored: Stored, storage: Storage, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, dataset: Dataset, precomputed: PrecomputedTower, storage: Storage, facts: dict[str, Any]
+    ) -> None:
         if dataset.is_remote or not Path(dataset.root, MANIFEST).is_file():
             remedy = (
                 "copy it to a local folder"
@@ -115,13 +117,18 @@ class ColumnWriter:
                 else f"`python -m data_tools index {dataset.root}` makes a manifest"
             )
             raise UserError(f"{dataset.root}: columns are written beside a local manifest: {remedy}")
-        self.dataset, self.stored, self.storage, self.facts = dataset, stored, storage, facts
-        state = [stored.tower, stored.column, facts, [[e["name"], e["samples"]] for e in dataset.manifest["shards"]]]
+        self.dataset, self.precomputed, self.storage, self.facts = dataset, precomputed, storage, facts
+        state = [
+            precomputed.fingerprint,
+            precomputed.column,
+            facts,
+            [[e["name"], e["samples"]] for e in dataset.manifest["shards"]],
+        ]
         key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
         self.scratch = Path(
             dataset.root, ".embed"
         )  # not data_tools' .parts: `merge`, `index` and `join` clear that when they end
-        self.folder = self.scratch / f"{stored.column}-{key}"
+        self.folder = self.scratch / f"{precomputed.column}-{key}"
 
     @property
     def num_parts(self) -> int:
@@ -129,14 +136,14 @@ class ColumnWriter:
 
     def finished(self) -> bool:
         """Whether the column is there already. Raises UserError where its name is taken by another."""
-        entry = self.dataset.manifest.get("columns", {}).get(self.stored.column)
+        entry = self.dataset.manifest.get("columns", {}).get(self.precomputed.column)
         if entry is None:
             return False
-        StoredColumn(self.dataset, self.stored, self.facts.get("captions", []))
+        PrecomputedColumn(self.dataset, self.precomputed, self.facts.get("captions", []))
         storage = "int8" if entry["dtype"] == "int8" else "fp16"
         if storage != self.storage:
             raise UserError(
-                f"{self.dataset.root}: the column {self.stored.column!r} is there as {storage}; give the "
+                f"{self.dataset.root}: the column {self.precomputed.column!r} is there as {storage}; give the "
                 f"{self.storage} another name"
             )
         return True
@@ -168,7 +175,9 @@ class ColumnWriter:
         embedding."""
         empty = sum(int((~self._read(part).any(axis=1)).sum()) for part in range(self.num_parts))
         with amended_columns(self.dataset) as entries:
-            for left_over in Path(self.dataset.root, "columns").glob(f".{self.stored.column}.*.tmp"):  # of a killed run
+            for left_over in Path(self.dataset.root, "columns").glob(
+                f".{self.precomputed.column}.*.tmp"
+            ):  # of a killed run
                 left_over.unlink()
             entries |= self._join(empty)
         shutil.rmtree(self.folder)
@@ -176,8 +185,8 @@ class ColumnWriter:
 
     def _join(self, empty: int) -> dict[str, dict[str, Any]]:
         """The column's file from its parts; its entries for the manifest."""
-        columns, name, parts = Path(self.dataset.root, "columns"), self.stored.column, range(self.num_parts)
-        count, width = self.dataset.num_samples, self.stored.width
+        columns, name, parts = Path(self.dataset.root, "columns"), self.precomputed.column, range(self.num_parts)
+        count, width = self.dataset.num_samples, self.precomputed.width
         entries: dict[str, dict[str, Any]] = {}
         if self.storage == "int8":
             _save(columns / f"{name}.npy", (to_int8(self._read(part))[0] for part in parts), (count, width), np.int8)
@@ -189,8 +198,8 @@ class ColumnWriter:
             "file": f"columns/{name}.npy",
             "dtype": "int8" if self.storage == "int8" else "float16",
             "shape": [count, width],
-            "side": self.stored.side,
-            "tower": self.stored.tower,
+            "side": self.precomputed.side,
+            "tower": self.precomputed.fingerprint,
             "empty": empty,
             **self.facts,
         }
@@ -206,7 +215,7 @@ class ColumnWriter:
             raise UserError(
                 f"{self._path(part)}: not whole ({error}); remove it and run again to write it anew"
             ) from None
-        assert rows.shape == (len(self.samples(part)), self.stored.width), self._path(part)
+        assert rows.shape == (len(self.samples(part)), self.precomputed.width), self._path(part)
         return rows
 
 

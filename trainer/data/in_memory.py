@@ -29,7 +29,7 @@ def fits_memory(sources: Sequence[Source], settings: DataSettings, preprocess: P
     """Whether all resized pictures fit data.cache_decoded and nothing random is done to them."""
     shape, dtype = Rows.shapes(sum(source.size for source in sources), preprocess)[0]
     need = math.prod(shape) * np.dtype(dtype).itemsize
-    stored_texts = preprocess.stored is not None and preprocess.stored.side == "text"  # mapped as they are
+    stored_texts = preprocess.precomputed is not None and preprocess.precomputed.side == "text"  # mapped as they are
     return not settings.augment.active and not stored_texts and need <= settings.cache_decoded * 2**30
 
 
@@ -82,7 +82,7 @@ class MemoryReader(Reader):
                 continue  # twice in this batch
             source, sample = int(sources[row]), int(samples[row])
             try:
-                if self.stored is not None:
+                if self.precomputed is not None:
                     self.pixels[number] = self.columns[source].read(sample)
                     found = self.sources[source].captions(sample)
                 else:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import NUM_DRAWS, augment
-from trainer.data.embedding_column import StoredColumn
+from trainer.data.embedding_column import PrecomputedColumn
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
 from trainer.data.settings import DataSettings
 from trainer.data.source import Source
@@ -46,9 +46,9 @@ class Rows(NamedTuple):
     @classmethod
     def shapes(cls, rows: int, preprocess: Preprocess) -> list[tuple[tuple[int, ...], type[Any]]]:
         """Shape and dtype of each array."""
-        tokens, stored = (rows, preprocess.num_tokens), preprocess.stored
-        side = stored.side if stored else None
-        embedding: tuple[tuple[int, ...], type[Any]] = ((rows, stored.width if stored else 0), np.float16)
+        tokens, precomputed = (rows, preprocess.num_tokens), preprocess.precomputed
+        side = precomputed.side if precomputed else None
+        embedding: tuple[tuple[int, ...], type[Any]] = ((rows, precomputed.width if precomputed else 0), np.float16)
         return [
             embedding if side == "image" else ((rows, 3, *preprocess.image_size), np.uint8),
             embedding if side == "text" else (tokens, np.int32),
@@ -94,14 +94,16 @@ class Reader:
         self.order = make_order(self.sources, settings, seed)
         self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
         self.draw_key = derive_key(seed, "augment")
-        self.stored = preprocess.stored
-        if self.stored is not None and self.stored.side == "image" and settings.augment.active:
+        self.precomputed = preprocess.precomputed
+        if self.precomputed is not None and self.precomputed.side == "image" and settings.augment.active:
             raise UserError(
                 "data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or "
                 "model.precomputed"
             )
         self.columns = (
-            [StoredColumn(source.dataset, self.stored, source.fields) for source in self.sources] if self.stored else []
+            [PrecomputedColumn(source.dataset, self.precomputed, source.fields) for source in self.sources]
+            if self.precomputed
+            else []
         )
 
     def fill(self, positions: Ints, rows: Rows) -> list[Skip]:
@@ -126,7 +128,7 @@ class Reader:
         return skips
 
     def _sample(self, source: int, sample: int, draws: NDArray[np.float64], rows: Rows, row: int) -> str:
-        side = self.stored.side if self.stored else None
+        side = self.precomputed.side if self.precomputed else None
         if side is not None:
             (rows.pixels if side == "image" else rows.tokens)[row] = self.columns[source].read(sample)
         if side == "image":
@@ -149,7 +151,7 @@ class Reader:
 
     def write_text(self, captions: list[str], rows: Rows) -> None:
         """Tokens, mask and groups of ``captions`` into the first rows."""
-        if self.stored is not None and self.stored.side == "text":
+        if self.precomputed is not None and self.precomputed.side == "text":
             rows.token_mask[: len(captions)] = True
         else:
             tokens, mask = self.preprocess.tokenize(captions)

@@ -33,7 +33,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{where}").eval()
-processor = AutoProcessor.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained("{where}")
 """
 
 USE = """captions = ["a photo of a cat", "a photo of a dog"]

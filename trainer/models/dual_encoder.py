@@ -14,39 +14,23 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from trainer.core.distributed import say
-from trainer.core.types import Embeddings, Preprocess, Stored, UserError
+from trainer.core.types import Embeddings, Preprocess
 from trainer.models.adapt.batch_norm import fixed_batch_norms
-from trainer.models.adapt.bottleneck import narrow_embedding, widened
+from trainer.models.adapt.bottleneck import narrow_embedding
 from trainer.models.adapt.lock import lock_towers
-from trainer.models.adapt.lora import (
-    add_lora,
-    base_digest,
-    hold_base,
-    load_adapter,
-    merged_weights,
-    read_sidecar,
-    save_adapter,
-)
+from trainer.models.adapt.lora import add_lora, base_digest, hold_base, load_adapter, read_sidecar
 from trainer.models.adapt.mask import drop_patches, drop_tokens
 from trainer.models.adapt.quantize import QUANTIZED, quantize
 from trainer.models.adapt.recompute import recompute
-from trainer.models.card import whole_card
 from trainer.models.naflex import NAFLEX, patch_inputs, unpack
 from trainer.models.param_groups import ParameterGroup, Tower, parameter_groups, tower_of
-from trainer.models.precomputed import PrecomputedSettings, fingerprint, locked_part, take_out, width_of
-from trainer.models.preprocess import make_processor, read_preprocess, read_tokenizer
+from trainer.models.pooling import embed_dim, pool, pooling_of, special_tokens
+from trainer.models.precomputed import locked_part, precomputed_tower, remove_tower
+from trainer.models.preprocess import read_preprocess, read_tokenizer
+from trainer.models.save import save_adapter_of, save_pretrained
 from trainer.models.settings import ModelSettings
 from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
 from trainer.models.vision_text import PAIR
-
-SIGLIP = ("siglip", NAFLEX)
-"""Families with a bias of their own and no projection size beside the text tower's."""
-
-
-def embed_dim(towers: PreTrainedModel) -> int:
-    """Width d of the embeddings that both towers end in."""
-    config: Any = towers.config
-    return config.text_config.projection_size if config.model_type in SIGLIP else config.projection_dim
 
 
 class Head(nn.Module):
@@ -90,8 +74,8 @@ class DualEncoder(nn.Module):
         self.base = base  # the digest of the model that an adapter belongs to
         self.unsaved: frozenset[str] = frozenset()
         """Parameters that checkpoints of this model do not hold, because training ran without them ..."""
-        self.tower = preprocess.stored.tower if preprocess.stored is not None else ""
-        """... and the fingerprint of the stored tower that they belong to."""
+        self.tower = preprocess.precomputed.fingerprint if preprocess.precomputed is not None else ""
+        """... and the fingerprint of the precomputed tower that they belong to."""
         self._lent: tuple[DualEncoder, ...] = ()  # in a tuple it is no submodule: DeepSpeed does not meet it
         self.patch_drop = drop_patches(towers, settings.mask)
         self.token_drop = drop_tokens(settings.mask, preprocess.num_tokens)
@@ -130,12 +114,14 @@ class DualEncoder(nn.Module):
         return Embeddings(image, text, scale, bias)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or stored outputs of the tower [b, k] -> [b, d] float32 of
-        length 1."""
+        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or precomputed outputs of the tower [b, k] -> [b, d] float32
+        of length 1."""
         if pixels.is_floating_point():
             return self._finish("image", pixels)
         if self._absent == "image":
             return self._finish("image", self._lent[0].tower_output("image", pixels))
+        if self.family == PAIR:
+            return self._finish("image", self._pooled_image(pixels))
         towers: Any = self.towers
         if self.family == NAFLEX:
             patches, grids = unpack(pixels)
@@ -146,7 +132,7 @@ class DualEncoder(nn.Module):
         return normalize(towers.get_image_features(**inputs).pooler_output.float(), dim=-1)
 
     def embed_texts(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """[b, n] int64, or stored outputs of the tower [b, k] -> [b, d] float32 of length 1.
+        """[b, n] int64, or precomputed outputs of the tower [b, k] -> [b, d] float32 of length 1.
 
         Only the text model of a pair uses ``token_mask``: SigLIP attends to padding by design, and CLIP, being causal,
         reads the embedding at the end token, before any padding. Without a mask attention takes its fast path.
@@ -157,41 +143,50 @@ class DualEncoder(nn.Module):
             return self._finish("text", self._lent[0].tower_output("text", tokens, token_mask))
         towers: Any = self.towers
         if self.token_drop is not None and self.token_drop.active and self.training:
-            whole = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
-            tokens, token_mask = self.token_drop(tokens, whole)
-        mask = token_mask if self.family == PAIR else None
-        return normalize(towers.get_text_features(input_ids=tokens, attention_mask=mask).pooler_output.float(), dim=-1)
+            every = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+            tokens, token_mask = self.token_drop(tokens, every)
+        if self.family == PAIR:
+            return self._finish("text", self._pooled_text(tokens, token_mask))
+        return normalize(towers.get_text_features(input_ids=tokens).pooler_output.float(), dim=-1)
 
     def tower_output(self, side: Tower, inputs: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """What is stored of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding (see
-        models/stored.py)."""
+        """What is precomputed of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding
+        (see models/precomputed.py)."""
         if self.family != PAIR:
             return self.embed_images(inputs) if side == "image" else self.embed_texts(inputs, token_mask)
+        pooled = self._pooled_image(inputs) if side == "image" else self._pooled_text(inputs, token_mask)
+        return pooled.float()
+
+    def _pooled_image(self, pixels: Tensor) -> Tensor:
         towers: Any = self.towers
-        if side == "image":
-            found = towers.vision_model(pixel_values=inputs * self.pixel_scale + self.pixel_shift)
-        else:
-            found = towers.text_model(input_ids=inputs, attention_mask=token_mask)
-        return found.pooler_output.float()
+        output = towers.vision_model(pixel_values=pixels * self.pixel_scale + self.pixel_shift)
+        special = special_tokens(towers.config.vision_config)
+        return pool(output, pooling_of(towers.config, "image"), special=special)
+
+    def _pooled_text(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        towers: Any = self.towers
+        output = towers.text_model(input_ids=tokens, attention_mask=token_mask)
+        return pool(output, pooling_of(towers.config, "text"), token_mask)
 
     def _finish(self, side: Tower, output: Tensor) -> Tensor:
         towers: Any = self.towers
         if self.family == PAIR:
-            output = (towers.visual_projection if side == "image" else towers.text_projection)(output.float())
+            projection = towers.visual_projection if side == "image" else towers.text_projection
+            output = projection(output.to(projection.weight.dtype))
         return normalize(output.float(), dim=-1)
 
     @property
     def _absent(self) -> Tower | None:
-        return self.preprocess.stored.side if self.preprocess.stored is not None else None
+        return self.preprocess.precomputed.side if self.preprocess.precomputed is not None else None
 
     @contextmanager
     def with_every_tower(self) -> Iterator[None]:
-        """A stored tower is read and put on the device for as long as this lasts: evaluation embeds pictures that are
-        stored nowhere."""
+        """A precomputed tower is read and put on the device for as long as this lasts: evaluation embeds pictures that
+        are stored nowhere."""
         if self._absent is None:
             yield
             return
-        self._lent = (build(whole(self.settings)).to(self.pixel_scale.device).eval(),)
+        self._lent = (build(self.settings.without_precomputed_tower).to(self.pixel_scale.device).eval(),)
         try:
             yield
         finally:
@@ -225,56 +220,12 @@ class DualEncoder(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An
-        adapter is merged.
-
-        ``state`` holds full float32 weights by this module's parameter names, where the module itself holds only a
-        partition of them.
-        """
-        state = self.state_dict() if state is None else state
-        weights = self._tower_state(state)
-        if self.settings.token_bottleneck:
-            weights = widened(weights)
-        if self.settings.lora is not None:
-            with quietly():
-                weights = merged_weights(self.towers, weights)
-        scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
-        weights["logit_scale"] = scale.reshape(1) if self.family in SIGLIP else scale.reshape(())
-        config = self.towers.config
-        if self.family in SIGLIP:
-            weights["logit_bias"] = (torch.zeros(1) if bias is None else bias).reshape(1)
-        elif bias is not None:
-            config.logit_bias = float(bias)  # transformers has no such parameter there; ours reads it from the config
-        config.architectures = [type(self.towers).__name__]
-        weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        with quietly():
-            _plain(self.towers).save_pretrained(folder, state_dict=weights)
-            make_processor(self.preprocess, self.towers.config).save_pretrained(folder)
-        text = whole_card(self, str(folder), [], "")
-        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+        """Writes a plain Hugging Face directory: see models/save.py."""
+        save_pretrained(self, Path(folder), self.state_dict() if state is None else state)
 
     def save_adapter(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside
-        it.
-
-        ``state`` as in ``save_pretrained``.
-        """
-        if self.settings.lora is None:
-            raise UserError("model.lora is not set: there is no adapter to save; export the whole model")
-        state = self.state_dict() if state is None else state
-        scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
-        head = {"logit_scale": float(scale), "logit_bias": None if bias is None else float(bias)}
-        save_adapter(self.towers, Path(folder), self._tower_state(state), self.base, head)
-
-    def _tower_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix("towers."): value for name, value in state.items() if name.startswith("towers.")}
-
-
-def _plain(towers: PreTrainedModel) -> PreTrainedModel:
-    # What save_pretrained needs of a model is its class and config: with an adapter inside, a shell without weights
-    # stands in for it.
-    with torch.device("meta"):
-        return type(towers)(towers.config)
+        """Writes a plain PEFT adapter of the base model: see models/save.py."""
+        save_adapter_of(self, Path(folder), self.state_dict() if state is None else state)
 
 
 def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
@@ -320,9 +271,9 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     head.requires_grad_(not settings.lock.scale)
     if settings.precomputed.side is not None:
         preprocess = dataclasses.replace(
-            preprocess, stored=stored_tower(towers, preprocess, settings.precomputed, weights)
+            preprocess, precomputed=precomputed_tower(towers, preprocess, settings.precomputed, weights)
         )
-        take_out(towers, settings.precomputed.side)
+        remove_tower(towers, settings.precomputed.side)
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
         say(
@@ -336,22 +287,8 @@ def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder
     """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the
     checkpoint has not."""
     side = settings.precomputed.side
-    model = build(whole(settings), weights=weights or side is not None)
+    model = build(settings.without_precomputed_tower, weights=weights or side is not None)
     if side is not None:
         model.unsaved = frozenset(f"towers.{name}" for name in locked_part(model.towers, side))
-        model.tower = stored_tower(model.towers, model.preprocess, settings.precomputed).tower
+        model.tower = precomputed_tower(model.towers, model.preprocess, settings.precomputed).fingerprint
     return model
-
-
-def stored_tower(
-    towers: PreTrainedModel, preprocess: Preprocess, settings: PrecomputedSettings, weights: bool = True
-) -> Stored:
-    """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for who plans)."""
-    assert settings.side is not None
-    tower = fingerprint(towers, preprocess, settings.side) if weights else ""
-    return Stored(settings.side, settings.column, tower, width_of(towers, settings.side, embed_dim(towers)))
-
-
-def whole(settings: ModelSettings) -> ModelSettings:
-    """The same model with no tower stored."""
-    return settings.model_copy(update={"precomputed": PrecomputedSettings()})

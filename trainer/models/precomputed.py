@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.core.settings import Settings
-from trainer.core.types import Preprocess
+from trainer.core.types import PrecomputedTower, Preprocess
 from trainer.models.param_groups import Tower, tower_of
+from trainer.models.pooling import embed_dim, pooling_of
 from trainer.models.vision_text import PAIR
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
@@ -83,6 +84,8 @@ def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower) ->
     digest = xxhash.xxh3_128()
     part = getattr(towers.config, "vision_config" if side == "image" else "text_config")
     config = {key: value for key, value in part.to_diff_dict().items() if key not in VOLATILE}
+    if (pooling := pooling_of(towers.config, side)) != "pooler":
+        config["pooling"] = pooling
     if side == "image":
         inputs: Any = [preprocess.image_size, preprocess.resize, preprocess.resample, preprocess.mean, preprocess.std]
     else:
@@ -102,24 +105,33 @@ def token_inputs(preprocess: Preprocess) -> list[Any]:
     return [tokens.tolist(), mask.tolist(), sorted(tokenizer.get_vocab().items()) if tokenizer else []]
 
 
-def width_of(towers: PreTrainedModel, side: Tower, embed_dim: int) -> int:
+def width_of(towers: PreTrainedModel, side: Tower) -> int:
     """Numbers in a stored embedding."""
     if towers.config.model_type != PAIR:
-        return embed_dim
+        return embed_dim(towers)
     projection: Any = towers.get_submodule("visual_projection" if side == "image" else "text_projection")
     return int(projection.in_features)
 
 
-class Absent(nn.Module):
-    """Stands where a stored tower was: no weights, and nothing to run."""
+def precomputed_tower(
+    towers: PreTrainedModel, preprocess: Preprocess, settings: PrecomputedSettings, weights: bool = True
+) -> PrecomputedTower:
+    """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for the planner)."""
+    assert settings.side is not None
+    made_by = fingerprint(towers, preprocess, settings.side) if weights else ""
+    return PrecomputedTower(settings.side, settings.column, made_by, width_of(towers, settings.side))
+
+
+class PlaceholderTower(nn.Module):
+    """In place of a precomputed tower: no weights, and nothing to run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("this tower's embeddings are stored: it is not here to be run")
+        raise AssertionError("this tower's embeddings are precomputed: it cannot be run")
 
 
-def take_out(towers: PreTrainedModel, side: Tower) -> None:
-    """Removes a stored tower from the model, with the projection that is locked with it (a pair's stays, it trains)."""
+def remove_tower(towers: PreTrainedModel, side: Tower) -> None:
+    """Removes a precomputed tower from the model, with the projection that is locked with it (a pair's stays, it trains)."""
     names = ["vision_model", "visual_projection"] if side == "image" else ["text_model", "text_projection"]
     for name in names[: 1 if towers.config.model_type == PAIR else 2]:
         if hasattr(towers, name):
-            setattr(towers, name, Absent())
+            setattr(towers, name, PlaceholderTower())

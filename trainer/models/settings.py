@@ -78,6 +78,11 @@ class ModelSettings(Settings):
             else self.model_copy(update={"lora": self.lora.model_copy(update={"base": "float32"})})
         )
 
+    @property
+    def without_precomputed_tower(self) -> ModelSettings:
+        """The same model with both towers run."""
+        return self.model_copy(update={"precomputed": PrecomputedSettings()})
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
         pair = self.image is not None and self.text is not None

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trainer.core.types import UserError
 from trainer.models.hf_errors import making, reading
 from trainer.models.naflex import NAFLEX
+from trainer.models.pooling import drop_unused_poolers
 from trainer.models.settings import ModelSettings
 from trainer.models.vision_text import PAIR, TowerSettings, attention_of, join, pair_config, tower_config
 
@@ -101,7 +102,9 @@ def _new_pair(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
             f"model.image_size is {settings.image_size}, the image tower of the pair is made for "
             f"{vision.image_size}: leave it out"
         )
-    return pair_config(vision, tower_config(text, "model.text", "text_config"), settings.embed_dim)
+    return pair_config(
+        settings.image, vision, text, tower_config(text, "model.text", "text_config"), settings.embed_dim
+    )
 
 
 def _new_config(tree: dict[str, Any], tokenizer: Any) -> PretrainedConfig:
@@ -198,26 +201,29 @@ def _own_vocabulary(path: str) -> dict[str, int] | None:
 def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool) -> PreTrainedModel:
     """The Hugging Face model in float32: from ``settings.path`` when ``weights``, else randomly initialised from
     ``config``."""
-    options: Any = {"dtype": torch.float32, "attn_implementation": settings.attention}
     with quietly():
-        if weights and settings.image is not None and settings.text is not None:
-            return join(config, settings.image, settings.text, options)
-        if config.model_type == PAIR:
-            parts = {
-                part: attention_of(getattr(config, part), settings.attention)
-                for part in ("vision_config", "text_config")
-            }
-            options["attn_implementation"] = parts
-        if not weights or settings.config is not None:
-            with making("model.config" if settings.config is not None else settings.path or "model.image, model.text"):
-                towers = AutoModel.from_config(config, **options)
-        else:
-            assert settings.path is not None
-            with reading("model.path", settings.path, "its weights"):
-                towers = AutoModel.from_pretrained(settings.path, **options)
+        towers = _read_towers(config, settings, weights)
+    if config.model_type == PAIR:
+        drop_unused_poolers(towers)
     if settings.image_size and config.model_type in ("siglip", "clip"):  # a pair takes only its own
         resize_images(towers, settings.image_size)
     return towers
+
+
+def _read_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool) -> PreTrainedModel:
+    options: Any = {"dtype": torch.float32, "attn_implementation": settings.attention}
+    if weights and settings.image is not None and settings.text is not None:
+        return join(config, settings.image, settings.text, options)
+    if config.model_type == PAIR:
+        options["attn_implementation"] = {
+            part: attention_of(getattr(config, part), settings.attention) for part in ("vision_config", "text_config")
+        }
+    if not weights or settings.config is not None:
+        with making("model.config" if settings.config is not None else settings.path or "model.image, model.text"):
+            return AutoModel.from_config(config, **options)
+    assert settings.path is not None
+    with reading("model.path", settings.path, "its weights"):
+        return AutoModel.from_pretrained(settings.path, **options)
 
 
 def take_scale_bias(towers: PreTrainedModel, settings: ModelSettings, pretrained: bool) -> tuple[float, float | None]:

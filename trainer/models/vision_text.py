@@ -11,7 +11,7 @@ The result is transformers' VisionTextDualEncoderModel, so AutoModel loads what 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 from transformers import (
@@ -27,6 +27,8 @@ from transformers import (
 from trainer.core.settings import Settings
 from trainer.core.types import UserError
 from trainer.models.hf_errors import making, reading
+from trainer.models.param_groups import Tower
+from trainer.models.pooling import Pooling, choose_pooling
 
 PAIR = "vision-text-dual-encoder"
 
@@ -35,11 +37,15 @@ class TowerSettings(Settings):
     """One tower of a pair: pretrained, or new."""
 
     path: str | None = None
-    """Directory or hub name of a Hugging Face model with a pooled output (ViT, DINOv2, BERT, ...), or of a CLIP or
-    SigLIP: its tower."""
+    """Directory or hub name of a Hugging Face model (ViT, DINOv2, ConvNeXt, BERT, MiniLM, ...), or of a CLIP or SigLIP:
+    its tower."""
     config: dict[str, Any] | None = None
     """A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's
     config.json."""
+    pooling: Pooling | Literal["auto"] = "auto"
+    """How its output becomes one vector: pooler (the model's own pooled output), cls (first token), mean (of patches, or of
+    the tokens that are not padding), last (token). auto: as a sentence-transformers checkpoint says, else pooler where the
+    checkpoint has one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TowerSettings:
@@ -65,9 +71,11 @@ def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConf
     return getattr(config, part, config)
 
 
-def pair_config(vision: PretrainedConfig, text: PretrainedConfig, embed_dim: int) -> PretrainedConfig:
-    """The config of the two together. Raises UserError for a vision model whose width it does not tell, or that pools
-    otherwise."""
+def pair_config(
+    image: TowerSettings, vision: PretrainedConfig, caption: TowerSettings, text: PretrainedConfig, embed_dim: int
+) -> PretrainedConfig:
+    """The config of the two together, with their pooling where it is not transformers' own. Raises UserError for a vision
+    model whose width it does not tell, or that pools to maps."""
     if vision.model_type in ("resnet", "regnet"):
         raise UserError(
             f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel "
@@ -83,9 +91,20 @@ def pair_config(vision: PretrainedConfig, text: PretrainedConfig, embed_dim: int
                 f"model.image: the config of {vision.model_type!r} has neither hidden_size, hidden_dim nor hidden_sizes"
             )
         vision.hidden_size = width
-    return VisionTextDualEncoderConfig(
+    config = VisionTextDualEncoderConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=embed_dim
     )
+    pooling = {}
+    sides: tuple[tuple[Tower, TowerSettings, PretrainedConfig], ...] = (
+        ("image", image, vision),
+        ("text", caption, text),
+    )
+    for key, settings, part in sides:
+        with making(f"model.{key}"):
+            pooling[key] = choose_pooling(settings.pooling, settings.path, part, key)
+    if set(pooling.values()) != {"pooler"}:
+        config.pooling = pooling  # transformers knows no such key and keeps it
+    return config
 
 
 def join(

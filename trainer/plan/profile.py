@@ -254,16 +254,16 @@ def _as_on(device: Device) -> Iterator[_Parking]:
 
 
 def _image_inputs(rows: int, preprocess: Preprocess) -> Tensor:
-    stored = preprocess.stored
-    if stored is not None and stored.side == "image":
-        return torch.zeros(rows, stored.width, dtype=torch.float16)
+    precomputed = preprocess.precomputed
+    if precomputed is not None and precomputed.side == "image":
+        return torch.zeros(rows, precomputed.width, dtype=torch.float16)
     return torch.zeros(rows, 3, *preprocess.image_size, dtype=torch.uint8)
 
 
 def _text_inputs(rows: int, preprocess: Preprocess) -> Tensor:
-    stored = preprocess.stored
-    if stored is not None and stored.side == "text":
-        return torch.zeros(rows, stored.width, dtype=torch.float16)
+    precomputed = preprocess.precomputed
+    if precomputed is not None and precomputed.side == "text":
+        return torch.zeros(rows, precomputed.width, dtype=torch.float16)
     return torch.zeros(rows, preprocess.num_tokens, dtype=torch.int64)
 
 

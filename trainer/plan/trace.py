@@ -12,7 +12,7 @@ without a GPU.
 Every operator of the forward and backward pass goes through a dispatch mode that notes which storages exist after it:
 what an allocator would hand out, rounding and fragmentation aside. Equal layers need not all be run: ``Trace.spliced``
 repeats the stretch between two marks. All numbers are affine in the number of rows, so two traces of different size
-give every other size (``trainer.plan.curve``).
+give every other size (``trainer.plan.profile.Curve``).
 """
 
 from __future__ import annotations

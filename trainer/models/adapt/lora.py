@@ -27,6 +27,7 @@ from trainer.core.settings import Settings
 from trainer.core.types import UserError
 from trainer.models.hf_errors import reading
 from trainer.models.param_groups import tower_of
+from trainer.models.pooling import empty_towers
 
 SIDECAR = "ringlip.json"
 """Beside PEFT's two files: what PEFT does not record (the base's digest, the temperature and the bias)."""
@@ -241,8 +242,8 @@ def merged_weights(towers: PreTrainedModel, state: dict[str, Tensor]) -> dict[st
     """``state`` (full weights by the names of ``towers``) with the adapter merged into the plain model's weights; both
     stay as they are."""
     adapted: Any = towers.peft_config["default"]
+    plain: Any = empty_towers(towers)
     with torch.device("meta"):
-        plain: Any = type(towers)(towers.config)
         for name in ("logit_scale", "logit_bias"):
             if hasattr(plain, name):
                 delattr(plain, name)
