@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     BertConfig,
@@ -21,6 +20,7 @@ from transformers import (
     ViTModel,
 )
 from transformers import logging as hf_logging
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 

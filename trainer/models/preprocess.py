@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
+
+# Not from the top level, where transformers 5.17 (not 5.20) has a placeholder that only raises if torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trainer.core.types import Preprocess, UserError
 from trainer.models.hf_errors import reading
