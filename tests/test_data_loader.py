@@ -228,7 +228,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, workers: int, monkeypatch: pyt
 
 
 def test_batches_must_divide_by_ranks(shards: Path) -> None:
-    with pytest.raises(UserError, match=r"batch.size: 10 does not divide by 4 ranks; the nearest that do are 8 or 12"):
+    with pytest.raises(UserError, match=r"batch.size 10 does not divide by 4 ranks; the nearest that do are 8 or 12"):
         loader(shards / "one", batch=10, world=4)
     with pytest.raises(UserError, match="nearest that do are 4"):
         loader(shards / "one", batch=3, world=4)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_tools.__main__ import main as data_tools
 from data_tools.format.index import Dataset, hash_key, read_key, scan_tar
-from data_tools.format.tar_reader import Problem, walk
+from data_tools.format.tar_reader import TarProblem, walk
 from data_tools.io import output
 from data_tools.io.output import Output
 from data_tools.sharding import plan
@@ -200,7 +200,7 @@ def test_sigkill_at_twenty_moments(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         interrupted += not (out / "manifest.json").exists()
         for path in out.glob("*.tar"):
-            problems: list[Problem] = []
+            problems: list[TarProblem] = []
             list(walk(path, problems))
             assert not problems and path.read_bytes() == expected[path.name]
         assert data_tools(arguments) == 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.format.index import ROW, hash_key, read_key, scan_samples, scan_tar, split_name
-from data_tools.format.tar_reader import Problem, walk
+from data_tools.format.tar_reader import TarProblem, walk
 from data_tools.format.tar_writer import TarWriter, header
 from data_tools.samples.reject import REASONS
 
@@ -37,7 +37,7 @@ def samples(count: int) -> list[tuple[str, bytes]]:
 
 def found(path: Path) -> tuple[list[str], list[str]]:
     """(Keys of whole samples, reasons)."""
-    problems: list[Problem] = []
+    problems: list[TarProblem] = []
     keys = [key for key, _ in scan_samples(path, problems)]
     assert all(problem.reason in REASONS for problem in problems)
     return keys, [problem.reason for problem in problems]
@@ -73,7 +73,7 @@ def test_large_members_and_many_members(tmp_path: Path) -> None:
     for number, item in enumerate(data):
         writer.add(f"{number}.bin", item)
     writer.close()
-    problems: list[Problem] = []
+    problems: list[TarProblem] = []
     members = list(walk(tmp_path / "a.tar", problems))
     raw = (tmp_path / "a.tar").read_bytes()
     assert not problems and [raw[member.offset : member.offset + member.size] for member in members] == data

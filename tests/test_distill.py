@@ -35,7 +35,7 @@ from tests.support.tiny_models import letter_tokenizer, tiny_batch, tiny_model, 
 from trainer import config
 from trainer.core import distributed
 from trainer.core.types import Embeddings, UserError
-from trainer.distill import DistillSettings, Teacher, build_teacher, check_inputs
+from trainer.distill import DistillSettings, TeacherModel, build_teacher, check_inputs
 from trainer.losses import PairLoss, SigmoidLoss, SigmoidSettings, SoftmaxLoss, TaughtLoss
 from trainer.losses.distill import AffinityLoss
 from trainer.models import build
@@ -154,7 +154,7 @@ def tiny_teacher() -> Any:
 
 
 def taught_steps(case: Case, micro_batches: list[int | None]) -> list[tuple[float, dict[str, Tensor]]]:
-    engine, teacher = case.engine(), Teacher(tiny_teacher(), "tiny")
+    engine, teacher = case.engine(), TeacherModel(tiny_teacher(), "tiny")
     loss = TaughtLoss(SigmoidLoss(tile_rows=3), WEIGHT, SigmoidSettings(tile_rows=3))
     batch = local_slice(global_batch(case.rows))
     found = []
@@ -181,14 +181,14 @@ def test_the_gradient_of_a_step_is_the_dense_one(stage: int) -> None:
 
 
 def test_a_teacher_draws_no_random_numbers_and_no_gradient() -> None:
-    teacher, batch = Teacher(tiny_teacher(), "tiny"), tiny_batch(7)
+    teacher, batch = TeacherModel(tiny_teacher(), "tiny"), tiny_batch(7)
     before = torch.get_rng_state()
     whole, pieces = teacher(batch, 7), teacher(batch, 3)
     assert torch.equal(before, torch.get_rng_state())
     assert not any(value.requires_grad for value in whole[:4])
     for one, other in zip(whole[:4], pieces[:4], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    rounded = Teacher(tiny_teacher(), "tiny", precision="bf16")(batch, 7)
+    rounded = TeacherModel(tiny_teacher(), "tiny", precision="bf16")(batch, 7)
     assert rounded.image.dtype == torch.float32
     assert 1e-6 < (rounded.image - whole.image).abs().max() < 0.05
 
@@ -283,7 +283,7 @@ def test_the_planner_counts_the_teacher(teachers: Path, recipe: Path) -> None:
     for precision, least, most in (("fp32", 4.0, 4.1), ("bf16", 2.0, 3.6)):
         teacher = teacher_of(taught, precision, "cpu")
         assert teacher is not None
-        held = Teacher(build(taught.distill.model), "one", precision).model if taught.distill else None
+        held = TeacherModel(build(taught.distill.model), "one", precision).model if taught.distill else None
         assert held is not None and teacher.parameters == sum(p.nbytes for p in held.parameters())
         assert least <= teacher.parameters / teacher.count <= most
         job = dataclasses.replace(alone, teacher=teacher)

@@ -251,7 +251,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     path = str(recipe(tmp_path))
     with pytest.raises(UserError, match="write 16GiB"):
         command.main([path, "--gpu-memory", "lots"])
-    with pytest.raises(UserError, match="nearest that do: 4095, 4098"):
+    with pytest.raises(UserError, match="does not divide by 3 ranks; the nearest that do are 4095 or 4098"):
         command.main([path, "--gpu-memory", "16GiB", "--gpus", "3"])
     with pytest.raises(UserError, match="do not divide among --nodes 3"):
         command.main([path, "--gpu-memory", "16GiB", "--gpus", "4", "--nodes", "3"])

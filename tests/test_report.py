@@ -18,7 +18,7 @@ from trainer.core.types import UserError
 from trainer.plan.bar_chart import bars as plan_bars
 from trainer.report import main, write_report
 from trainer.report.chart import Axis, json_script, line_chart, linear_axis, log_axis, short
-from trainer.report.curves import Curve, read_log, thin
+from trainer.report.curves import MetricCurve, read_log, thin
 
 EVIL = '<script>alert("x")</script> & "quotes" \' </style> مرحبا 🙂'
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -308,7 +308,7 @@ def test_small_pieces() -> None:
     assert [short(value) for value in values] == ["0", "0.0015", "5e-4", "12.5k", "1.2M", "3", "-10.5"]
     inside = json_script("</script><b>").removeprefix('<script type="application/json">').removesuffix("</script>")
     assert "<" not in inside and json.loads(inside) == "</script><b>"
-    assert line_chart("Nothing", {"a": None, "b": Curve([1.0], [None])}, "pairs") == ""
+    assert line_chart("Nothing", {"a": None, "b": MetricCurve([1.0], [None])}, "pairs") == ""
     assert Axis(1.0, 100.0, True, []).place(10.0) == pytest.approx(0.5)
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from trainer.core.types import RunFailed, UserError
 from trainer.runtime.watchdog import Watchdog
 from trainer.runtime.watchdog.protocol import GRACE, Patience
-from trainer.runtime.watchdog.server import Member, laggard
+from trainer.runtime.watchdog.server import RankState, laggard
 
 LIMIT = 30.0
 """Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
@@ -264,8 +264,8 @@ def test_on_nccl_too_whom_the_others_wait_for_is_named(tmp_path: Path) -> None:
 def test_who_is_waited_for() -> None:
     """By step, then by how long it has been doing what it does; nobody where all are at the same place or one moves."""
 
-    def seen(rank: int, step: int, doing: str, changed: float) -> Member:
-        member = Member(None, Patience(), rank, "node", step, doing)  # type: ignore[arg-type]
+    def seen(rank: int, step: int, doing: str, changed: float) -> RankState:
+        member = RankState(None, Patience(), rank, "node", step, doing)  # type: ignore[arg-type]
         member.changed = changed
         return member
 

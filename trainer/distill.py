@@ -41,7 +41,7 @@ class DistillSettings(Settings):
         return ModelSettings(path=self.teacher, lock=LockSettings(image=True, text=True))
 
 
-class Teacher:
+class TeacherModel:
     """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and
     without it."""
 
@@ -87,7 +87,7 @@ class Teacher:
             )
 
 
-def build_teacher(settings: DistillSettings, student: Preprocess, precision: Precision) -> Teacher:
+def build_teacher(settings: DistillSettings, student: Preprocess, precision: Precision) -> TeacherModel:
     """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student
     sees."""
     try:
@@ -95,7 +95,7 @@ def build_teacher(settings: DistillSettings, student: Preprocess, precision: Pre
     except UserError as error:
         raise type(error)(str(error).replace("model.path", "distill.teacher")) from error
     check_inputs(settings.teacher, student, model.preprocess)
-    return Teacher(model, settings.teacher, precision)
+    return TeacherModel(model, settings.teacher, precision)
 
 
 def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:

@@ -38,7 +38,7 @@ from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source
 from trainer.data.settings import SourceSettings, sharded
-from trainer.data.source import Source
+from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
@@ -114,12 +114,12 @@ class Embedder:
         self.device = distributed.device()
         self.threads = max(1, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1))
 
-    def facts(self, source: Source) -> dict[str, object]:
+    def facts(self, source: ShardedDataset) -> dict[str, object]:
         """What the manifest says of the column beside its tower."""
         texts = {"captions": source.fields} if self.precomputed.side == "text" else {}
         return {"model": tower_path(self.recipe.model), "precision": self.precision, **texts}
 
-    def rows(self, source: Source, samples: range) -> Iterator[Half]:
+    def rows(self, source: ShardedDataset, samples: range) -> Iterator[Half]:
         """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs
         ahead of the tower."""
         starts = range(samples.start, samples.stop, self.batch_size)
@@ -132,7 +132,7 @@ class Embedder:
                 if index:
                     yield self._embed([future.result() for future in ahead.pop(0)])
 
-    def _read(self, source: Source, sample: int) -> Tensor | str | None:
+    def _read(self, source: ShardedDataset, sample: int) -> Tensor | str | None:
         """The tower's input: uint8 [3, h, w], or a caption; None where the sample cannot be used."""
         data, preprocess = self.recipe.data, self.model.preprocess
         try:

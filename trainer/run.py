@@ -26,8 +26,8 @@ from trainer.config import Recipe
 from trainer.core import collectives, distributed
 from trainer.core.settings import changes
 from trainer.core.types import Batch, UserError
-from trainer.data import Loader, Skipped
-from trainer.distill import Teacher, build_teacher
+from trainer.data import Loader, SkippedSamples
+from trainer.distill import TeacherModel, build_teacher
 from trainer.engine import Engine, build_engine
 from trainer.losses import PairLoss, TaughtLoss
 from trainer.models import DualEncoder
@@ -69,7 +69,7 @@ class Run:
     model: DualEncoder
     engine: Engine
     loss: PairLoss | TaughtLoss
-    teacher: Teacher | None
+    teacher: TeacherModel | None
     guard: Guard
     checkpointer: Checkpointer
     ceiling: float | None
@@ -152,10 +152,8 @@ class Run:
 
 def build(recipe: Recipe) -> Run:
     """Model, engine, loss: the same weights on all ranks, from the seed or from a checkpoint of other people's."""
-    size, world = recipe.batch.size, distributed.world_size()
-    if size % world:
-        nearest = f"{size // world * world} or {(size // world + 1) * world}"
-        raise UserError(f"batch.size {size} does not divide by {world} ranks; the nearest that do are {nearest}")
+    world = distributed.world_size()
+    distributed.per_rank(recipe.batch.size, world)
     checkpoint.seed_step(recipe.run.seed, 0, 0)
     model = models.build(recipe.model)
     main, teacher = losses.build(recipe.loss), None
@@ -239,7 +237,7 @@ def say_finished(run: Run, hint: str = "") -> None:
         print(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", file=sys.stderr, flush=True)
 
 
-def gather_skipped(skipped: Skipped) -> dict[str, Any]:
+def gather_skipped(skipped: SkippedSamples) -> dict[str, Any]:
     """The samples that all ranks replaced so far, as one record for the checkpoint."""
     ranks: list[Any] = [skipped]
     if distributed.world_size() > 1:

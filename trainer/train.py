@@ -22,7 +22,7 @@ from trainer.checkpoint import Resumed, RunLock
 from trainer.config import Recipe
 from trainer.core import distributed
 from trainer.core.collectives import on_main
-from trainer.data import Loader, Skipped, build_loader
+from trainer.data import Loader, SkippedSamples, build_loader
 from trainer.metrics import RunLog
 from trainer.run import Hook, Run, build, check_tower, describe, gather_sample_ids, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
@@ -59,7 +59,7 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
         run.samples_seen,
     )
     if resumed is not None and distributed.is_main():
-        loader.skipped = Skipped(**resumed.extra["skipped"])
+        loader.skipped = SkippedSamples(**resumed.extra["skipped"])
     # Saving comes first: a queue that sent a signal does not wait for ever.
     saving = Hook("saving a checkpoint", recipe.checkpoint.every, lambda run: run.save(loader), at_stop=True)
     evaluating = [Hook("evaluating", recipe.eval.every, Run.evaluate)] if run.evaluates else []

@@ -28,7 +28,7 @@ from data_tools.io.remote import require_backend
 from data_tools.samples.images import ImageOptions
 from data_tools.samples.reject import explain
 from data_tools.sharding.counts import Tally
-from data_tools.sharding.plan import Plan, ShardOptions
+from data_tools.sharding.plan import ShardOptions, ShardPlan
 from data_tools.sharding.progress import EXAMPLES, ShardProgress
 from data_tools.sharding.ray import shard_on_ray
 from data_tools.sharding.workers import write_shards
@@ -198,7 +198,7 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
     )
 
 
-def make_plan(arguments: argparse.Namespace) -> Plan:
+def make_plan(arguments: argparse.Namespace) -> ShardPlan:
     """Opens the input and decides everything."""
     options = options_of(arguments)
     source = open_source(arguments.pairs, arguments.input, options.source)
@@ -206,7 +206,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         require_backend(arguments.images)
     pairs = Path(arguments.pairs)
     root = arguments.images or str(pairs if pairs.is_dir() else pairs.parent)
-    plan = Plan(source, options, root, pairs.name)
+    plan = ShardPlan(source, options, root, pairs.name)
     first = next(source.rows(np.arange(1))).image
     if isinstance(first, str) and first.startswith(("http://", "https://")):
         raise UserError(
@@ -216,7 +216,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return plan
 
 
-def refuse_other(plan: Plan, output: Output) -> None:
+def refuse_other(plan: ShardPlan, output: Output) -> None:
     """Raises UserError when another plan was begun here: its shards must not be mixed with ours."""
     found = output.read_json(PLAN)
     if found is None:
@@ -233,7 +233,7 @@ def refuse_other(plan: Plan, output: Output) -> None:
         )
 
 
-def _difference(found: dict[str, object], plan: Plan) -> str:
+def _difference(found: dict[str, object], plan: ShardPlan) -> str:
     mine = plan.describe()
     if found["input"] != mine["input"]:
         return "another input"
@@ -257,7 +257,7 @@ def _flatten(tree: object) -> dict[str, object]:
     return flat
 
 
-def run(plan: Plan, output: Output, task: tuple[int, int], arguments: argparse.Namespace) -> None:
+def run(plan: ShardPlan, output: Output, task: tuple[int, int], arguments: argparse.Namespace) -> None:
     """Writes what this task has still to write."""
     index, count = task
     mine = list(range(index, plan.num_shards, count))

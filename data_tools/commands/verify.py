@@ -52,7 +52,7 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
         for row in rows:
             found += [(key, fault) for key, fault in _check_sample(tar, row, not quick)]
     if changed:
-        problems: list[tar_reader.Problem] = []
+        problems: list[tar_reader.TarProblem] = []
         for _ in tar_reader.walk(path, problems):
             pass
         found += [("-", f"{REASONS[problem.reason]} (byte {problem.offset})") for problem in problems]

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.format.tar_reader import BLOCK, Member, Problem, names_before, walk
+from data_tools.format.tar_reader import BLOCK, Member, TarProblem, names_before, walk
 from data_tools.io.errors import UserError
 from data_tools.io.remote import require_backend
 
@@ -254,7 +254,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, rest.lower()
 
 
-def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, dict[str, Member]]]:
+def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str, dict[str, Member]]]:
     """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), by the position of their
     picture. A sample has a picture and a text or json; others are counted in ``problems`` as missing_image or
     missing_text and left out.
@@ -267,11 +267,13 @@ def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, d
         if kind is None or key.rpartition("/")[2].startswith("."):
             continue
         if member.size > _MAX_MEMBER or (kind == "image" and not member.size):
-            problems.append(Problem(member.offset - BLOCK, "too_large" if member.size else "empty_file", member.name))
+            problems.append(
+                TarProblem(member.offset - BLOCK, "too_large" if member.size else "empty_file", member.name)
+            )
             continue
         sample = open_samples.setdefault(key, {})
         if kind in sample:
-            problems.append(Problem(member.offset - BLOCK, "duplicate_key", key))
+            problems.append(TarProblem(member.offset - BLOCK, "duplicate_key", key))
             if "image" not in sample or len(sample) < 2:
                 continue
             closed.append((key, sample))
@@ -284,14 +286,14 @@ def scan_samples(path: str | Path, problems: list[Problem]) -> list[tuple[str, d
             whole.append((key, sample))
         else:
             offset = min(member.offset for member in sample.values())
-            problems.append(Problem(offset, "missing_text" if "image" in sample else "missing_image", key))
+            problems.append(TarProblem(offset, "missing_text" if "image" in sample else "missing_image", key))
     return sorted(whole, key=lambda item: item[1]["image"].offset)
 
 
-def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[Problem]]:
+def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[TarProblem]]:
     """Rows [n] of dtype ROW for any tar, by raw header walk, with pictures hashed; and what is wrong with it. Sizes in
     pixels stay 0."""
-    problems: list[Problem] = []
+    problems: list[TarProblem] = []
     samples = scan_samples(path, problems)
     rows = np.zeros(len(samples), ROW)
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """Walks the headers of any tar: yields its regular files, notices what is broken and reads on where that is possible.
 
 Python's ``tarfile`` and every streaming reader stop silently at the first bad header or at the first end marker; here a
-bad header, a cut file, a second archive behind the first, links and unsafe names are each a `Problem` with an offset.
+bad header, a cut file, a second archive behind the first, links and unsafe names are each a `TarProblem` with an offset.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class TarProblem:
     """Something wrong in a tar at byte ``offset``. ``reason`` is one word, ``name`` the member or sample concerned
     where known."""
 
@@ -37,7 +37,7 @@ class Problem:
     name: str = ""
 
 
-def walk(path: str | Path, problems: list[Problem]) -> Iterator[Member]:
+def walk(path: str | Path, problems: list[TarProblem]) -> Iterator[Member]:
     """The regular files of a tar in order; what is wrong is appended to ``problems``. Raises OSError if the file cannot
     be read."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -48,7 +48,7 @@ def walk(path: str | Path, problems: list[Problem]) -> Iterator[Member]:
 
 
 class _Walk:
-    def __init__(self, descriptor: int, length: int, problems: list[Problem]) -> None:
+    def __init__(self, descriptor: int, length: int, problems: list[TarProblem]) -> None:
         self.descriptor, self.length, self.problems = descriptor, length, problems
         self.ended = False  # an end marker has been seen since the last member
 
@@ -63,18 +63,20 @@ class _Walk:
                 continue
             size = _parse_size(header) if _checksum_is_right(header) else None
             if size is None:
-                self.problems.append(Problem(at, "bad_header"))
+                self.problems.append(TarProblem(at, "bad_header"))
                 at, long_name, pax = self._next_header(at + BLOCK), None, {}
                 continue
             if self.ended:
-                self.problems.append(Problem(at, "concatenated"))
+                self.problems.append(TarProblem(at, "concatenated"))
                 self.ended = False
             kind = header[156:157]
             data = at + BLOCK
             if kind in b"07\0" and "size" in pax and pax["size"].isdigit():
                 size = int(pax["size"])
             if data + size > self.length:
-                self.problems.append(Problem(at, "cut_in_member", long_name or pax.get("path") or _parse_name(header)))
+                self.problems.append(
+                    TarProblem(at, "cut_in_member", long_name or pax.get("path") or _parse_name(header))
+                )
                 return
             at = data + (size + BLOCK - 1) // BLOCK * BLOCK
             if kind == b"L":
@@ -87,13 +89,13 @@ class _Walk:
                 if self._wanted(kind, name, data):
                     yield Member(name, data, size)
         if not self.ended:
-            self.problems.append(Problem(min(at, self.length), "no_end_marker"))
+            self.problems.append(TarProblem(min(at, self.length), "no_end_marker"))
 
     def _wanted(self, kind: bytes, name: str, data: int) -> bool:
         if kind == b"5" or (kind in b"07\0" and name.endswith("/")):
             return False
         if kind not in b"07\0":
-            self.problems.append(Problem(data - BLOCK, "link" if kind in b"12" else "special_file", name))
+            self.problems.append(TarProblem(data - BLOCK, "link" if kind in b"12" else "special_file", name))
             return False
         if (
             name.startswith(("/", "\\"))
@@ -101,7 +103,7 @@ class _Walk:
             or "\0" in name
             or name[1:2] == ":"
         ):
-            self.problems.append(Problem(data - BLOCK, "unsafe_name", name))
+            self.problems.append(TarProblem(data - BLOCK, "unsafe_name", name))
             return False
         return True
 

@@ -38,7 +38,7 @@ class ShardOptions:
     """Characters of a caption that are kept."""
 
 
-class Plan:
+class ShardPlan:
     """A source, the options, and what follows from them."""
 
     def __init__(self, source: Source, options: ShardOptions, image_root: str, name: str) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 from data_tools.io.errors import AGAIN, UserError
 from data_tools.io.output import Output
 from data_tools.sharding.counts import Reporter, Tally
-from data_tools.sharding.plan import Plan
+from data_tools.sharding.plan import ShardPlan
 from data_tools.sharding.write_shard import write_shard
 
 
 def write_shards(
-    plan: Plan, output: Output, shards: list[int], processes: int, strict: bool, on_tally: Callable[[Tally], None]
+    plan: ShardPlan, output: Output, shards: list[int], processes: int, strict: bool, on_tally: Callable[[Tally], None]
 ) -> None:
     """Writes all ``shards``. ``on_tally`` hears what happened and may raise to end the run; unfinished shards are then
     dropped.
@@ -80,7 +80,7 @@ def _listen(pipes: list[Connection], on_tally: Callable[[Tally], None]) -> None:
 
 
 def _work(
-    plan: Plan, output: Output, shards: list[int], turn: Any, strict: bool, pipe: Connection, parent: int
+    plan: ShardPlan, output: Output, shards: list[int], turn: Any, strict: bool, pipe: Connection, parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
     try:

@@ -19,14 +19,16 @@ from data_tools.samples.captions import clean_all
 from data_tools.samples.images import prepare
 from data_tools.samples.reject import Reject, explain
 from data_tools.sharding.counts import Reporter
-from data_tools.sharding.plan import Plan
+from data_tools.sharding.plan import ShardPlan
 from data_tools.sources.base import Row, read_image
 
 RESERVED = ("captions", "sample")
 """Names in the .json member that are ours; a column of the same name is stored as column_NAME."""
 
 
-def write_shard(plan: Plan, output: Output, shard: int, reporter: Reporter, strict: bool = False) -> dict[str, Any]:
+def write_shard(
+    plan: ShardPlan, output: Output, shard: int, reporter: Reporter, strict: bool = False
+) -> dict[str, Any]:
     """Writes shard number ``shard`` and returns its record. Raises UserError at the first row left out when
     ``strict``."""
     name = plan.shard_name(shard)
@@ -81,7 +83,7 @@ def _publish(
     return record
 
 
-def _write_sample(plan: Plan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
+def _write_sample(plan: ShardPlan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
     """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is
     written."""
     if row.fault is not None:

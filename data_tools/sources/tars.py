@@ -32,7 +32,7 @@ class TarSource:
         self.columns: list[str] = []
         found, hashes = [], []
         for number, path in enumerate(paths):
-            problems: list[tar_reader.Problem] = []
+            problems: list[tar_reader.TarProblem] = []
             samples = scan_samples(path, problems)
             places = np.zeros(len(samples), _PLACE)
             places["tar"] = number

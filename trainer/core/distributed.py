@@ -238,6 +238,16 @@ def cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // (ranks_here() or 1))
 
 
+def per_rank(batch_size: int, ranks: int) -> int:
+    """Pairs of a global batch on each rank. Raises UserError naming the nearest sizes that all can take an equal part
+    of."""
+    if batch_size < 1 or batch_size % ranks:
+        lower = batch_size // ranks * ranks
+        nearest = f"{lower} or {lower + ranks}" if lower > 0 else str(lower + ranks)
+        raise UserError(f"batch.size {batch_size} does not divide by {ranks} ranks; the nearest that do are {nearest}")
+    return batch_size // ranks
+
+
 def say(text: str) -> None:
     """One line on the terminal, from rank 0 alone."""
     if is_main():

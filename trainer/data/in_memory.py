@@ -17,7 +17,7 @@ from trainer.core.types import Preprocess
 from trainer.data.order import Ints, uniforms
 from trainer.data.reader import Reader, Rows, Skip, hash_caption
 from trainer.data.settings import DataSettings
-from trainer.data.source import Source
+from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged
 
 UNREAD, WHOLE, DAMAGED = 0, 1, 2
@@ -25,7 +25,7 @@ FEW = 64
 NO_DRAWS = np.zeros(0)  # nothing random is done to pictures that are kept
 
 
-def fits_memory(sources: Sequence[Source], settings: DataSettings, preprocess: Preprocess) -> bool:
+def fits_memory(sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess) -> bool:
     """Whether all resized pictures fit data.cache_decoded and nothing random is done to them."""
     shape, dtype = Rows.shapes(sum(source.size for source in sources), preprocess)[0]
     need = math.prod(shape) * np.dtype(dtype).itemsize
@@ -36,7 +36,7 @@ def fits_memory(sources: Sequence[Source], settings: DataSettings, preprocess: P
 class MemoryReader(Reader):
     """As Reader, with the same rows for the same positions, but each sample is read and decoded once."""
 
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, preprocess: Preprocess, seed: int):
+    def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
         super().__init__(sources, settings, preprocess, seed)
         count = int(self.first_ids[-1])
         self.state = np.zeros(count, np.uint8)

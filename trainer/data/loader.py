@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.core.distributed import say
+from trainer.core.distributed import per_rank, say
 from trainer.core.types import Batch, Preprocess, RunFailed, UserError
 from trainer.data.in_memory import MemoryReader, fits_memory
 from trainer.data.open import open_source
-from trainer.data.reader import Reader, Rows, Skip, Skipped
+from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
 from trainer.data.remote import FetchAhead
 from trainer.data.settings import DataSettings
 from trainer.data.workers import Pool, shared_array, stalled
@@ -52,7 +52,7 @@ def build_loader(
     Raises UserError where the batch does not divide by the ranks, a dataset or shard is missing, or a mixture cannot be
     drawn.
     """
-    check_divides(batch_size, world)
+    per_rank(batch_size, world)
     if not settings.sources:
         raise UserError("data.train: an empty list; name at least one dataset")
     sources = [open_source(source, settings) for source in settings.sources]
@@ -67,14 +67,6 @@ def build_loader(
     return Loader(reader, batch_size, rank, world, samples_seen, workers)
 
 
-def check_divides(batch_size: int, world: int) -> None:
-    """Raises UserError naming the nearest batch sizes that every rank can take an equal part of."""
-    if batch_size < 1 or batch_size % world:
-        lower, upper = batch_size // world * world, (batch_size // world + 1) * world
-        nearest = f"{lower} or {upper}" if lower > 0 else str(upper)
-        raise UserError(f"batch.size: {batch_size} does not divide by {world} ranks; the nearest that do are {nearest}")
-
-
 class Loader:
     """Iterates Batch for ever. Not thread-safe; one consumer."""
 
@@ -82,7 +74,7 @@ class Loader:
         self.reader, self.batch_size = reader, batch_size
         self.samples_seen = samples_seen
         """Position after the last batch handed out, over all ranks: what a checkpoint keeps."""
-        self.skipped = Skipped()
+        self.skipped = SkippedSamples()
         self.wait_seconds = 0.0
         """Time the consumer has waited for batches."""
         self._feed = _Feed(reader, batch_size, rank, world, samples_seen, workers)
@@ -128,7 +120,7 @@ class _Feed:
     def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
         settings = reader.settings
         self.reader, self.batch_size, self.start = reader, batch_size, samples_seen
-        self.rows = batch_size // world
+        self.rows = per_rank(batch_size, world)
         self.offset = rank * self.rows
         self.reading = Chunk(0, samples_seen + self.offset, samples_seen + self.offset + self.rows)
         self.chunk = min(CHUNK, self.rows)

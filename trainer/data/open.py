@@ -1,4 +1,4 @@
-"""From what a recipe names (a folder, a URL, a tar, a pattern of tars) to a Source.
+"""From what a recipe names (a folder, a URL, a tar, a pattern of tars) to an open dataset.
 
 Tars without an index are walked once, header by header, and the index is kept in data.cache_dir: an exact order, exact
 resume and random access then hold for them too. What that costs is said in the log.
@@ -26,10 +26,10 @@ from trainer.core.distributed import say
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings, SourceSettings
-from trainer.data.source import Source, missing
+from trainer.data.sharded_dataset import ShardedDataset, missing
 
 
-def open_source(source: SourceSettings, settings: DataSettings) -> Source:
+def open_source(source: SourceSettings, settings: DataSettings) -> ShardedDataset:
     """Opens one dataset and checks that its shards are there. Raises UserError naming the file and the remedy."""
     path = os.path.expanduser(source.path) if "://" not in source.path else source.path
     if not path:
@@ -42,7 +42,7 @@ def open_source(source: SourceSettings, settings: DataSettings) -> Source:
     if dataset.num_samples == 0:
         raise UserError(f"{path}: no samples in it; look at rejects.jsonl beside the shards for why")
     fields = source.caption if source.caption is not None else settings.caption
-    return Source(dataset, [fields] if isinstance(fields, str) else list(fields), settings, cache)
+    return ShardedDataset(dataset, [fields] if isinstance(fields, str) else list(fields), settings, cache)
 
 
 def _open_dataset(path: str, settings: DataSettings, cache: ShardCache | None) -> Dataset:

@@ -21,7 +21,7 @@ from trainer.data.augment import NUM_DRAWS, augment
 from trainer.data.embedding_column import PrecomputedColumn
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
 from trainer.data.settings import DataSettings
-from trainer.data.source import Source
+from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
 
 ATTEMPTS = 100
@@ -66,7 +66,7 @@ class Skip(NamedTuple):
 
 
 @dataclass
-class Skipped:
+class SkippedSamples:
     """Damaged samples met so far on this rank; goes into the checkpoint."""
 
     count: int = 0
@@ -89,7 +89,7 @@ class Skipped:
 class Reader:
     """Fills rows for positions, reading and decoding each sample when asked."""
 
-    def __init__(self, sources: Sequence[Source], settings: DataSettings, preprocess: Preprocess, seed: int):
+    def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
         self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
         self.order = make_order(self.sources, settings, seed)
         self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
@@ -204,7 +204,7 @@ class Reader:
         return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def make_order(sources: Sequence[Source], settings: DataSettings, seed: int) -> Order:
+def make_order(sources: Sequence[ShardedDataset], settings: DataSettings, seed: int) -> Order:
     """The order of the whole run over all sources, as the settings ask."""
     given = settings.sources
     draws = draws_per_epoch(
@@ -218,7 +218,7 @@ def make_order(sources: Sequence[Source], settings: DataSettings, seed: int) -> 
     return FullOrder([source.size for source in sources], draws, seed)
 
 
-def check_window(sources: Sequence[Source], settings: DataSettings) -> None:
+def check_window(sources: Sequence[ShardedDataset], settings: DataSettings) -> None:
     """Raises UserError where the shards of a window and the next do not fit the cache: each would be fetched again and
     again."""
     sizes = [entry.get("bytes", 0) for source in sources if source.cache for entry in source.dataset.manifest["shards"]]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from trainer.core.types import UserError
 from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
-from trainer.data.source import Source
+from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged
 
 CLASSES, TEMPLATES, KIND = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
@@ -71,7 +71,7 @@ class Shards:
 
     def __init__(self, path: str, settings: DataSettings) -> None:
         self.path = path
-        self.source: Source = open_source(SourceSettings(path=path), settings)
+        self.source: ShardedDataset = open_source(SourceSettings(path=path), settings)
         self.size = self.source.size
 
     def read(self, sample: int) -> Example:

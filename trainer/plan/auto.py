@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from trainer.config import Recipe
 from trainer.core import distributed
-from trainer.core.types import UserError
 from trainer.plan.memory import Job
 from trainer.plan.profile import Device, Survey, look
 from trainer.plan.search import largest, usable_bytes, zero_section
@@ -19,15 +18,9 @@ from trainer.plan.search import largest, usable_bytes, zero_section
 def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
     """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide
     among them."""
-    size = recipe.batch.size
-    if size % gpus:
-        near = [size - size % gpus, size - size % gpus + gpus]
-        raise UserError(
-            f"batch.size {size} does not divide among {gpus} GPUs; nearest that do: "
-            f"{', '.join(str(n) for n in near if n)}"
-        )
+    rows = distributed.per_rank(recipe.batch.size, gpus)
     here, average = max(1, gpus // nodes), recipe.optim.ema > 0
-    return Job(gpus, size // gpus, 1, recipe.batch.grad_reduction, recipe.loss, node_ranks=here, average=average)
+    return Job(gpus, rows, 1, recipe.batch.grad_reduction, recipe.loss, node_ranks=here, average=average)
 
 
 def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:

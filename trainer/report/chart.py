@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from trainer.report.curves import Curve
+from trainer.report.curves import MetricCurve
 
 COLOURS = ("a", "b", "c", "d")
 HEIGHT, WIDTH = 100, 1000
@@ -66,7 +66,7 @@ def log_axis(values: Sequence[float]) -> Axis:
 
 def line_chart(
     title: str,
-    curves: dict[str, Curve | None],
+    curves: dict[str, MetricCurve | None],
     x: str,
     *,
     unit: str = "",
@@ -142,7 +142,7 @@ def short(value: float) -> str:
 
 
 def _series(
-    name: str, colour: str, curve: Curve, x_axis: Axis, y_axis: Axis, scale: float, x_scale: float
+    name: str, colour: str, curve: MetricCurve, x_axis: Axis, y_axis: Axis, scale: float, x_scale: float
 ) -> dict[str, Any]:
     def rounded(value: float | None) -> float | None:
         return None if value is None else float(f"{scale * value:.6g}")
@@ -160,7 +160,7 @@ def _series(
     return found
 
 
-def _paths(drawn: dict[str, Any], y_axis: Axis, scale: float, curve: Curve) -> str:
+def _paths(drawn: dict[str, Any], y_axis: Axis, scale: float, curve: MetricCurve) -> str:
     style = f'style="--s:var(--{drawn["colour"]})"'
     band = ""
     if curve.low is not None and curve.high is not None:

@@ -13,7 +13,7 @@ MOST_POINTS = 500
 
 
 @dataclass
-class Curve:
+class MetricCurve:
     """y over x. Where the log had more points than can be seen, each is the mean of a stretch, and ``low`` and ``high``
     its extremes."""
 
@@ -42,7 +42,7 @@ class Log:
     damaged: int = 0
     """Lines that could not be read."""
 
-    def curve(self, key: str, over: str = "samples_seen", most: int = MOST_POINTS) -> Curve | None:
+    def curve(self, key: str, over: str = "samples_seen", most: int = MOST_POINTS) -> MetricCurve | None:
         """A curve over samples seen, or over "seconds" of training; None where the log has no such values."""
         if key not in self.columns or (over != "samples_seen" and over not in self.columns):
             return None
@@ -84,12 +84,12 @@ def read_log(path: Path) -> Log:
     return log
 
 
-def thin(x: array[float], y: array[float], most: int) -> Curve:
+def thin(x: array[float], y: array[float], most: int) -> MetricCurve:
     """At most ``most`` points: equal stretches of the log, their mean, least and greatest. Nothing that peaked is
     lost."""
     if len(x) <= most:
-        return Curve(list(x), [value if math.isfinite(value) else None for value in y])
-    curve = Curve([], [], [], [])
+        return MetricCurve(list(x), [value if math.isfinite(value) else None for value in y])
+    curve = MetricCurve([], [], [], [])
     assert curve.low is not None and curve.high is not None
     for number in range(most):
         start, stop = number * len(x) // most, (number + 1) * len(x) // most

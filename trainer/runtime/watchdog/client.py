@@ -29,9 +29,9 @@ from trainer.runtime.watchdog.protocol import (
     HEAD_START,
     SILENT,
     SOCKETS,
-    Line,
+    Channel,
+    JobFailure,
     Patience,
-    Verdict,
 )
 from trainer.runtime.watchdog.server import Hub
 
@@ -50,7 +50,7 @@ class Watchdog:
         self._doing, self._step = "starting", 0
         self._outbox: deque[dict[str, Any]] = deque()
         self._error: BaseException | None = None
-        self._zero = Verdict(0, "?", 0, "starting", DIED, RunFailed.code)
+        self._zero = JobFailure(0, "?", 0, "starting", DIED, RunFailed.code)
         """What would be said if rank 0 were gone: where it was when last heard."""
         self._decided, self._welcomed = Event(), Event()
         self._hub: Hub | None = None
@@ -89,10 +89,10 @@ class Watchdog:
         collectives.barrier()
         return self
 
-    def _connect(self, port: int) -> Line:
+    def _connect(self, port: int) -> Channel:
         address = "127.0.0.1" if distributed.is_main() else os.environ.get("MASTER_ADDR", "127.0.0.1")
         try:
-            return Line(socket.create_connection((address, port), timeout=ADMISSION))
+            return Channel(socket.create_connection((address, port), timeout=ADMISSION))
         except OSError as error:
             raise self._unreachable(port, str(error)) from error
 
@@ -152,27 +152,27 @@ class Watchdog:
                 if "welcome" in message:
                     self._welcomed.set()
                     continue
-                if "verdict" in message:
-                    return self._end(Verdict(**message["verdict"]), says=distributed.is_main())
+                if "failure" in message:
+                    return self._end(JobFailure(**message["failure"]), says=distributed.is_main())
                 self._zero = replace(self._zero, **message)
 
     @property
     def _position(self) -> dict[str, Any]:
         return {"step": self._step, "doing": self._doing}
 
-    def _end(self, verdict: Verdict, says: bool) -> None:
+    def _end(self, failure: JobFailure, says: bool) -> None:
         """Prints the line, where this is the rank to do it, and ends this process, unless it is ending by an error of
         its own already."""
         if says:
-            print(verdict, file=sys.stderr, flush=True)
-        raises = isinstance(self._error, UserError) or (self._error is not None and verdict.rank == distributed.rank())
+            print(failure, file=sys.stderr, flush=True)
+        raises = isinstance(self._error, UserError) or (self._error is not None and failure.rank == distributed.rank())
         self._decided.set()
         self._line.close()
         if raises:
             return
         if self._hub is not None:
             self._hub.thread.join(5)  # the others are still to be told
-        os._exit(verdict.code)
+        os._exit(failure.code)
 
 
 def _last_words(error: BaseException) -> dict[str, Any]:

@@ -23,7 +23,7 @@ others."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobFailure:
     """Why the job ends."""
 
     rank: int
@@ -38,7 +38,7 @@ class Verdict:
         return f"error: rank {self.rank} on {self.host} at step {self.step:,} ({self.doing}): {self.cause}"
 
 
-class Line:
+class Channel:
     """JSON objects, a line each, over one connection."""
 
     def __init__(self, connection: socket.socket) -> None:

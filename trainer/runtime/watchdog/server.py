@@ -11,14 +11,25 @@ from threading import Thread
 from typing import Any
 
 from trainer.core.types import RunFailed
-from trainer.runtime.watchdog.protocol import BEAT, CUT_OFF, DIED, GONE, GRACE, SILENT, SOCKETS, Line, Patience, Verdict
+from trainer.runtime.watchdog.protocol import (
+    BEAT,
+    CUT_OFF,
+    DIED,
+    GONE,
+    GRACE,
+    SILENT,
+    SOCKETS,
+    Channel,
+    JobFailure,
+    Patience,
+)
 
 
 @dataclass
-class Member:
+class RankState:
     """A rank as rank 0 sees it."""
 
-    line: Line
+    channel: Channel
     patience: Patience
     rank: int = -1
     host: str = ""
@@ -34,12 +45,12 @@ class Member:
             self.step, self.doing, self.changed = step, doing, time.monotonic()
 
 
-def place(member: Member) -> tuple[int, float]:
+def place(member: RankState) -> tuple[int, float]:
     """How far a rank has come: its step, then since when it does what it does there. All ranks go the same way."""
     return member.step, member.changed
 
 
-def laggard(members: list[Member], now: float, timeout: float) -> Member | None:
+def laggard(members: list[RankState], now: float, timeout: float) -> RankState | None:
     """The rank that the others wait for: the one that has come least far, once nobody has moved for ``timeout`` seconds.
 
     None where all are at the same place: each may be computing, and nothing tells who is not.
@@ -51,7 +62,7 @@ def laggard(members: list[Member], now: float, timeout: float) -> Member | None:
     return min(members, key=place)
 
 
-def waited_in_vain(member: Member, now: float, why: str) -> str:
+def waited_in_vain(member: RankState, now: float, why: str) -> str:
     return f"it has been there for {now - member.changed:.0f} s and the others waited in vain ({why})"
 
 
@@ -60,7 +71,7 @@ class Trouble:
     """Something that happened to a member."""
 
     kind: int
-    member: Member
+    member: RankState
     cause: str
     code: int
 
@@ -78,7 +89,7 @@ class Hub:
         SOCKETS.add(self._server)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
-        self._members: dict[socket.socket, Member] = {}
+        self._members: dict[socket.socket, RankState] = {}
         self._troubles: dict[int, Trouble] = {}
         """By rank, in the order of arrival."""
         self._over = False
@@ -111,24 +122,24 @@ class Hub:
             if self._troubles:
                 deadline = deadline or now + GRACE
                 if now >= deadline or len(self._troubles) == self._world:
-                    self._tell({"verdict": asdict(self._judge())})
+                    self._tell({"failure": asdict(self._judge())})
                     break
         self._close()
 
     def _welcome(self) -> None:
         connection, _ = self._server.accept()
-        self._members[connection] = Member(Line(connection), Patience(), changed=time.monotonic())
+        self._members[connection] = RankState(Channel(connection), Patience(), changed=time.monotonic())
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _hear(self, member: Member) -> None:
-        messages = member.line.receive()
+    def _hear(self, member: RankState) -> None:
+        messages = member.channel.receive()
         member.heard = True
         for message in messages or []:
             if member.rank < 0:
                 if message.get("token") != self._token:
                     return self._forget(member)  # a stranger: a port scanner, another job
                 member.rank, member.host = int(message["rank"]), str(message["host"])
-                member.line.send({"welcome": True})
+                member.channel.send({"welcome": True})
                 continue
             member.move(int(message["step"]), str(message["doing"]))
             if "error" in message:
@@ -166,35 +177,35 @@ class Hub:
         if late is not None:
             self._trouble(Trouble(GONE, late, waited_in_vain(late, now, "run.timeout"), RunFailed.code))
 
-    def _judge(self) -> Verdict:
+    def _judge(self) -> JobFailure:
         first = min(self._troubles.values(), key=lambda trouble: trouble.kind)  # of equals the earliest
         member, cause = first.member, first.cause
         hanging = [one for one in self._members.values() if one.rank >= 0 and one.rank not in self._troubles]
         if first.kind == CUT_OFF and hanging:  # the others gave up waiting for it
             member = min(hanging, key=place)
             cause = waited_in_vain(member, time.monotonic(), cause)
-        return Verdict(member.rank, member.host, member.step, member.doing, cause, first.code)
+        return JobFailure(member.rank, member.host, member.step, member.doing, cause, first.code)
 
     def _tell(self, message: dict[str, Any]) -> None:
         for member in self._members.values():
             if member.rank >= 0:
-                member.line.send(message)
+                member.channel.send(message)
 
-    def _forget(self, member: Member) -> None:
-        self._selector.unregister(member.line.socket)
-        del self._members[member.line.socket]
-        member.line.close()
+    def _forget(self, member: RankState) -> None:
+        self._selector.unregister(member.channel.socket)
+        del self._members[member.channel.socket]
+        member.channel.close()
 
     def _close(self) -> None:
         """Hears everybody out first: closing a connection with something unread in it would take back what was sent."""
         for member in self._members.values():
             with suppress(OSError):
-                member.line.socket.shutdown(socket.SHUT_WR)
+                member.channel.socket.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 3
         while any(member.rank >= 0 for member in self._members.values()) and time.monotonic() < deadline:
             for key, _ in self._selector.select(BEAT):
                 member_ = self._members.get(key.fileobj)  # type: ignore[call-overload]
-                if member_ is not None and member_.line.receive() is None:
+                if member_ is not None and member_.channel.receive() is None:
                     self._forget(member_)
         for member in list(self._members.values()):
             self._forget(member)

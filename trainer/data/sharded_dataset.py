@@ -45,7 +45,7 @@ class OpenTar:
             os.close(self.descriptor)
 
 
-class Source:
+class ShardedDataset:
     """Samples 0 .. size - 1 of one dataset. Reading raises Damaged for what is wrong with one sample, UserError for a
     missing file."""
 
