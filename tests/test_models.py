@@ -409,3 +409,25 @@ def test_the_end_token_that_transformers_misreads_is_refused(tmp_path: Path) -> 
     refused("ends captions with id 2", config=tiny_config("clip"), tokenizer=str(folder))
     assert build(ModelSettings(config=tiny_config("siglip"), tokenizer=str(folder))).embed_dim == 32
     assert tiny_settings("siglip").tokenizer == tiny_tokenizer()
+
+
+def test_a_siglip_whose_tokenizer_masks_is_named_and_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("siglip", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    tree = json.loads(path.read_text())
+    assert tree["model_input_names"] == ["input_ids"]
+    DualEncoder.from_pretrained(tmp_path / "base")
+    assert "attention mask" not in "".join(capsys.readouterr())
+    path.write_text(json.dumps({**tree, "model_input_names": ["input_ids", "attention_mask"]}))
+    model = DualEncoder.from_pretrained(tmp_path / "base").eval()
+    assert "its tokenizer hands out an attention mask" in "".join(capsys.readouterr())
+    model.save_pretrained(tmp_path / "out")
+    texts = {}
+    for name in ("base", "out"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        inputs = tokenizer(["a cat"], padding="max_length", max_length=NUM_TOKENS, return_tensors="pt")
+        with torch.no_grad():
+            texts[name] = AutoModel.from_pretrained(tmp_path / name).get_text_features(**inputs).pooler_output
+    ours = model(tokens=model.preprocess.tokenize(["a cat"])[0]).text
+    torch.testing.assert_close(torch.nn.functional.normalize(texts["out"]), ours, atol=1e-5, rtol=0)
+    assert (texts["base"] - texts["out"]).abs().max() > 1e-4, "that is what the warning is about"

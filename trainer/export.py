@@ -26,6 +26,7 @@ from trainer.config import Recipe
 from trainer.core.types import UserError
 from trainer.models import DualEncoder
 from trainer.models.card import adapter_card, measured_table, whole_card
+from trainer.models.pooling import other_pooling
 
 MARKS = ("config.json", "adapter_config.json")
 """One of these is in every directory written here, and is written last."""
@@ -53,6 +54,11 @@ def main(argv: list[str]) -> int:
         model.save_adapter(aside) if adapter else model.save_pretrained(aside)
         (Path(aside) / "README.md").write_text(text, encoding="utf-8")
         replace(Path(aside), out)
+    if (pooling := other_pooling(model.towers.config)) is not None:
+        print(
+            f"{out}: transformers' VisionTextDualEncoderModel does not pool as this model does ({pooling}): use the lines "
+            "in its README.md"
+        )
     print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}")
     return 0
 

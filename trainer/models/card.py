@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.models.param_groups import Tower
+from trainer.models.pooling import other_pooling, pooling_of, special_tokens
+
+SIDES: tuple[Tower, ...] = ("image", "text")
 TITLES = {"clip": "CLIP", "siglip": "SigLIP", "siglip2": "SigLIP 2", "vision-text-dual-encoder": "Dual-encoder"}
 FRONT = """---
 library_name: {library}
@@ -49,6 +53,38 @@ print(logits.{activation})
 Captions are always padded to {num_tokens} tokens, as in training.
 """
 
+POOLED = """captions = ["a photo of a cat", "a photo of a dog"]
+inputs = processor(
+    text=captions, images=Image.open("picture.png").convert("RGB"),
+    padding="max_length", max_length={num_tokens}, truncation=True, return_tensors="pt",
+)
+mask = inputs["attention_mask"]
+with torch.no_grad():
+    image = model.vision_model(pixel_values=inputs["pixel_values"])
+    text = model.text_model(input_ids=inputs["input_ids"], attention_mask=mask)
+    image = model.visual_projection({image})
+    text = model.text_projection({text})
+    image, text = torch.nn.functional.normalize(image), torch.nn.functional.normalize(text)
+    logits = model.logit_scale.exp() * image @ text.T
+print(logits.{activation})
+```
+
+transformers' `VisionTextDualEncoderModel` reads the `pooler_output` of both towers. This model pools otherwise
+(image: {image_pooling}, text: {text_pooling}), so `model(**inputs)` and `get_*_features` fail or give other embeddings:
+use the lines above. Captions are always padded to {num_tokens} tokens, as in training.
+"""
+POOL_LINES = {
+    "pooler": "{side}.pooler_output",
+    "cls": "{side}.last_hidden_state[:, 0]",
+    "last": "text.last_hidden_state[torch.arange(len(mask)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]",
+}
+"""What models/pooling.py does, in plain torch."""
+MEANS = {
+    "image": "image.last_hidden_state[:, {special}:].mean(1)",
+    "maps": "image.last_hidden_state.mean((2, 3))",
+    "text": "(text.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)",
+}
+
 
 def whole_card(model: Any, where: str, notes: Sequence[str], measured: str) -> str:
     """README.md of an exported DualEncoder; ``notes``: facts, one a line."""
@@ -74,8 +110,22 @@ def _card(library: str, model: Any, where: str, notes: Sequence[str], measured: 
     )
     activation = "sigmoid()" if family.startswith("siglip") else "softmax(dim=1)"
     use = (load + USE).format(where=where, base=base, num_tokens=num_tokens, activation=activation, images=images)
-    lines = "".join(f"- {note}\n" for note in notes)
-    return f"{front}\n{lines}{use}{measured}"
+    if other_pooling(model.towers.config) is not None:
+        poolings = {f"{side}_pooling": pooling_of(model.towers.config, side) for side in SIDES}
+        lines = {side: _pool_line(model.towers.config, side) for side in SIDES}
+        use = (load + POOLED).format(
+            where=where, base=base, num_tokens=num_tokens, activation=activation, **lines, **poolings
+        )
+    facts = "".join(f"- {note}\n" for note in notes)
+    return f"{front}\n{facts}{use}{measured}"
+
+
+def _pool_line(config: Any, side: Tower) -> str:
+    pooling, vision = pooling_of(config, side), config.vision_config
+    if pooling != "mean":
+        return POOL_LINES[pooling].format(side=side)
+    maps = side == "image" and getattr(vision, "patch_size", None) is None
+    return MEANS["maps" if maps else side].format(special=special_tokens(vision))
 
 
 def measured_table(evaluation: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from trainer.models.naflex import NAFLEX, patch_inputs, unpack
 from trainer.models.param_groups import ParameterGroup, Tower, parameter_groups, tower_of
 from trainer.models.pooling import embed_dim, pool, pooling_of, special_tokens
 from trainer.models.precomputed import locked_part, precomputed_tower, remove_tower
-from trainer.models.preprocess import read_preprocess, read_tokenizer
+from trainer.models.preprocess import read_preprocess, read_tokenizer, warn_of_mask
 from trainer.models.save import save_adapter_of, save_pretrained
 from trainer.models.settings import ModelSettings
 from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
@@ -239,6 +239,8 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
             read_config(settings.path)  # first: of a path that is none, people would look for the tokenizer
         tokenizer = read_tokenizer(settings)
         config = make_config(settings, tokenizer)
+        if settings.path and weights:
+            warn_of_mask(settings.path, config, tokenizer)
         preprocess = read_preprocess(settings, config, tokenizer)
     towers = make_towers(config, settings, weights)
     if settings.token_bottleneck:

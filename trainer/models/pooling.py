@@ -71,6 +71,13 @@ def pooling_of(config: PretrainedConfig, side: Tower) -> Pooling:
     return getattr(config, "pooling", {}).get(side, "pooler")
 
 
+def other_pooling(config: PretrainedConfig) -> str | None:
+    """What to tell of a pair that plain transformers does not pool as it was trained; None where it does."""
+    sides: tuple[Tower, ...] = ("image", "text")
+    odd = [f"{side}: {pooling_of(config, side)}" for side in sides if pooling_of(config, side) != "pooler"]
+    return ", ".join(odd) or None
+
+
 def special_tokens(vision: PretrainedConfig) -> int:
     """Tokens before the first patch: a class token, and DINOv2's and DINOv3's registers."""
     if getattr(vision, "patch_size", None) is None or hasattr(vision, "depths"):

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PretrainedConfig
 # Not from the top level, where transformers 5.17 (not 5.20) has a placeholder that only raises if torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from trainer.core.distributed import say
 from trainer.core.types import Preprocess, UserError
 from trainer.models.hf_errors import reading
 from trainer.models.naflex import NAFLEX, budget_of
+from trainer.models.pooling import SIGLIP
 from trainer.models.settings import ModelSettings
 from trainer.models.vision_text import PAIR
 
@@ -63,6 +65,15 @@ def read_tokenizer(settings: ModelSettings) -> Any:
     key = "model.tokenizer" if settings.tokenizer else "model.path" if settings.path else "model.text.path"
     with reading(key, name, "its tokenizer"):
         return AutoTokenizer.from_pretrained(name)
+
+
+def warn_of_mask(path: str, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Says so where plain transformers would mask a SigLIP's padding, to which SigLIP attends."""
+    if config.model_type in SIGLIP and "attention_mask" in tokenizer.model_input_names:
+        say(
+            f"{path}: its tokenizer hands out an attention mask, with which plain transformers gives other text "
+            "embeddings than SigLIP was trained with; here padding is attended to, and the exported tokenizer has no mask"
+        )
 
 
 def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer: Any) -> Preprocess:
@@ -144,7 +155,7 @@ def make_processor(preprocess: Preprocess, config: PretrainedConfig) -> Any:
         images = SiglipImageProcessorPil(size={"height": height, "width": width}, **common)
     tokenizer = preprocess.tokenize.tokenizer
     tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = preprocess.num_tokens
-    if model_type in ("siglip", NAFLEX):
+    if model_type in SIGLIP:
         # SigLIP attends to padding as well: a mask in the processor's output would change its embeddings.
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
         return (SiglipProcessor if model_type == "siglip" else Siglip2Processor)(images, tokenizer)
