@@ -1,20 +1,25 @@
-"""Atomic writes and locks: what a reader, a full disk, a second process and a fork see of them."""
+"""Atomic writes, locks, progress and workers: what a reader, a full disk, a second process and a fork see of them."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import io
+import multiprocessing
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_tools.io import progress
+from data_tools.io.errors import UserError
 from data_tools.io.files import atomic_file, publish, write_atomic
 from data_tools.io.formatting import count, duration, human_bytes
 from data_tools.io.lock import FileLock
+from data_tools.io.workers import run_workers
 
 
 def test_a_file_is_replaced_as_a_whole_and_synced_before_its_name(
@@ -144,3 +149,41 @@ def test_progress_shows_position_rate_and_time_left(monkeypatch: pytest.MonkeyPa
     assert printed[-1] == "300/1,000 samples | 25 samples/s | 0:00:08"
     assert len(printed) == (5 if live else 3), "on a terminal each is drawn, elsewhere one every 5 s and the last"
     assert ("\r" in err.getvalue()) == live
+
+
+def test_workers_give_results_in_order_and_messages_at_once() -> None:
+    heard: list[int] = []
+
+    def work(item: int, send: Any) -> tuple[int, int]:
+        send(item)
+        time.sleep(0.05 if item == 0 else 0)
+        return item * item, os.getpid()
+
+    results = list(run_workers(work, range(20), 3, heard.append))
+    assert [square for square, _ in results] == [item * item for item in range(20)]
+    assert sorted(heard) == list(range(20)) and os.getpid() not in {pid for _, pid in results}
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected", "message"),
+    [
+        (UserError("row 3: no caption"), UserError, "^row 3: no caption$"),
+        (OSError(28, "No space left on device"), UserError, "No space left on device; fix this and run again"),
+        (ZeroDivisionError(), RuntimeError, "ZeroDivisionError"),
+        (None, UserError, "a worker process was killed by SIGKILL; run again, with fewer --processes"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_ends_the_run(
+    failure: Exception | None, expected: type[Exception], message: str
+) -> None:
+    def work(item: int, _: Any) -> int:
+        if item == 3 and failure is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == 3 and failure is not None:
+            raise failure
+        return item
+
+    with pytest.raises(expected, match=message):
+        list(run_workers(work, range(1000), 2))
+    assert not multiprocessing.active_children()

@@ -408,7 +408,7 @@ def test_a_worker_that_is_killed_ends_the_run(
 ) -> None:
     monkeypatch.setattr("data_tools.sharding.write_shard.prepare", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert shard(pairs, tmp_path, "--processes", "2", "--shard-size", "20") == 2
-    assert "a worker died without a word" in capsys.readouterr().err
+    assert "a worker process was killed by SIGKILL; run again, with fewer" in capsys.readouterr().err
     monkeypatch.undo()
     assert shard(pairs, tmp_path, "--shard-size", "20") == 0
 

@@ -21,13 +21,13 @@ import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.commands.arguments import Parser, add_processes, whole
 from data_tools.io.files import write_atomic
 from data_tools.io.output import refuse_file
+from data_tools.io.workers import run_workers
 
 # Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings
 # and the pieces of tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
@@ -158,9 +158,8 @@ def write_face(font: str, out: Path, size: int) -> dict[Glyph, bytes]:
 def write(out: Path, size: int, processes: int) -> dict[str, int]:
     """Renders all faces and writes the three CSV files, ``train.csv`` last; returns the number of pairs in each."""
     out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(processes) as pool:
-        faces = pool.map(write_face, FACES, [out] * len(FACES), [size] * len(FACES))
-        digests = {glyph: digest for face in faces for glyph, digest in face.items()}
+    faces = run_workers(lambda face, _: write_face(face, out, size), list(FACES), processes)
+    digests = {glyph: digest for face in faces for glyph, digest in face.items()}
     twins: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for glyph, digest in digests.items():
         twins[glyph.code, digest].append(glyph.font)

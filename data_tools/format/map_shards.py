@@ -3,33 +3,22 @@ common."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from data_tools.format.index import Dataset
 from data_tools.io.errors import UserError
+from data_tools.io.workers import run_workers
 
 R = TypeVar("R")
 
 
 def over_shards(work: Callable[[int], R], num_shards: int, processes: int) -> Iterator[R]:
-    """``work(shard)`` for every shard, in order. ``work`` must be picklable; its UserErrors reach the caller."""
-    if processes <= 1 or num_shards <= 1:
-        yield from map(work, range(num_shards))
-        return
-    with ProcessPoolExecutor(min(processes, num_shards), multiprocessing.get_context("fork")) as pool:
-        try:
-            yield from pool.map(work, range(num_shards))
-        except BrokenProcessPool:
-            raise UserError("a worker died (out of memory?); try fewer --processes") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """``work(shard)`` for every shard, in order; errors as of ``run_workers``."""
+    return run_workers(lambda shard, _: work(shard), range(num_shards), processes)
 
 
 class TarReader:

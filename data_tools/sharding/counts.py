@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,11 +24,10 @@ class Tally:
 
 
 class Reporter:
-    """Gathers a worker's counts. With ``parent``, ends the process as soon as it has another parent: the run was
-    killed."""
+    """Gathers a worker's counts."""
 
-    def __init__(self, send: Callable[[Tally], None], parent: int | None = None) -> None:
-        self._send, self._parent = send, parent
+    def __init__(self, send: Callable[[Tally], None]) -> None:
+        self._send = send
         self._tally, self._rows, self._sent = Tally(), 0, time.monotonic()
 
     def image(self, num_bytes: int) -> None:
@@ -45,8 +43,6 @@ class Reporter:
         self._tick()
 
     def _tick(self) -> None:
-        if self._parent is not None and os.getppid() != self._parent:
-            os._exit(1)
         self._rows += 1
         if self._rows >= _ROWS or time.monotonic() - self._sent > _SECONDS:
             self.flush()

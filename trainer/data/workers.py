@@ -4,7 +4,8 @@ end.
     with Pool(work, num=4, stall_seconds=300, describe=str) as pool:
         for result in pool.run(tasks, ahead=16): ...
 
-Plain fork and pipes: ``multiprocessing`` forbids children to daemonic processes (launchers and tests make such), and
+A pool apart from that of data_tools (data_tools/io/workers.py), whose items end: here tasks go on for ever, so they are
+given out a bounded number ahead and a hung worker is named. Plain fork and pipes: ``multiprocessing`` forbids children to daemonic processes (launchers and tests make such), and
 bulk data goes through memory shared by the fork (`shared_array`), which unlike /dev/shm has no small limit in
 containers.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_tools.io.workers import how_it_ended, ignore_signals
 from trainer.core.types import RunFailed, UserError
 
 QUEUED = 2
@@ -140,13 +142,14 @@ class Pool:
         _, status = os.waitpid(worker.pid, 0)
         worker.pid = 0
         code = os.waitstatus_to_exitcode(status)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         remedy = (
             "if memory ran out, lower data.workers, data.prefetch or batch.size"
             if code == -signal.SIGKILL
             else "data.workers=0 shows where"
         )
-        return RunFailed(f"data worker {worker.index} {how} while reading {self._task(worker)}; {remedy}")
+        return RunFailed(
+            f"data worker {worker.index} {how_it_ended(code)} while reading {self._task(worker)}; {remedy}"
+        )
 
     def _task(self, worker: Worker) -> str:
         return self.describe(worker.tasks[0][1])
@@ -185,9 +188,7 @@ def stalled(who: str, seconds: float, reading: str) -> str:
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
     """The life of a worker process: never returns."""
-    # Queues and closing terminals signal whole trees; the parent decides when to end, and ends it with SIGKILL.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # fork copied no threads: a parallel region would wait for them
     parent = os.getppid()
