@@ -47,7 +47,9 @@ done
 [ -n "$hostfile" ] || [ -n "$ranks" ] || fail "name --hostfile F (several nodes) or --ranks N (this one)"
 if [ -n "$hostfile" ]; then
   [ -f "$hostfile" ] || fail "$hostfile: no such hostfile; $root/launch/hostfile.example shows one"
-  mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF {print $1}')
+  mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {print $1}')
+  mapfile -t slots < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {split($2, s, "="); print $1 ":" s[2]}')
+  [ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no node; $root/launch/hostfile.example shows how"
   address=${address:-${hosts[0]}}
 fi
 
@@ -62,6 +64,8 @@ elif [ $ssh = pdsh ]; then
   launcher+=(--hostfile "$hostfile" --master_addr "$address" --no_ssh_check)
   [ ${#hosts[@]} -gt 1 ] || launcher+=(--force_multi)
 fi
+# Ranks that wait for others name the nodes by this.
+[ -z "$hostfile" ] || export RINGLIP_HOSTS="${slots[*]}"
 launcher+=(--module trainer.train "$@")
 
 over_ssh() { # the same script on every node; the first node to fail takes the others along, through the watchdog
@@ -69,7 +73,7 @@ over_ssh() { # the same script on every node; the first node to fail takes the o
   for rank in "${!hosts[@]}"; do
     # shellcheck disable=SC2029,SC2086  (expanded here on purpose; RINGLIP_SSH holds options)
     ssh ${RINGLIP_SSH:-} -tt -o BatchMode=yes "${hosts[rank]}" \
-      "cd $(printf %q "$PWD") && PATH=$(printf %q "$PATH") $(environment) bash $(printf %q "$script") --no-ssh $rank --restarts 0 \
+      "cd $(printf %q "$PWD") && PATH=$(printf %q "$PATH") ${variables//$'\n'/ } bash $(printf %q "$script") --no-ssh $rank --restarts 0 \
       --master-addr $address --master-port $port --hostfile $(printf %q "$hostfile") $(printf '%q ' "$@")" </dev/null &
     pids+=($!)
   done
@@ -80,10 +84,41 @@ over_ssh() { # the same script on every node; the first node to fail takes the o
   done
   return "$code"
 }
-environment() { # what .deepspeed_env says, quoted for a shell
-  local file=${DS_ENV_FILE:-.deepspeed_env}
-  [ ! -f "$file" ] || sed "s/'/'\\\\''/g; s/=\(.*\)/='\1'/" "$file" | tr '\n' ' '
+quoted() { # for a shell; pdsh: DeepSpeed puts values between double quotes, and pdsh takes % for its own
+  local value=$1
+  if [ "$messenger" = pdsh ]; then
+    value=${value//\\/\\\\} value=${value//\"/\\\"} value=${value//\$/\\\$} value=${value//\`/\\\`}
+    printf '%s' "${value//%/%%}"
+  else
+    printf "'%s'" "${value//\'/\'\\\'\'}"
+  fi
 }
+environment() { # lines NAME=VALUE, quoted for a shell: what .deepspeed_env says in the home and then here, as DeepSpeed reads it
+  local name=${DS_ENV_FILE:-.deepspeed_env} file line number
+  [ -z "${RINGLIP_HOSTS:-}" ] || echo "RINGLIP_HOSTS=$(quoted "$RINGLIP_HOSTS")"
+  case "$name" in /*) set -- "$name" ;; *) set -- "$HOME/$name" "$PWD/$name" ;; esac
+  [ "${2:-}" != "$1" ] || set -- "$1" # at home
+  for file in "$@"; do
+    [ -f "$file" ] || continue
+    number=0
+    while IFS= read -r line || [ -n "$line" ]; do
+      number=$((number + 1)) line=${line%$'\r'}
+      case "$line" in
+        "" | \#*) ;;
+        [A-Za-z_]*=*) echo "${line%%=*}=$(quoted "${line#*=}")" ;;
+        *) fail "$file:$number: '$line' is not NAME=VALUE" ;;
+      esac
+    done <"$file"
+  done
+}
+messenger=$ssh
+[ -z "$ranks$node_rank" ] || messenger=none
+variables=$(environment) || exit 2
+if [ $messenger = none ]; then # what starts here needs no messenger
+  while IFS= read -r line; do
+    [ -z "$line" ] || eval "export $line"
+  done <<<"$variables"
+fi
 
 stopped="" child=""
 stop() { # a queue or a person ends the job: ranks finish their step and save
@@ -96,7 +131,12 @@ trap 'stop INT' INT
 trap 'stop HUP' HUP
 
 output=$(mktemp)
-trap 'rm -f "$output"' EXIT
+forwarded=$(mktemp)
+trap 'rm -f "$output" "$forwarded"' EXIT
+if [ $messenger = pdsh ]; then
+  echo "$variables" >"$forwarded"
+  export DS_ENV_FILE=$forwarded
+fi
 copy() { # to the terminal and into $output, until the last rank is gone
   trap '' TERM INT USR1 HUP
   exec tee "$output" >&2
@@ -105,7 +145,7 @@ attempt() { # runs it once; its exit code. Waits again when a signal interrupts 
   : >"$output"
   local code waited=0
   set -m # a process group for the job
-  if [ -z "$ranks$node_rank" ] && [ $ssh = ssh ]; then
+  if [ $messenger = ssh ]; then
     over_ssh "$@" > >(copy) 2>&1 &
   else
     "${launcher[@]}" > >(copy) 2>&1 &
@@ -129,14 +169,27 @@ attempt() { # runs it once; its exit code. Waits again when a signal interrupts 
   return "$code"
 }
 
+pause() { # ends at once with a signal, which a plain sleep would outlast
+  local sleeper
+  sleep "$1" &
+  sleeper=$!
+  wait "$sleeper" || kill "$sleeper" 2>/dev/null
+}
+tells_stop() {
+  echo "stopped by SIG$stopped (ranks are told by SIGTERM); the same command goes on from the last checkpoint" >&2
+  exit 75
+}
 failures=0
 while true; do
+  [ -z "$stopped" ] || tells_stop # while it paused
   attempt "$@"
   code=$?
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then exit "$code"; fi
-  if [ -n "$stopped" ]; then
-    echo "stopped by SIG$stopped; the same command goes on from the last checkpoint" >&2
-    exit 75
+  [ -z "$stopped" ] || tells_stop
+  if [ "$code" -eq 126 ] || [ "$code" -eq 127 ]; then
+    where=$([ -z "$hostfile" ] || echo " on a node of $hostfile")
+    echo "error: a command was not found$where (exit code $code; see above): the repository and its .venv must be at one path everywhere" >&2
+    exit "$code"
   fi
   if [ "$code" -eq 75 ]; then
     echo "stopped by a signal with everything saved: starting again" >&2
@@ -147,6 +200,6 @@ while true; do
     echo "error: failed with exit code $code, $failures time(s) in all: giving up" >&2
     exit "$code"
   fi
-  echo "failed with exit code $code: starting again from the last checkpoint ($failures of $restarts)" >&2
-  sleep "${RINGLIP_RESTART_SECONDS:-5}"
+  echo "failed with exit code $code: starting again, from the last checkpoint if there is one ($failures of $restarts)" >&2
+  pause "${RINGLIP_RESTART_SECONDS:-5}"
 done

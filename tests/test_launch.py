@@ -3,6 +3,7 @@ four does."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -211,6 +212,64 @@ def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
     same(curve(run), whole)
 
 
+NASTY = {
+    "PLAIN": "eth0,eth1",
+    "NASTY": """two words  $HOME $(id) `id` "double" it's %n %% \\ ; & | * # end""",
+    "EMPTY": "",
+}
+
+
+@pytest.mark.parametrize("how", ["pdsh", "no-ssh", pytest.param("ssh", marks=pytest.mark.slow)])
+def test_values_of_the_environment_file_arrive_as_they_are(tmp_path: Path, how: str) -> None:
+    """A stand-in for training writes down what its rank finds in the environment."""
+    tree, home = tmp_path / "tree with a space", tmp_path / "home"
+    (tree / "launch").mkdir(parents=True)
+    home.mkdir()
+    (tree / "pyproject.toml").touch()
+    script = tree / "launch" / "multinode.sh"
+    script.write_text((ROOT / "launch" / "multinode.sh").read_text().replace("trainer.train", "stand_in"))
+    (tree / "stand_in.py").write_text(
+        "import json, os, sys\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'rank-' + os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
+        "print('runs/x: finished at 96 samples', file=sys.stderr)\n"
+    )
+    (home / ".deepspeed_env").write_text("FROM_HOME=yes\nPLAIN=replaced\n")
+    lines = "".join(f"{name}={value}\n" for name, value in NASTY.items())
+    (tree / ".deepspeed_env").write_text(f"# comment\n\nDS_ACCELERATOR=cpu\r\n{lines}")
+    with ssh_nodes(tmp_path / "ssh") as (names, environment):
+        (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
+        options = {"pdsh": [], "ssh": ["--ssh"], "no-ssh": ["--no-ssh", "0"]}[how]
+        command = ["bash", str(script), "--hostfile", str(tmp_path / "hostfile"), *options, "recipe.yaml"]
+        environment |= {"HOME": str(home), "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=LONG, cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = sorted(tmp_path.glob("rank-*"))
+    assert len(ranks) == (1 if how == "no-ssh" else 2)
+    for rank in ranks:
+        found = json.loads(rank.read_text())
+        assert {name: found.get(name) for name in NASTY} == NASTY
+        assert (found["FROM_HOME"], found["DS_ACCELERATOR"]) == ("yes", "cpu")
+        assert found["RINGLIP_HOSTS"] == "127.0.0.2:1 127.0.0.3:1"
+
+
+def test_a_line_of_the_environment_file_that_says_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("A=1\nexport B\n")
+    done = multinode("--ranks", "1", "recipe.yaml", environment=os.environ | {"DS_ENV_FILE": str(tmp_path / "env")})
+    assert done.returncode == 2
+    assert f"{tmp_path}/env:2: 'export B' is not NAME=VALUE" in done.stdout
+
+
+def around(folder: Path) -> dict[str, str]:
+    """An environment in which `deepspeed` counts its starts and does what folder/end-NUMBER says."""
+    stand_in = folder / "deepspeed"
+    stand_in.write_text(
+        f"#!/bin/bash\nn=$(cat {folder}/count 2>/dev/null || echo 0)\necho $((n + 1)) >{folder}/count\n. "
+        f"{folder}/end-$n\n"
+    )
+    stand_in.chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 FINISHED = "echo 'runs/x: finished at 96 samples' >&2; exit 0"
 
 
@@ -222,6 +281,7 @@ FINISHED = "echo 'runs/x: finished at 96 samples' >&2; exit 0"
         (["exit 1"] * 9, 1, 3),  # --restarts 2
         (["exit 75"] * 3 + [FINISHED], 0, 4),  # a signal is no failure
         (["exit 2", FINISHED], 2, 1),  # a mistake stays one
+        (["no-such-command", FINISHED], 127, 1),  # no restart installs it
         (["exit 0", FINISHED], 0, 2),  # what DeepSpeed's launcher says when its child was killed
     ],
 )
@@ -229,14 +289,7 @@ def test_what_is_started_again(tmp_path: Path, ends: list[str], code: int, start
     """The script around a launcher that ends as it is told to."""
     for number, end in enumerate(ends):
         (tmp_path / f"end-{number}").write_text(end)
-    stand_in = tmp_path / "deepspeed"
-    stand_in.write_text(
-        f"#!/bin/bash\nn=$(cat {tmp_path}/count 2>/dev/null || echo 0)\necho $((n + 1)) >{tmp_path}/count\n. "
-        f"{tmp_path}/end-$n\n"
-    )
-    stand_in.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = multinode("--ranks", "1", "--restarts", "2", "recipe.yaml", environment=environment)
+    done = multinode("--ranks", "1", "--restarts", "2", "recipe.yaml", environment=around(tmp_path))
     assert (done.returncode, int((tmp_path / "count").read_text())) == (code, starts), done.stdout
 
 
@@ -294,3 +347,31 @@ def test_a_launcher_that_was_killed_is_no_success_and_its_ranks_make_room(
     assert "stopped by SIGHUP" in text
     assert "starting again from the last checkpoint (1 of 3)" in text
     same(curve(tmp_path / "run")[:1], whole[:1])
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("phase", ["running", "pausing"])
+def test_a_signal_at_any_moment_ends_the_script_with_75(tmp_path: Path, name: signal.Signals, phase: str) -> None:
+    """While the launcher runs it is passed on; in the pause before a restart there is nobody to pass it on to."""
+    (tmp_path / "end-0").write_text("exit 1" if phase == "pausing" else "trap 'exit 75' TERM; sleep 30 & wait")
+    (tmp_path / "end-1").write_text(FINISHED)
+    command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--ranks", "1", "recipe.yaml"]
+    environment = around(tmp_path) | {"RINGLIP_RESTART_SECONDS": "30"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    try:
+        if phase == "pausing":
+            while "starting again" not in process.stderr.readline():
+                assert process.poll() is None
+        else:
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "count").is_file():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(name)
+        assert process.wait(15) == 75
+        assert f"stopped by {name.name} " in process.stderr.read()
+        assert (tmp_path / "count").read_text().strip() == "1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from data_tools.io.errors import run_command
-from trainer.core.types import RunFailed, UserError
+from trainer.core.rendezvous import meeting
+from trainer.core.types import UserError
 
 # deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their
 # own. A variable that only a started task has comes first: an interactive Slurm shell has the others too.
@@ -110,20 +111,12 @@ def init(timeout_seconds: float = 600.0) -> None:
             f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address "
             f"of rank 0"
         )
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    with meeting(timeout) as (store, rank, world):
         store.set_timeout(timeout)
         if torch.cuda.is_available():
             check_one_gpu_each(store, rank, world, f"{socket.gethostname()}, GPU {_gpu_uuid()}")
         store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise RunFailed(
-            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken: end the ranks of an earlier "
-            "start if some are left, or take another (deepspeed --master_port N, torchrun --master-port N)"
-        ) from error
 
 
 def _adopt_foreign_launcher() -> None:
