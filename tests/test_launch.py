@@ -101,7 +101,7 @@ def sbatch(environment: dict[str, str], recipe: Path, folder: Path, *overrides: 
         "--parsable",
         "--nodes=2",
         f"--output={folder}/job.out",
-        f"--chdir={ROOT}",
+        f"--chdir={folder}",  # anywhere: the script finds its neighbours
         str(ROOT / "launch" / "slurm.sbatch"),
     ]
     command += [str(recipe), f"run.directory={folder / 'run'}", *overrides]

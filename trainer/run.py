@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.io.files import write_atomic
+from data_tools.io.formatting import count
 from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed
 from trainer.config import Recipe
@@ -197,7 +198,7 @@ def describe(run: Run) -> None:
     ]
     trained, locked = (sum(size for trains, size in sizes if trains is which) for which in (True, False))
     distributed.say(
-        f"{run.directory}: {trained / 1e6:,.1f} M parameters to train, {locked / 1e6:,.1f} M locked; "
+        f"{run.directory}: {count(trained)} parameters to train, {count(locked)} locked; "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
         f"{run.recipe.engine.ds_config}, {run.recipe.engine.computes_in}, "
         f"micro-batch {run.micro_batch or 'whole'}"

@@ -9,7 +9,7 @@ def count(number: float) -> str:
         if number >= limit:
             scaled = number / (1e3 if unit == "k" else limit)
             return f"{scaled:.2f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
-    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
 
 
 def duration(seconds: float) -> str:
