@@ -42,7 +42,7 @@ def ranks(world: int) -> Iterator[None]:
             (dist, "get_backend", lambda group=None: "nccl"),
             (dist, "P2POp", _Operation),
             (dist, "batch_isend_irecv", _exchange),
-            (Ring, "_agree", lambda ring, rows, signature: [rows] * world),
+            (Ring, "_agree", lambda ring, rows, lanes, signature: ([rows] * world, [lanes] * world)),
             (Ring, "check_memory", lambda ring, error: None),
         ):
             stack.enter_context(patch.object(target, name, value))
