@@ -461,5 +461,5 @@ def test_build_makes_what_the_recipe_says():
         torch.bfloat16,
         "mask",
     )
-    with pytest.raises(UserError, match=r"loss\.rows"):
+    with pytest.raises(UserError, match=r"loss\.tile_rows"):
         SigmoidLoss(tile_rows=0)

@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 OURS = {
     "ring": {},
-    "ring, 256-row tiles": {"rows": 256},
+    "ring, 256-row tiles": {"tile_rows": 256},
     "bidirectional": {"exchange": "bidirectional"},
     "gather": {"exchange": "gather"},
     "hierarchical, nodes of 2": {"exchange": "hierarchical", "node_size": 2},
@@ -134,7 +134,7 @@ def products_alone(z: Embeddings) -> Tensor:
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     for texts, d_texts in zip(text.split(SLICE_ROWS), d_text.split(SLICE_ROWS), strict=True):
         for images, d_images in zip(
-            image.split(SigmoidSettings().rows), d_image.split(SigmoidSettings().rows), strict=True
+            image.split(SigmoidSettings().tile_rows), d_image.split(SigmoidSettings().tile_rows), strict=True
         ):
             logits = images.new_empty(len(images), len(texts))
             for _ in range(world):
