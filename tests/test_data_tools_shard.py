@@ -481,7 +481,7 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
         assert expected in error and error.count("\n") == 1
     (tmp_path / "web.csv").write_text("image,caption\nhttps://example.org/a.jpg,a\n")
     assert shard(tmp_path / "web.csv", out) == 2
-    assert "fetch them with img2dataset" in capsys.readouterr().err
+    assert "pip install img2dataset && img2dataset --url_list" in capsys.readouterr().err
     assert not out.exists()
 
 

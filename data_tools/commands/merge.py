@@ -21,6 +21,8 @@ from data_tools.io.output import PARTS, Output
 
 PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
+CLASSES = "classnames.txt"
+"""A class a line, in the order of "cls" in the .json members: what zero-shot evaluation reads."""
 
 
 def record_of(output: Output, name: str) -> dict[str, Any] | None:
@@ -112,6 +114,8 @@ def merge(output: Output) -> dict[str, Any]:
     output.write(
         REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
     )
+    if plan.get("classes"):
+        output.write(CLASSES, "".join(f"{name}\n" for name in plan["classes"]).encode("utf-8", "replace"))
     output.write_json(MANIFEST, manifest)
     output.finish()
     return manifest

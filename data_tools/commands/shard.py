@@ -2,7 +2,10 @@
 
     python -m data_tools shard pairs.csv OUT --image image --caption caption --processes 8
     python -m data_tools shard pairs.csv OUT --image image --caption caption --resize 224
+    python -m data_tools shard pets.zip OUT --caption-template "a photo of a {class}"      # folders are classes
     python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16  # then: python -m data_tools merge OUT
+
+data_tools/README.md lists the inputs.
 
 OUT then holds 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row left out,
 with the reason) and, written last, manifest.json. The bytes depend on the input and the options alone, not on
@@ -16,8 +19,6 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 from data_tools.commands.arguments import Parser, add_processes, number, whole
 from data_tools.commands.merge import PLAN, REJECTS, merge, record_of, reopen_if_damaged, summary
@@ -89,10 +90,19 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         metavar="COLUMN",
         action="append",
         default=[],
-        help="column with the caption, or a list of them; may be repeated",
+        help="column with the caption, or a list of them; may be repeated. d.en reaches into a struct or JSON",
+    )
+    group.add_argument(
+        "--caption-template",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="make captions: {NAME} is a column, {class} the folder of a picture; may be repeated",
     )
     group.add_argument("--input", choices=KINDS, help="kind of PAIRS, where its name does not tell")
     group.add_argument("--columns", metavar="A,B,...", help="names of the columns of a table without a header line")
+    group.add_argument("--delimiter", metavar="C", help="between the fields of a CSV or TSV file (default: found)")
+    group.add_argument("--encoding", metavar="NAME", help="of a CSV, TSV or JSONL file (default: UTF-8, or its mark)")
     group.add_argument(
         "--no-quotes",
         action="store_true",
@@ -179,8 +189,16 @@ def _task(text: str) -> tuple[int, int]:
 def options_of(arguments: argparse.Namespace) -> ShardOptions:
     """What the arguments say that decides bytes."""
     columns = tuple(arguments.columns.split(",")) if arguments.columns else ()
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(arguments.delimiter, arguments.delimiter)
     source = SourceOptions(
-        arguments.image, tuple(arguments.caption), columns, not arguments.no_quotes, arguments.images
+        image=arguments.image,
+        captions=tuple(arguments.caption),
+        columns=columns,
+        quotes=not arguments.no_quotes,
+        images=arguments.images,
+        templates=tuple(arguments.caption_template),
+        delimiter=delimiter,
+        encoding=arguments.encoding,
     )
     images = ImageOptions(
         resize=arguments.resize,
@@ -206,14 +224,7 @@ def make_plan(arguments: argparse.Namespace) -> ShardPlan:
         require_backend(arguments.images)
     pairs = Path(arguments.pairs)
     root = arguments.images or str(pairs if pairs.is_dir() else pairs.parent)
-    plan = ShardPlan(source, options, root, pairs.name)
-    first = next(source.rows(np.arange(1))).image
-    if isinstance(first, str) and first.startswith(("http://", "https://")):
-        raise UserError(
-            f"{arguments.pairs}: pictures are web addresses; fetch them with img2dataset, then shard the folder it "
-            f"writes"
-        )
-    return plan
+    return ShardPlan(source, options, root, pairs.name)
 
 
 def refuse_other(plan: ShardPlan, output: Output) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 REASONS = {
     "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an object)",
-    "not_utf8": "a row, caption or .json that is not UTF-8 (Latin-1 perhaps: iconv -f LATIN1 -t UTF-8)",
-    "not_json": "a row or .json that is broken JSON",
-    "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted comma perhaps)",
+    "not_utf8": "a row, caption or .json that is not UTF-8 (for a table say --encoding cp1252 or another)",
+    "not_json": "a row or .json that is broken JSON, or nested too deep",
+    "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted delimiter perhaps)",
     "image_missing": "no picture is named, or a caption has no picture beside it",
+    "image_type": "the picture's column holds neither bytes nor the name of a file",
+    "image_encoding": "a picture in base64 or a data: URL that cannot be decoded",
+    "web_address": "the picture is on the web: fetch it with img2dataset",
     "file_missing": "the picture's file does not exist",
     "file_unreadable": "the picture's file cannot be read",
     "file_too_large": "the picture's file is larger than --max-bytes",
@@ -22,6 +25,7 @@ REASONS = {
     "too_small": "a side is below --min-side",
     "too_elongated": "the longer side is more than --max-aspect times the shorter one",
     "caption_missing": "no caption, or null",
+    "caption_type": "the caption's column holds no text",
     "caption_empty": "nothing is left of the caption once it is cleaned",
     "missing_text": "a picture in a tar without its text",
     "missing_image": "a text in a tar without its picture",
@@ -33,14 +37,18 @@ REASONS = {
     "link": "a link in a tar: never followed",
     "special_file": "a device or pipe in a tar: never made",
     "unsafe_name": "a name in a tar that points outside (absolute, or with ..)",
-    "too_large": "a member of 4 GiB or more in a tar",
+    "too_large": "a member of 4 GiB or more in a tar, or a caption or .json of more than 16 MiB in an archive",
+    "encrypted": "the member of a zip is encrypted: unpack it with its password",
+    "zip_method": "the member of a zip is compressed by a method other than store, deflate, bzip2 and LZMA",
+    "zip_damaged": "the member of a zip is damaged: its header, length or checksum is wrong",
+    "zip_bomb": "the member of a zip unpacks to more than its directory says",
 }
 """Every reason that can stand in ``rejects.jsonl``."""
 
 
 class Reject(Exception):
     """One sample cannot be used. Not an error of the run: the writer records the reason and goes on. ``path`` was
-    looked for, if any."""
+    looked for, or says what was found, if anything."""
 
     def __init__(self, reason: str, path: str | None = None) -> None:
         assert reason in REASONS, reason

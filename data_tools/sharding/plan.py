@@ -19,7 +19,7 @@ from data_tools.samples.images import ImageOptions
 from data_tools.sources import Source, SourceOptions
 from data_tools.sources.base import hash_text
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the same input and options would give other bytes than before."""
 
 
@@ -83,6 +83,7 @@ class ShardPlan:
             "shards": self.num_shards,
             "input": {"name": self.name, "rows": self.num_rows, "fingerprint": self.fingerprint},
             "options": asdict(self.options),
+            "classes": self.source.classes,
             "problems": [problem._asdict() for problem in self.source.problems],
         }
 

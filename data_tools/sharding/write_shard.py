@@ -20,7 +20,7 @@ from data_tools.samples.images import prepare
 from data_tools.samples.reject import Reject, explain
 from data_tools.sharding.counts import Reporter
 from data_tools.sharding.plan import ShardPlan
-from data_tools.sources.base import Row, read_image
+from data_tools.sources.base import Row, Stored, read_image
 
 RESERVED = ("captions", "sample")
 """Names in the .json member that are ours; a column of the same name is stored as column_NAME."""
@@ -87,13 +87,15 @@ def _write_sample(plan: ShardPlan, writer: TarWriter, key: str, row: Row) -> tup
     """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is
     written."""
     if row.fault is not None:
-        raise Reject(row.fault)
-    captions, cut = clean_all(row.captions, plan.options.max_caption)
+        raise Reject(row.fault, row.detail)
+    captions, cut = clean_all(list(row.captions), plan.options.max_caption)
     data = read_image(row, plan.image_root, plan.options.images.max_bytes)
     picture = prepare(data, plan.options.images)
     about: dict[str, Any] = {"source": row.source, "width": picture.width, "height": picture.height}
     if isinstance(row.image, str):
         about["image"] = row.image
+    elif isinstance(row.image, Stored):
+        about["image"] = row.image.name
     if picture.changed:
         about["changed"] = picture.changed
     if cut:

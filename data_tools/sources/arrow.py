@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_tools.io.errors import UserError
-from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, image_value, require_columns, split_columns
+from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, require_columns, with_caption
+from data_tools.sources.values import to_row
 
 _CACHE_BYTES = 512 << 20
 
@@ -23,7 +25,7 @@ class ParquetSource:
     """One or several Parquet files of one schema. A row group is a block: it is read as a whole, for one shard or a
     few."""
 
-    def __init__(self, paths: list[Path], options: SourceOptions) -> None:
+    def __init__(self, paths: list[Path], options: SourceOptions, caption_names: tuple[str, ...] = ()) -> None:
         self.paths, self.options = paths, options
         self.problems: list[Problem] = []
         self.blocks: list[int] = []
@@ -36,9 +38,13 @@ class ParquetSource:
             for group in range(meta.num_row_groups):
                 self.blocks.append(meta.row_group(group).num_rows)
                 self._groups.append((number, group))
+            with _explained(path):
+                schema = meta.schema.to_arrow_schema()
+            labels = class_labels(schema)
             if number == 0:
-                self.columns = list(meta.schema.to_arrow_schema().names)
-        require_columns(str(paths[0]), self.columns, options)
+                self.columns, self._labels, self.classes = list(schema.names), labels, labels.names
+                options = self.options = with_caption(options, self.columns, caption_names)
+            require_columns(str(path), [*schema.names, *labels.added(schema.names)], options)
         self._print = hash_text(footers)
         self._cached: tuple[int, pa.Table] | None = None
 
@@ -55,12 +61,12 @@ class ParquetSource:
         tables: dict[int, pa.Table] = {}
         for block in np.unique(which).tolist():
             mine = which == block
-            tables[block] = self._read(block).take(pa.array(numbers[mine] - self._edges[block]))
+            tables[block] = _movable(self._read(block)).take(pa.array(numbers[mine] - self._edges[block]))
             places[mine] = np.arange(int(mine.sum()))
         for number, block, place in zip(numbers.tolist(), which.tolist(), places.tolist(), strict=True):
             file, group = self._groups[block]
             line = number - int(self._edges[block - group])
-            yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self.options)
+            yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self.options, self._labels)
 
     def _read(self, block: int) -> pa.Table:
         # A shard smaller than a row group comes back for the same one: keep the last, unless it holds pictures.
@@ -84,7 +90,9 @@ class ArrowSource:
         self.paths = [path] if path.is_file() else _files_of(path)
         self._tables = [_map(file) for file in self.paths]
         self.columns = list(self._tables[0].column_names)
-        require_columns(str(path), self.columns, options)
+        self._labels = class_labels(self._tables[0].schema)
+        self.classes = self._labels.names
+        require_columns(str(path), [*self.columns, *self._labels.added(self.columns)], options)
         self._edges = np.concatenate([[0], np.cumsum([table.num_rows for table in self._tables])]).astype(np.int64)
         self.blocks = [int(self._edges[-1])]
 
@@ -97,16 +105,22 @@ class ArrowSource:
         which = np.searchsorted(self._edges, numbers, side="right") - 1
         for number, file in zip(numbers.tolist(), which.tolist(), strict=True):
             place = number - int(self._edges[file])
-            yield arrow_row(self._tables[file], place, f"{self.paths[file].name}:{place}", self.options)
+            yield arrow_row(self._tables[file], place, f"{self.paths[file].name}:{place}", self.options, self._labels)
 
 
 def _files_of(folder: Path) -> list[Path]:
-    state = json.loads((folder / "state.json").read_text())
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}/state.json: not that of a Hugging Face dataset ({error!r}); save it again") from None
+    if not names:
+        raise UserError(f"{folder}: a dataset without files; save it again")
     if state.get("_indices_data_files"):
         raise UserError(
             f"{folder}: holds a selection of rows; write it out with dataset.flatten_indices() before save_to_disk"
         )
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+    return [folder / name for name in names]
 
 
 def _map(path: Path) -> pa.Table:
@@ -118,18 +132,85 @@ def _map(path: Path) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
 
 
-def arrow_row(table: pa.Table, place: int, source: str, options: SourceOptions) -> Row:
+class Labels(NamedTuple):
+    """The one column of numbers that Hugging Face's features call a ClassLabel."""
+
+    column: str
+    names: list[str]
+
+    def added(self, columns: list[str]) -> list[str]:
+        """The columns that its rows have besides."""
+        return [name for name in ("cls", "class") if self.names and name not in columns]
+
+    def of(self, record: dict[str, Any]) -> dict[str, Any]:
+        """``cls`` and ``class`` of a record, as far as it has them not."""
+        number = record.get(self.column)
+        known = isinstance(number, int) and 0 <= number < len(self.names)
+        found = {"cls": number, "class": self.names[int(number or 0)]} if known else {"cls": None, "class": None}
+        return {name: value for name, value in found.items() if name not in record}
+
+
+def class_labels(schema: pa.Schema) -> Labels:
+    """The labels that the schema's "huggingface" metadata name; none where there are none, or several columns of
+    them."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = [
+            Labels(column, [str(name).replace("_", " ") for name in about["names"]])
+            for column, about in features.items()
+            if isinstance(about, dict) and about.get("_type") == "ClassLabel" and column in schema.names
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return Labels("", [])
+    return found[0] if len(found) == 1 else Labels("", [])
+
+
+def arrow_row(table: pa.Table, place: int, source: str, options: SourceOptions, labels: Labels) -> Row:
     """One row of an Arrow table. Columns that hold bytes have no place in a .json member and are left out of it."""
-    record = {name: table.column(name)[place].as_py() for name in table.column_names}
-    image, captions, columns = split_columns(record, options)
-    kept = {name: value for name, value in columns.items() if not _holds_bytes(value)}
-    return Row(source, image_value(image), captions, kept)
+    record = {name: python_value(column[place]) for name, column in zip(table.column_names, table.columns, strict=True)}
+    if not labels.names:
+        return to_row(source, record, options)
+    record |= labels.of(record)
+    return to_row(source, record, options, {labels.column: record["class"]})
 
 
-def _holds_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_bytes(item) for item in value.values())
-    return isinstance(value, bytes)
+def python_value(scalar: pa.Scalar) -> Any:
+    """The value as Python has it: times as text, as Python's own are shorter than nanoseconds and the year 9999; None
+    for what is damaged."""
+    try:
+        return scalar.cast(target).as_py() if (target := _as_text(scalar.type)) else scalar.as_py()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _as_text(kind: pa.DataType) -> pa.DataType | None:
+    """The type with text in the place of dates and times, at any depth; None where it has none."""
+    if pa.types.is_interval(kind):
+        return None
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        inner = [_as_text(field.type) for field in kind]
+        return pa.struct([(f.name, t or f.type) for f, t in zip(kind, inner, strict=True)]) if any(inner) else None
+    if pa.types.is_map(kind):
+        key, item = _as_text(kind.key_type), _as_text(kind.item_type)
+        return pa.map_(key or kind.key_type, item or kind.item_type) if key or item else None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner_type = _as_text(kind.value_type)
+        return pa.list_(inner_type) if inner_type else None
+    return None
+
+
+def _movable(table: pa.Table) -> pa.Table:
+    """The table without the types whose rows Arrow cannot gather yet: views and run-end encoding."""
+    for number, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+            text = pa.types.is_string_view(column.type)
+            table = table.set_column(number, name, column.cast(pa.large_string() if text else pa.large_binary()))
+        elif pa.types.is_run_end_encoded(column.type):
+            table = table.set_column(number, name, pc.run_end_decode(column))
+    return table
 
 
 def _footer_hash(path: Path, size: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,9 @@ from data_tools.io.errors import UserError
 from data_tools.io.remote import require_backend
 from data_tools.samples.reject import Reject
 
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_WEB = re.compile(r"(^|::)https?://", re.IGNORECASE)
+
 
 class Problem(NamedTuple):
     """Something left out while the input was listed."""
@@ -28,19 +32,29 @@ class Problem(NamedTuple):
     source: str
 
 
+class Stored(NamedTuple):
+    """A picture inside an archive, read when it is needed."""
+
+    name: str
+    read: Callable[[int], bytes]
+    """The picture's bytes, at most that many. Raises Reject."""
+
+
 @dataclass(slots=True)
 class Row:
     """One picture with its captions, not yet looked at."""
 
     source: str
     """Where it stands in the input: "pairs.csv:17", "00003.tar:000030017"."""
-    image: str | bytes | None
-    """A path or URL, or the picture itself."""
-    captions: list[Any]
+    image: str | bytes | Stored | None
+    """A path or URL, the picture itself, or where it lies in an archive."""
+    captions: Sequence[str | None]
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column, for the .json member."""
     fault: str | None = None
     """Why this row cannot be used, where that is clear already."""
+    detail: str | None = None
+    """What was found instead, in words."""
 
 
 class Source(Protocol):
@@ -52,6 +66,8 @@ class Source(Protocol):
     columns: list[str]
     """Names of all columns, as far as they are known beforehand."""
     problems: list[Problem]
+    classes: list[str]
+    """Names of the classes that "cls" in a row's columns counts, where the input has classes."""
 
     def fingerprint(self) -> str:
         """Changes whenever a row may have; part of the plan hash."""
@@ -76,37 +92,50 @@ class SourceOptions:
     """Whether double quotes enclose fields of a CSV or TSV file."""
     images: str | None = None
     """Folder or URL that relative paths start from; by default that of the file they stand in."""
-
-
-def split_columns(record: dict[str, Any], options: SourceOptions) -> tuple[Any, list[Any], dict[str, Any]]:
-    """(Image, captions, every other column) of one record."""
-    captions: list[Any] = []
-    for name in options.captions:
-        value = record.get(name)
-        captions.extend(value if isinstance(value, list) else [value])
-    used = {options.image, *options.captions}
-    return (
-        record.get(options.image or ""),
-        captions,
-        {name: value for name, value in record.items() if name not in used},
-    )
+    templates: tuple[str, ...] = ()
+    """Captions to make: texts in which {NAME} stands for a column, or {class} for the folder of a picture."""
+    delimiter: str | None = None
+    """Of a CSV or TSV file; found by looking where it is None."""
+    encoding: str | None = None
+    """Of a CSV, TSV or JSONL file; UTF-8, or UTF-16 by its mark, where it is None."""
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
     """Raises UserError, naming the columns there are, when the picture's or a caption's is not among them, or a name is
-    there twice."""
-    for flag, what, names in (
-        ("--image", "picture", (options.image,)),
-        ("--caption", "caption", options.captions or (None,)),
-    ):
-        for name in names:
-            if name is None:
-                raise UserError(
-                    f"{place}: say which column holds the {what}: {flag} COLUMN; there are: {', '.join(columns)}"
-                )
-            if name not in columns:
-                raise UserError(f"{place}: no column {name!r} ({flag}); there are: {', '.join(columns)}")
+    there twice. A name with dots may reach into a column."""
+    known = ", ".join(columns)
+    if options.image is None:
+        raise UserError(f"{place}: say which column holds the picture: --image COLUMN; there are: {known}")
+    if not (options.captions or options.templates):
+        raise UserError(f"{place}: say which column holds the caption: --caption COLUMN; there are: {known}")
+    wanted = [("--image", options.image), *(("--caption", name) for name in options.captions)]
+    wanted += [("--caption-template", name) for text in options.templates for name in fields_of(text)]
+    for flag, name in wanted:
+        if not has_column(columns, name):
+            raise UserError(f"{place}: no column {name!r} ({flag}); there are: {known}")
     refuse_twice(place, columns)
+
+
+def with_caption(options: SourceOptions, columns: Sequence[str], names: tuple[str, ...]) -> SourceOptions:
+    """The options with the first of ``names`` that is a column as caption, where they name none."""
+    found = next((name for name in names if name in columns), None)
+    return options if options.captions or options.templates or not found else replace(options, captions=(found,))
+
+
+def fields_of(template: str) -> list[str]:
+    """The names in the braces of a caption template."""
+    return _FIELD.findall(template)
+
+
+def replace_fields(template: str, values: dict[str, str]) -> str:
+    """The template with its names replaced; ``values`` holds all of them."""
+    return _FIELD.sub(lambda found: values[found[1]], template)
+
+
+def has_column(columns: Sequence[str], name: str) -> bool:
+    """Whether ``name`` is a column, or reaches into one."""
+    steps = name.split(".")
+    return any(".".join(steps[:count]) in columns for count in range(len(steps), 0, -1))
 
 
 def refuse_twice(place: str, columns: list[str]) -> None:
@@ -117,20 +146,24 @@ def refuse_twice(place: str, columns: list[str]) -> None:
             raise UserError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
 
 
-def image_value(value: Any) -> str | bytes | None:
-    """What an image column may hold: bytes, a path, or Hugging Face's {"bytes", "path"}."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, (str, bytes)) else None
+def is_web_address(image: object) -> bool:
+    """Whether a table asks for something to be fetched from the web: this machine does not do that for a stranger."""
+    return isinstance(image, str) and "://" in image and _WEB.search(image) is not None
 
 
 def read_image(row: Row, root: str, max_bytes: int) -> bytes:
     """The bytes of a row's picture; relative paths start at ``root``. Raises Reject."""
     image = row.image
+    if isinstance(image, Stored):
+        return image.read(max_bytes)
     if isinstance(image, bytes):
+        if len(image) > max_bytes:
+            raise Reject("file_too_large")
         return image
     if not image:
         raise Reject("image_missing")
+    if is_web_address(image):
+        raise Reject("web_address", image)
     path = (
         image if "://" in image else os.path.join(root, image) if "://" not in root else f"{root.rstrip('/')}/{image}"
     )

@@ -1,11 +1,11 @@
-"""A folder of pictures with captions beside them, and COCO's captions file."""
+"""Pictures with captions beside them or in folders of classes, and COCO's captions file."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,79 +14,127 @@ from numpy.typing import NDArray
 
 from data_tools.format.index import IMAGE_FORMATS
 from data_tools.io.errors import UserError
-from data_tools.samples.reject import fault_of
-from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, hash_text, split_columns
+from data_tools.samples.reject import Reject, fault_of
+from data_tools.sources.base import Problem, Row, SourceOptions, fields_of, hash_file
+from data_tools.sources.trees import Tree
+from data_tools.sources.values import to_row
 
 _SIDE = ("txt", "json")
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
+
+def is_pair_part(name: str) -> bool:
+    """Whether a file is a picture, or what may stand beside one, by its name."""
+    return name.rpartition(".")[2].lower() in (*IMAGE_FORMATS, *_SIDE)
 
 
 class FolderSource:
-    """Pictures anywhere below a folder, each with NAME.txt (its caption), NAME.json (columns, "caption" among them) or
-    both."""
+    """Pictures anywhere in a tree, each with NAME.txt (its caption), NAME.json (columns, "caption" among them) or both;
+    with a template, also pictures in folders that say what they show: cats/1.jpg."""
 
-    def __init__(self, path: Path, options: SourceOptions) -> None:
-        self.path, self.options = path, options
-        self.problems: list[Problem] = []
-        self.columns: list[str] = []
-        sizes: dict[str, int] = {}
-        for folder, folders, files in os.walk(path, followlinks=False):
-            folders.sort()
-            for name in files:
-                full = os.path.join(folder, name)
-                if (
-                    name.rpartition(".")[2].lower() in (*IMAGE_FORMATS, *_SIDE)
-                    and not name.startswith(".")
-                    and os.path.isfile(full)
-                ):
-                    sizes[os.path.relpath(full, path)] = os.stat(full).st_size
-        self._sides = {name for name in sizes if name.rpartition(".")[2].lower() in _SIDE}
-        self._images = sorted(sizes.keys() - self._sides)
-        if self._images and not self._sides:
+    def __init__(self, tree: Tree, options: SourceOptions) -> None:
+        self.tree, self.options = tree, options
+        if options.image is not None:
             raise UserError(
-                f"{path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
-                f"the table"
+                f"{tree.path}: --image names a column of a table, and this is a folder of pictures; leave it out, or "
+                f"name the table"
             )
+        names = [name for name in tree.names if is_pair_part(name)]
+        self.columns: list[str] = []
+        self._sides = {name for name in names if name.rpartition(".")[2].lower() in _SIDE}
+        self._images = [name for name in names if name not in self._sides]
+        self._folders: dict[str, int] = {}
+        if any("class" in fields_of(template) for template in options.templates):
+            self._read_classes()
+        elif self._images and not self._sides:
+            raise UserError(
+                f"{tree.path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
+                f"the table; if folders are classes (cats/1.jpg) say --caption-template 'a photo of a {{class}}'"
+            )
+        self.classes = [_spaced(name) for name in self._folders]
         if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
             raise UserError(
-                f"{path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out "
+                f"{tree.path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out "
                 f"for NAME.txt"
             )
         stems = {name.rpartition(".")[0] for name in self._images}
         orphans = sorted(name for name in self._sides if name.rpartition(".")[0] not in stems)
         # img2dataset leaves a NNNNN_stats.json beside each folder of pictures
-        self.problems = [
+        self.problems = tree.problems + [
             Problem(name.rpartition(".")[0], "missing_image", name)
             for name in orphans
             if not name.endswith("_stats.json")
         ]
         self.blocks = [len(self._images)]
-        self._print = hash_text(sorted(sizes.items()))
+
+    def _read_classes(self) -> None:
+        refuse_splits(self.tree, self._images)
+        folders = {_folder_of(name) for name in self._images} - {""}
+        self._folders = {folder: number for number, folder in enumerate(sorted(folders))}
+        if self._images and len(folders) < 2:
+            raise UserError(
+                f"{self.tree.path}: {{class}} is the folder of a picture, and there is "
+                f"{'one: ' + folders.pop() if folders else 'none'}; two or more are needed, such as cats/1.jpg, dogs/2.jpg"
+            )
 
     def fingerprint(self) -> str:
-        """Names and sizes; a caption changed to another of the same length is not noticed."""
-        return self._print
+        return self.tree.fingerprint()
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
         for number in numbers.tolist():
             name = self._images[number]
-            stem = name.rpartition(".")[0]
-            record: Any = {}
-            captions: list[Any] = []
             try:
-                if f"{stem}.json" in self._sides:
-                    record = json.loads((self.path / f"{stem}.json").read_bytes())
-                if f"{stem}.txt" in self._sides:
-                    captions = [(self.path / f"{stem}.txt").read_bytes().decode("utf-8")]
+                yield self._row(name)
+            except Reject as reject:
+                yield Row(name, None, [], fault=reject.reason, detail=reject.path)
             except ValueError as error:
                 yield Row(name, name, [], fault=fault_of(error))
-                continue
-            if not isinstance(record, dict):
-                yield Row(name, name, [], fault="row_malformed")
-                continue
-            if self.options.captions or not captions:
-                wanted = self.options if self.options.captions else SourceOptions(captions=("caption",))
-                _, captions, record = split_columns(record, wanted)
-            yield Row(name, name, captions, record)
+            except RecursionError:
+                yield Row(name, name, [], fault="not_json")
+
+    def _row(self, name: str) -> Row:
+        stem = name.rpartition(".")[0]
+        record: Any = {}
+        texts: list[str] = []
+        if f"{stem}.json" in self._sides:
+            record = json.loads(self.tree.read(f"{stem}.json"))
+        if f"{stem}.txt" in self._sides:
+            texts = [self.tree.read(f"{stem}.txt").decode("utf-8")]
+        if not isinstance(record, dict):
+            raise Reject("row_malformed")
+        folder = _folder_of(name)
+        if folder in self._folders:
+            record |= {"class": _spaced(folder), "cls": self._folders[folder]}
+        options = replace(self.options, image=None)
+        if not (options.captions or options.templates or texts):
+            options = replace(options, captions=("caption",))
+        row = to_row(name, record, options)
+        row.image = self.tree.picture(name)
+        if texts and not (options.captions or options.templates):
+            row.captions = texts
+        return row
+
+
+def _folder_of(name: str) -> str:
+    """The folder that a picture lies in: photos/cats/1.jpg -> cats."""
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
+def _spaced(name: str) -> str:
+    """A folder's name as words: golden_retriever -> golden retriever."""
+    return " ".join(name.replace("_", " ").split()) or name
+
+
+def refuse_splits(tree: Tree, names: list[str]) -> None:
+    """Raises UserError where ``names`` lie in several splits: nobody wants to train on the test pictures."""
+    found = sorted({part for name in names for part in name.split("/")[:-1] if part.lower() in SPLITS})
+    if len(found) > 1:
+        example = next(name for name in names if found[0] in name.split("/")[:-1])
+        place = example[: example.index(f"{found[0]}/") + len(found[0])]
+        raise UserError(f"{tree.path}: holds several splits ({', '.join(found)}); name one: {tree.path}/{place}")
+
+
+_COCO = SourceOptions("image", ("caption",))
 
 
 class CocoSource:
@@ -96,11 +144,12 @@ class CocoSource:
         self.path, self.options = path, options
         self.problems: list[Problem] = []
         self.columns = ["image_id"]
-        if options.captions:
+        self.classes: list[str] = []
+        if options.captions or options.templates:
             raise UserError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
         try:
             tree = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: not readable as JSON ({error}); for one JSON object a line say --input jsonl"
             ) from None
@@ -114,10 +163,11 @@ class CocoSource:
                 f"--input jsonl"
             )
         captions: dict[Any, list[Any]] = defaultdict(list)
-        for annotation in tree["annotations"]:
+        for annotation in _objects(path, tree, "annotations", "image_id"):
             captions[annotation.get("image_id")].append(annotation.get("caption"))
         self._rows = [
-            (image.get("id"), image.get("file_name"), captions.get(image.get("id"), [])) for image in tree["images"]
+            (image.get("id"), image.get("file_name"), captions.get(image.get("id"), []))
+            for image in _objects(path, tree, "images", "id")
         ]
         known = {image for image, _, _ in self._rows}
         self.problems = [
@@ -131,4 +181,13 @@ class CocoSource:
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
         for number in numbers.tolist():
             image_id, name, captions = self._rows[number]
-            yield Row(f"{self.path.name}: image_id {image_id}", name, captions, {"image_id": image_id})
+            record = {"image_id": image_id, "image": name, "caption": captions}
+            yield to_row(f"{self.path.name}: image_id {image_id}", record, _COCO)
+
+
+def _objects(path: Path, tree: dict[str, Any], key: str, name: str) -> list[dict[str, Any]]:
+    """The objects in a list of COCO's. Raises UserError for anything else in it, and for an id that cannot be one."""
+    for number, item in enumerate(tree[key]):
+        if not isinstance(item, dict) or isinstance(item.get(name), (list, dict)):
+            raise UserError(f"{path}: item {number} of {key!r} is no object with {name!r} as COCO has it")
+    return list(tree[key])

@@ -6,6 +6,7 @@ Quoted fields may hold line breaks, so a file with quotes is split by the ``csv`
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import mmap
@@ -19,7 +20,17 @@ from numpy.typing import NDArray
 
 from data_tools.io.errors import UserError
 from data_tools.samples.reject import fault_of
-from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, image_value, require_columns, split_columns
+from data_tools.sources.base import Problem, Row, SourceOptions, hash_file, require_columns, with_caption
+from data_tools.sources.dialect import (
+    Dialect,
+    check_options,
+    find_dialect,
+    find_encoding,
+    read_fields,
+    refuse_other_encoding,
+)
+from data_tools.sources.unpacked import Copy, transcode, unpack
+from data_tools.sources.values import to_row
 
 csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
 _MAX_LINES = 10_000
@@ -29,24 +40,46 @@ _MAX_LINES = 10_000
 class TableSource:
     """One CSV, TSV or JSONL file."""
 
-    def __init__(self, path: Path, kind: str, options: SourceOptions) -> None:
+    def __init__(self, path: Path, kind: str, options: SourceOptions, caption_names: tuple[str, ...] = ()) -> None:
         self.path, self.kind, self.options = path, kind, options
         self.problems: list[Problem] = []
+        self.classes: list[str] = []
         self._file: mmap.mmap | None = None
-        with open(path, "rb") as file:
-            head = file.read(4)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{path}: this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-            start = 3 if head[:3] == b"\xef\xbb\xbf" else 0
+        check_options(options)
+        self._copies: list[Copy] = []
+        start = self._open()
+        self._dialect = Dialect("") if kind == "jsonl" else find_dialect(self._text, start, kind, options)
         starts, self._lines = self._split(start)
         self.columns = self._read_columns(starts)
+        options = self.options = with_caption(options, self.columns, caption_names)
         if kind != "jsonl":
-            require_columns(str(path), self.columns, options)
-        elif options.image is None or not options.captions:
+            self._require_columns()
+        elif options.image is None or not (options.captions or options.templates):
             raise UserError(f"{path}: say which keys hold the picture and the caption: --image KEY --caption KEY")
         first = 0 if kind == "jsonl" or options.columns else 1
         self._starts, self._lines = starts[first:], self._lines[first:]
         self.blocks = [len(self._starts) - 1]
+
+    def _open(self) -> int:
+        """Finds or makes the file whose bytes are UTF-8, ``_text``, and returns where its text starts."""
+        self._text = self.path
+        if copy := unpack(self.path):
+            self._copies.append(copy)
+            self._text = copy.path
+        encoding, start = find_encoding(self._text, self.options)
+        if codecs.lookup(encoding).name != "utf-8":
+            self._copies.append(transcode(self._text, encoding))
+            self._text, start = self._copies[-1].path, 0
+        else:
+            refuse_other_encoding(self.path, self._text)
+        return start
+
+    def _require_columns(self) -> None:
+        try:
+            require_columns(str(self.path), self.columns, self.options)
+        except UserError as error:
+            name = "tabs" if self._dialect.delimiter == "\t" else repr(self._dialect.delimiter)
+            raise UserError(f"{error}; fields are split at {name} (--delimiter names another)") from None
 
     def fingerprint(self) -> str:
         return hash_file(self.path)
@@ -60,8 +93,7 @@ class TableSource:
             if isinstance(record, str):
                 yield Row(source, None, [], fault=record)
                 continue
-            image, captions, columns = split_columns(record, self.options)
-            yield Row(source, image_value(image), captions, columns)
+            yield to_row(source, record, self.options)
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
         """The row, or the reason why it is none."""
@@ -73,19 +105,18 @@ class TableSource:
             fields: list[str] = next(self._reader([text]), [])
         except ValueError as error:
             return fault_of(error)
+        except RecursionError:
+            return "not_json"
         except csv.Error:  # a carriage return outside of quotes
             return "row_malformed"
         return dict(zip(self.columns, fields, strict=True)) if len(fields) == len(self.columns) else "wrong_fields"
 
     def _reader(self, lines: Any) -> Any:
-        delimiter = "\t" if self.kind == "tsv" else ","
-        if self.options.quotes:
-            return csv.reader(lines, delimiter=delimiter)
-        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        return read_fields(lines, self._dialect.delimiter, self.options.quotes)
 
     def _map(self) -> mmap.mmap | bytes:
         if self._file is None:
-            with open(self.path, "rb") as file:
+            with open(self._text, "rb") as file:
                 self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._file
 
@@ -95,10 +126,10 @@ class TableSource:
     def _split(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(Where each row starts, with the end of the last [n + 1]; the line it starts on, counted from 1 [n]), blank
         lines left out."""
-        size = self.path.stat().st_size
+        size = self._text.stat().st_size
         if size <= start:
             raise UserError(f"{self.path}: the file is empty")
-        ends = _line_ends(self.path, size)
+        ends = _line_ends(self._text, size)
         begins = np.concatenate([[start], ends[:-1]]).astype(np.int64)
         lines = np.arange(1, len(begins) + 1)
         if self.kind != "jsonl" and self.options.quotes and self._has_quotes():
@@ -111,6 +142,7 @@ class TableSource:
         # A blank line joins the row before it, where both parsers ignore it; blank lines at the top join nothing.
         keep = np.ones(len(begins), bool)
         keep[blank] = False
+        keep[0] &= not self._dialect.has_separator_line
         return np.concatenate([begins[keep], [size]]), lines[keep]
 
     def _has_quotes(self) -> bool:
@@ -119,7 +151,7 @@ class TableSource:
     def _quoted_rows(self) -> NDArray[np.int64]:
         """The number of the line that each row starts on, counted from 0."""
         starts, last = [], 0
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        with open(self._text, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             reader = self._reader(file)
             while True:
                 with suppress(
@@ -138,9 +170,12 @@ class TableSource:
 
     def _read_columns(self, starts: NDArray[np.int64]) -> list[str]:
         if self.kind == "jsonl":
-            return []
+            first = self._parse(self._map()[int(starts[0]) : int(starts[1])]) if len(starts) > 1 else {}
+            return list(first) if isinstance(first, dict) else []
         if self.options.columns:
             return list(self.options.columns)
+        if len(starts) < 2:
+            raise UserError(f"{self.path}: no line with anything in it")
         raw = self._map()[int(starts[0]) : int(starts[1])]
         try:
             return next(self._reader([raw.decode("utf-8")]))

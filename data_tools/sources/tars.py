@@ -15,21 +15,25 @@ from numpy.typing import NDArray
 from data_tools.format import tar_reader
 from data_tools.format.index import find_key, hash_key, scan_samples
 from data_tools.samples.reject import fault_of
-from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, split_columns
+from data_tools.sources.base import Problem, Row, SourceOptions, hash_text
+from data_tools.sources.values import to_row
 
 _PLACE = np.dtype(
     [("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))]
 )
+
+_SEVERAL, _ONE = SourceOptions(captions=("captions",)), SourceOptions(captions=("caption",))
 
 
 class TarSource:
     """Samples of one or several tars. Whatever is broken in them is a problem with its offset; whole samples behind it
     are read."""
 
-    def __init__(self, paths: list[Path], options: SourceOptions) -> None:
-        self.paths, self.options = paths, options
+    def __init__(self, paths: list[Path], options: SourceOptions, kept: Any = None) -> None:
+        self.paths, self.options, self._kept = paths, options, kept  # ``kept``: temporary files among the paths
         self.problems: list[Problem] = []
         self.columns: list[str] = []
+        self.classes: list[str] = []
         found, hashes = [], []
         for number, path in enumerate(paths):
             problems: list[tar_reader.TarProblem] = []
@@ -67,25 +71,29 @@ class TarSource:
             except ValueError as error:
                 yield Row(source, image, [], fault=fault_of(error))
                 continue
+            except RecursionError:
+                yield Row(source, image, [], fault="not_json")
+                continue
             if not isinstance(record, dict):
                 yield Row(source, image, [], fault="row_malformed")
                 continue
-            captions, columns = self._captions(record, [text] if place["text_size"] else [])
-            yield Row(source, image, captions, columns)
+            row = self._row(source, record, [text] if place["text_size"] else [])
+            row.image = image
+            yield row
 
-    def _captions(self, record: dict[str, Any], texts: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """(Captions, other columns): the columns named by --caption, else the list that `shard` writes, else the
-        text."""
+    def _row(self, source: str, record: dict[str, Any], texts: list[str]) -> Row:
+        """The captions are the columns named by --caption, else the list that `shard` writes, else the text."""
         record.pop("sample", None)
-        if self.options.captions:
-            _, captions, record = split_columns(record, self.options)
-            return captions, record
-        several = record.pop("captions", None)
-        if isinstance(several, list):
-            return several, record
+        if self.options.captions or self.options.templates:
+            return to_row(source, record, self.options)
+        if isinstance(record.get("captions"), list):
+            return to_row(source, record, _SEVERAL)
+        record.pop("captions", None)
         if not texts and "caption" in record:
-            return [record.pop("caption")], record
-        return texts, record
+            return to_row(source, record, _ONE)
+        row = to_row(source, record, SourceOptions())
+        row.captions = texts
+        return row
 
     def _open(self, tar: int) -> int:
         # Descriptors stay open: a permuted order returns to every tar. Thousands of tars are more than most limits

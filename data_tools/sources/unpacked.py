@@ -1,0 +1,124 @@
+"""Temporary copies of files that cannot be read by position as they are: compressed ones, and tables in UTF-16 or
+another encoding.
+
+Decided by measurement: unpacking costs a small part of checking the pictures inside, while reading a compressed file
+anew for every shard would cost all of it each time. The copy lies in TMPDIR and goes away with the process.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from data_tools.io.errors import UserError
+
+_PIECE = 4 << 20
+_RESERVE = 1 << 30
+"""Bytes that stay free where copies are written: a small file may unpack to any size."""
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}
+SUFFIXES = {"gz": "", "zst": "", "bz2": "", "xz": "", "tgz": "tar", "tzst": "tar", "tbz2": "tar"}
+"""Suffix of a compressed file -> the suffix that it stands for besides."""
+
+
+class Copy:
+    """A temporary file of this name, in a folder of its own that is removed with this object."""
+
+    def __init__(self, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ringlip-")
+        self.path = Path(self._folder.name, name)
+        self.file: IO[bytes] = open(self.path, "wb", buffering=0)  # noqa: SIM115
+        self._source = name
+
+    def write(self, piece: bytes) -> None:
+        """Appends. Raises UserError before the disk is full."""
+        if shutil.disk_usage(self.path.parent).free < _RESERVE + len(piece):
+            raise UserError(
+                f"{self._source}: unpacked it does not fit in {self.path.parent} (1 GiB is kept free there); set TMPDIR "
+                f"to a folder with more room"
+            )
+        self.file.write(piece)
+
+    def close(self) -> Path:
+        """Ends the writing and returns where the copy is."""
+        self.file.close()
+        return self.path
+
+
+def stem_of(path: Path) -> str:
+    """The name without what says that the file is compressed: pairs.csv.gz -> pairs.csv, pets.tgz -> pets.tar."""
+    inner = SUFFIXES.get(path.suffix.lower().lstrip("."))
+    return path.name if inner is None else f"{path.stem}.{inner}".rstrip(".")
+
+
+def compression(path: Path) -> str | None:
+    """How a file is compressed, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    return next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), None)
+
+
+def unpack(path: Path) -> Copy | None:
+    """A copy of a compressed file as it was before; None where it is not compressed. Raises UserError."""
+    kind = compression(path)
+    if kind is None:
+        return None
+    if kind == "xz":  # its format lets a file ask for gigabytes of memory
+        raise UserError(f"{path}: compressed with xz; unpack it first: xz -dk {path}")
+    copy = Copy(stem_of(path))
+    print(f"{path}: unpacking to {copy.path.parent}, as its samples are read in any order", file=sys.stderr, flush=True)
+    with _explained(path):
+        for piece in _pieces(path, kind):
+            copy.write(piece)
+    copy.close()
+    return copy
+
+
+def _pieces(path: Path, kind: str) -> Iterator[bytes]:
+    stream: Any
+    if kind == "zstd":
+        import pyarrow as pa
+
+        stream = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    else:
+        stream = gzip.GzipFile(path) if kind == "gzip" else bz2.BZ2File(path)
+    with stream:
+        while piece := stream.read(_PIECE):
+            yield piece
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile and Arrow's are OSErrors
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be unpacked ({said}); fetch it again, or set TMPDIR") from error
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("ringlip-mark", _mark)
+
+
+def transcode(path: Path, encoding: str) -> Copy:
+    """A UTF-8 copy of a text file. What cannot be decoded becomes a byte that is not UTF-8, so that its row is named."""
+    copy = Copy(path.name)
+    decoder = codecs.getincrementaldecoder(encoding)("ringlip-mark")
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            copy.write(decoder.decode(piece).encode("utf-8", "surrogateescape"))
+    copy.write(decoder.decode(b"", final=True).encode("utf-8", "surrogateescape"))
+    copy.close()
+    return copy

@@ -1,0 +1,199 @@
+"""What a column may hold: one record of any table becomes a `Row`.
+
+A picture is bytes, a path, a URL, base64, a ``data:`` URL, or Hugging Face's {"bytes", "path"}. A caption is text or a
+list of texts. A name with dots reaches into structs, maps, lists and JSON texts: ``d.en``, ``images.0``,
+``sentences.raw`` (of every item of a list). Every other column is kept for the .json member, as far as JSON can hold it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from data_tools.samples.reject import Reject
+from data_tools.sources.base import Row, SourceOptions, fields_of, replace_fields
+
+MAX_DEPTH = 100
+"""Levels of lists and structs; deeper ones would end the interpreter's stack."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*\Z")
+_PICTURES = ("/9j/", "_9j_", "iVBO", "UklG", "R0lG", "Qk", "SUkq", "TU0A", "AAAA", "/0//")
+"""How base64 of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 starts. No path of 64 letters without a dot does."""
+
+
+def to_row(where: str, record: dict[str, Any], options: SourceOptions, names: dict[str, Any] | None = None) -> Row:
+    """The row of a record that was found at ``where``. ``names`` are texts for the templates that differ from the
+    record's values: the class names of numbered labels."""
+    try:
+        image = picture_of(options.image or "", reach(record, options.image)) if options.image else None
+        captions = captions_of(record, options, names)
+        used = {options.image, *options.captions}
+        columns = {name: plain(value) for name, value in record.items() if name not in used and not holds_bytes(value)}
+    except Reject as reject:
+        return Row(where, None, [], fault=reject.reason, detail=reject.path)
+    return Row(where, image, captions, columns)
+
+
+def captions_of(
+    record: dict[str, Any], options: SourceOptions, names: dict[str, Any] | None = None
+) -> list[str | None]:
+    """The texts of the caption columns, then one for each template. Raises Reject for a value that is no text."""
+    captions: list[str | None] = []
+    for name in options.captions:
+        value = reach(record, name)
+        captions.extend(_text(name, item) for item in (value if isinstance(value, list) else [value]))
+    if options.templates:
+        known = {**record, **names} if names else record
+        captions.extend(fill(template, known) for template in options.templates)
+    return captions
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Reject("not_utf8") from None
+    if isinstance(value, dict):
+        fields = ", ".join(map(str, value))
+        remedy = f"name one of them, such as --caption {name}.{next(iter(value), 'FIELD')}"
+        raise Reject("caption_type", f"column {name!r} holds structs with the fields {fields}; {remedy}")
+    kind = _kind(value)
+    template = f"--caption-template 'a photo, {name} {{{name}}}'"
+    raise Reject("caption_type", f"column {name!r} holds {kind}, not text; to make captions of it say {template}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "booleans",
+        int: "integers",
+        float: "floating-point numbers",
+        list: "lists of lists",
+        tuple: "tuples",
+    }
+    return kinds.get(type(value), f"values of type {type(value).__name__}")
+
+
+def picture_of(name: str, value: Any) -> str | bytes | None:
+    """The picture in a column: its bytes, or a path or URL. Raises Reject for what is neither."""
+    if isinstance(value, dict):
+        if not value.keys() & {"bytes", "path"}:
+            fields = ", ".join(map(str, value))
+            remedy = f"name one of them, such as --image {name}.{next(iter(value), 'FIELD')}"
+            raise Reject("image_type", f"column {name!r} holds structs with the fields {fields}; {remedy}")
+        value = value.get("bytes") or value.get("path")
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, list):
+        raise Reject("image_type", f"column {name!r} holds lists; --image {name}.0 takes the first of each")
+    if not isinstance(value, str):
+        raise Reject("image_type", f"column {name!r} holds {_kind(value)}, which name no picture")
+    if value[:5].lower() == "data:":
+        return _data_url(value)
+    if value.startswith(_PICTURES) and _BASE64.match(value):
+        return _base64(value)
+    return value
+
+
+def _data_url(url: str) -> bytes:
+    """The bytes of a data: URL (RFC 2397)."""
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise Reject("image_encoding")
+    return _base64(data) if head.rstrip().lower().endswith(";base64") else unquote_to_bytes(data)
+
+
+def _base64(text: str) -> bytes:
+    """Both alphabets, with or without padding and line breaks."""
+    digits = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise Reject("image_encoding") from None
+
+
+def reach(record: dict[str, Any], name: str) -> Any:
+    """The value of a column, or inside one: a whole name first, then step by step at its dots. None where there is
+    nothing."""
+    if name in record or "." not in name:
+        return record.get(name)
+    head, _, rest = name.partition(".")
+    while head not in record:
+        more, dot, rest = rest.partition(".")
+        if not dot:
+            return None
+        head = f"{head}.{more}"
+    return _inside(record[head], rest.split("."))
+
+
+def _inside(value: Any, steps: list[str]) -> Any:
+    for number, step in enumerate(steps):
+        if isinstance(value, str):
+            value = _parsed(value)
+        if is_map(value):
+            value = dict(value)
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and step.isdecimal():
+            value = value[int(step)] if len(step) < 10 and int(step) < len(value) else None
+        elif isinstance(value, list):
+            return [_inside(item, steps[number:]) for item in value]
+        else:
+            return None
+    return value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def fill(template: str, record: dict[str, Any]) -> str | None:
+    """``template`` with every {NAME} replaced by that column's text; None where one of them is null."""
+    values = {}
+    for name in fields_of(template):
+        value = reach(record, name)
+        if value is None:
+            return None
+        if isinstance(value, (dict, list, bytes)):
+            raise Reject("caption_type", f"{{{name}}} of {template!r} holds a {type(value).__name__}, not a text")
+        values[name] = str(value)
+    return replace_fields(template, values)
+
+
+def is_map(value: Any) -> bool:
+    """Whether ``value`` is Arrow's map with names as keys: a list of (key, value)."""
+    return isinstance(value, list) and bool(value) and all(type(i) is tuple and isinstance(i[0], str) for i in value)
+
+
+def holds_bytes(value: Any, depth: int = 0) -> bool:
+    """Whether bytes are anywhere in ``value``: they have no place in JSON."""
+    if isinstance(value, dict):
+        return depth > MAX_DEPTH or any(holds_bytes(item, depth + 1) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return depth > MAX_DEPTH or any(holds_bytes(item, depth + 1) for item in value)
+    return isinstance(value, bytes)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON can hold it: NaN and infinities become null, maps objects, and dates, decimals and other
+    objects their text."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_map(value):
+        value = dict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value)
