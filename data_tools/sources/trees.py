@@ -154,7 +154,7 @@ class ZipTree(_Archives):
                 name = _below(info.filename, inner)
                 if name and not hidden(info.filename) and wanted(name):
                     members.append((name, number))
-                    place = (info.header_offset, info.compress_size, info.file_size, info.CRC)
+                    place = (max(0, info.header_offset), info.compress_size, info.file_size, info.CRC)
                     places.append((number, *place, info.compress_type, info.flag_bits))
         kept = self._set(members)
         self._places = np.array(places, _MEMBER)[kept] if places else np.zeros(0, _MEMBER)
