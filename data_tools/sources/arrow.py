@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_tools.io.errors import UserError
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text, require_columns, with_caption
-from data_tools.sources.values import to_row
+from data_tools.sources.values import RowMaker
 
 _CACHE_BYTES = 512 << 20
 
@@ -46,6 +46,7 @@ class ParquetSource:
                 options = self.options = with_caption(options, self.columns, caption_names)
             require_columns(str(path), [*schema.names, *labels.added(schema.names)], options)
         self._print = hash_text(footers)
+        self._make = RowMaker(self.options)
         self._cached: tuple[int, pa.Table] | None = None
 
     def fingerprint(self) -> str:
@@ -66,7 +67,7 @@ class ParquetSource:
         for number, block, place in zip(numbers.tolist(), which.tolist(), places.tolist(), strict=True):
             file, group = self._groups[block]
             line = number - int(self._edges[block - group])
-            yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self.options, self._labels)
+            yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self._make, self._labels)
 
     def _read(self, block: int) -> pa.Table:
         # A shard smaller than a row group comes back for the same one: keep the last, unless it holds pictures.
@@ -93,6 +94,7 @@ class ArrowSource:
         self._labels = class_labels(self._tables[0].schema)
         self.classes = self._labels.names
         require_columns(str(path), [*self.columns, *self._labels.added(self.columns)], options)
+        self._make = RowMaker(options)
         self._edges = np.concatenate([[0], np.cumsum([table.num_rows for table in self._tables])]).astype(np.int64)
         self.blocks = [int(self._edges[-1])]
 
@@ -105,7 +107,7 @@ class ArrowSource:
         which = np.searchsorted(self._edges, numbers, side="right") - 1
         for number, file in zip(numbers.tolist(), which.tolist(), strict=True):
             place = number - int(self._edges[file])
-            yield arrow_row(self._tables[file], place, f"{self.paths[file].name}:{place}", self.options, self._labels)
+            yield arrow_row(self._tables[file], place, f"{self.paths[file].name}:{place}", self._make, self._labels)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -165,19 +167,21 @@ def class_labels(schema: pa.Schema) -> Labels:
     return found[0] if len(found) == 1 else Labels("", [])
 
 
-def arrow_row(table: pa.Table, place: int, source: str, options: SourceOptions, labels: Labels) -> Row:
+def arrow_row(table: pa.Table, place: int, source: str, make: RowMaker, labels: Labels) -> Row:
     """One row of an Arrow table. Columns that hold bytes have no place in a .json member and are left out of it."""
     record = {name: python_value(column[place]) for name, column in zip(table.column_names, table.columns, strict=True)}
     if not labels.names:
-        return to_row(source, record, options)
+        return make(source, record)
     record |= labels.of(record)
-    return to_row(source, record, options, {labels.column: record["class"]})
+    return make(source, record, {labels.column: record["class"]})
 
 
 def python_value(scalar: pa.Scalar) -> Any:
     """The value as Python has it: times as text, as Python's own are shorter than nanoseconds and the year 9999; None
     for what is damaged."""
     try:
+        if type(scalar) in (pa.StringScalar, pa.Int64Scalar, pa.BinaryScalar, pa.DoubleScalar):
+            return scalar.as_py()
         return scalar.cast(target).as_py() if (target := _as_text(scalar.type)) else scalar.as_py()
     except (pa.ArrowException, ValueError, OverflowError):
         return None

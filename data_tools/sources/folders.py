@@ -17,7 +17,7 @@ from data_tools.io.errors import UserError
 from data_tools.samples.reject import Reject, fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, fields_of, hash_file
 from data_tools.sources.trees import Tree
-from data_tools.sources.values import to_row
+from data_tools.sources.values import RowMaker, to_row
 
 _SIDE = ("txt", "json")
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -66,6 +66,9 @@ class FolderSource:
             if not name.endswith("_stats.json")
         ]
         self.blocks = [len(self._images)]
+        self._named = bool(options.captions or options.templates)
+        self._make_texts = RowMaker(options)
+        self._make = self._make_texts if self._named else RowMaker(replace(options, captions=("caption",)))
 
     def _read_classes(self) -> None:
         refuse_splits(self.tree, self._images)
@@ -105,12 +108,9 @@ class FolderSource:
         folder = _folder_of(name)
         if folder in self._folders:
             record |= {"class": _spaced(folder), "cls": self._folders[folder]}
-        options = replace(self.options, image=None)
-        if not (options.captions or options.templates or texts):
-            options = replace(options, captions=("caption",))
-        row = to_row(name, record, options)
+        row = (self._make_texts if texts else self._make)(name, record)
         row.image = self.tree.picture(name)
-        if texts and not (options.captions or options.templates):
+        if texts and not self._named:
             row.captions = texts
         return row
 

@@ -30,7 +30,7 @@ from data_tools.sources.dialect import (
     refuse_other_encoding,
 )
 from data_tools.sources.unpacked import Copy, transcode, unpack
-from data_tools.sources.values import to_row
+from data_tools.sources.values import RowMaker
 
 csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
 _MAX_LINES = 10_000
@@ -85,7 +85,7 @@ class TableSource:
         return hash_file(self.path)
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
-        data = self._map()
+        data, make = self._map(), RowMaker(self.options)
         for number in numbers.tolist():
             raw = data[int(self._starts[number]) : int(self._starts[number + 1])]
             source = f"{self.path.name}:{int(self._lines[number])}"
@@ -93,7 +93,7 @@ class TableSource:
             if isinstance(record, str):
                 yield Row(source, None, [], fault=record)
                 continue
-            yield to_row(source, record, self.options)
+            yield make(source, record)
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
         """The row, or the reason why it is none."""

@@ -16,13 +16,14 @@ from data_tools.format import tar_reader
 from data_tools.format.index import find_key, hash_key, scan_samples
 from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text
-from data_tools.sources.values import to_row
+from data_tools.sources.values import RowMaker
 
 _PLACE = np.dtype(
     [("tar", "<u4"), *((f"{kind}_{what}", "<u8") for kind in ("image", "text", "json") for what in ("offset", "size"))]
 )
 
-_SEVERAL, _ONE = SourceOptions(captions=("captions",)), SourceOptions(captions=("caption",))
+_TEXT = RowMaker(SourceOptions())
+_SEVERAL, _ONE = RowMaker(SourceOptions(captions=("captions",))), RowMaker(SourceOptions(captions=("caption",)))
 
 
 class TarSource:
@@ -33,6 +34,7 @@ class TarSource:
         self.paths, self.options, self._kept = paths, options, kept  # ``kept``: temporary files among the paths
         self.problems: list[Problem] = []
         self.columns: list[str] = []
+        self._make = RowMaker(options)
         self.classes: list[str] = []
         found, hashes = [], []
         for number, path in enumerate(paths):
@@ -85,13 +87,13 @@ class TarSource:
         """The captions are the columns named by --caption, else the list that `shard` writes, else the text."""
         record.pop("sample", None)
         if self.options.captions or self.options.templates:
-            return to_row(source, record, self.options)
+            return self._make(source, record)
         if isinstance(record.get("captions"), list):
-            return to_row(source, record, _SEVERAL)
+            return _SEVERAL(source, record)
         record.pop("captions", None)
         if not texts and "caption" in record:
-            return to_row(source, record, _ONE)
-        row = to_row(source, record, SourceOptions())
+            return _ONE(source, record)
+        row = _TEXT(source, record)
         row.captions = texts
         return row
 

@@ -236,7 +236,7 @@ class TarTree(_Archives):
         members: list[tuple[str, int]] = []
         places: list[tuple[int, int]] = []
         for number, path in enumerate(paths):
-            problems: list[tar_reader.Problem] = []
+            problems: list[tar_reader.TarProblem] = []
             for member in tar_reader.walk(path, problems):
                 name = _below(member.name.removeprefix("./"), inner)
                 if name and not hidden(name) and wanted(name):

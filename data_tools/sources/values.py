@@ -20,22 +20,44 @@ from data_tools.sources.base import Row, SourceOptions, fields_of, replace_field
 
 MAX_DEPTH = 100
 """Levels of lists and structs; deeper ones would end the interpreter's stack."""
+_SIMPLE = (str, int, bool, type(None))
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*\Z")
 _PICTURES = ("/9j/", "_9j_", "iVBO", "UklG", "R0lG", "Qk", "SUkq", "TU0A", "AAAA", "/0//")
 """How base64 of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 starts. No path of 64 letters without a dot does."""
 
 
+class RowMaker:
+    """Makes rows of records as the options say; what is the same for every row is done once."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self._options = options
+        self._image = options.image or ""
+        self._used = {options.image, *options.captions}
+        self._caption = options.captions[0] if len(options.captions) == 1 and not options.templates else None
+
+    def __call__(self, where: str, record: dict[str, Any], names: dict[str, Any] | None = None) -> Row:
+        """The row of a record that was found at ``where``. ``names`` are texts for the templates that differ from the
+        record's values: the class names of numbered labels."""
+        try:
+            image = picture_of(self._image, reach(record, self._image)) if self._image else None
+            caption = record.get(self._caption) if self._caption is not None else None
+            captions = [caption] if caption.__class__ is str else captions_of(record, self._options, names)
+            columns = {}
+            for name, value in record.items():
+                if name in self._used:
+                    continue
+                if value.__class__ in _SIMPLE:
+                    columns[name] = value
+                elif not holds_bytes(value):
+                    columns[name] = plain(value)
+        except Reject as reject:
+            return Row(where, None, [], fault=reject.reason, detail=reject.path)
+        return Row(where, image, captions, columns)
+
+
 def to_row(where: str, record: dict[str, Any], options: SourceOptions, names: dict[str, Any] | None = None) -> Row:
-    """The row of a record that was found at ``where``. ``names`` are texts for the templates that differ from the
-    record's values: the class names of numbered labels."""
-    try:
-        image = picture_of(options.image or "", reach(record, options.image)) if options.image else None
-        captions = captions_of(record, options, names)
-        used = {options.image, *options.captions}
-        columns = {name: plain(value) for name, value in record.items() if name not in used and not holds_bytes(value)}
-    except Reject as reject:
-        return Row(where, None, [], fault=reject.reason, detail=reject.path)
-    return Row(where, image, captions, columns)
+    """One row; for many, keep a `RowMaker`."""
+    return RowMaker(options)(where, record, names)
 
 
 def captions_of(
@@ -80,6 +102,10 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), f"values of type {type(value).__name__}")
 
 
+_SPECIAL = (*_PICTURES, "d", "D")
+"""How a text starts that may be more than a path."""
+
+
 def picture_of(name: str, value: Any) -> str | bytes | None:
     """The picture in a column: its bytes, or a path or URL. Raises Reject for what is neither."""
     if isinstance(value, dict):
@@ -90,6 +116,8 @@ def picture_of(name: str, value: Any) -> str | bytes | None:
         value = value.get("bytes") or value.get("path")
     if value is None or isinstance(value, bytes):
         return value
+    if value.__class__ is str and not value.startswith(_SPECIAL):
+        return str(value)
     if isinstance(value, list):
         raise Reject("image_type", f"column {name!r} holds lists; --image {name}.0 takes the first of each")
     if not isinstance(value, str):
