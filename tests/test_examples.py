@@ -65,3 +65,8 @@ def test_open_clips_own_loop(accum_freq: int) -> None:
         return open_clip_loop.towers()
 
     check(gradient_errors("open_clip_loop", plain, dense_losses.sigmoid, one_batch=True, accum_freq=accum_freq))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fabric", "accelerate"])
+def test_two_passes(wrapper: str) -> None:
+    check(gradient_errors("two_pass", TwoTowers, dense_losses.sigmoid, one_batch=True, wrapper=wrapper))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"core"},
     {"engine", "optim", "metrics", "models", "losses", "data", "runtime"},
-    {"gradient", "checkpoint", "evals", "distill"},
+    {"gradient", "two_pass", "checkpoint", "evals", "distill"},
     {"step"},
     {"config"},
     {"plan"},

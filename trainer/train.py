@@ -30,14 +30,18 @@ from trainer.runtime.watchdog import Watchdog
 
 
 def main(argv: list[str]) -> int:
-    recipe = config.from_command_line("deepspeed --module trainer.train", __doc__ or "", argv)
+    return start(config.from_command_line("deepspeed --module trainer.train", __doc__ or "", argv))
+
+
+def start(recipe: Recipe, hooks: Sequence[Hook] = ()) -> int:
+    """Joins the other ranks, holds the run directory, trains; returns the exit code."""
     watchdog = Watchdog(recipe.run.heartbeat_timeout, recipe.run.timeout)
     with (
         distributed.process_group(recipe.run.timeout + watchdog.head_start),
         watchdog as watch,
         RunLock(recipe.run.directory),
     ):
-        return train(recipe, watch)
+        return train(recipe, watch, hooks)
 
 
 def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:

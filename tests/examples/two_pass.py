@@ -1,5 +1,5 @@
-"""The two-pass step under DDP, FSDP2, Fabric and accelerate, and for two encoders of your own: every pair of the batch
-is contrasted with every other, while the towers see ``micro_batch`` of them at a time.
+"""The two-pass step under DDP, FSDP2, Fabric and accelerate: every pair of the batch is contrasted with every
+other, while the towers see ``micro_batch`` of them at a time. Any function of two encoders may be in model's place.
 
     torchrun --nproc-per-node 2 -m tests.examples.two_pass
 """
@@ -7,9 +7,8 @@ is contrasted with every other, while the towers see ``micro_batch`` of them at 
 import ringlip
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,11 +18,11 @@ from tests.examples.tiny import TwoTowers, join, local_batch
 
 def main(wrapper: str = "ddp", micro_batch: int = 3) -> nn.Module:
     join()
-    towers = TwoTowers(dropout=0.3 if wrapper == "dropout" else 0.0)
+    towers = TwoTowers()
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     keywords: dict = {}
     model: nn.Module = towers
-    if wrapper in ("ddp", "encoders", "dropout"):
+    if wrapper == "ddp":
         model = DistributedDataParallel(towers)
     elif wrapper == "fsdp2":
         model = fully_shard(towers, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -35,22 +34,18 @@ def main(wrapper: str = "ddp", micro_batch: int = 3) -> nn.Module:
         fabric.launch()
         model, optimizer = fabric.setup(towers, optimizer)
         keywords = {"backward": fabric.backward, "no_sync": lambda: fabric.no_backward_sync(model)}
-    else:
+    elif wrapper == "accelerate":
         accelerator = Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(towers, optimizer)
         keywords = {"backward": accelerator.backward, "no_sync": lambda: accelerator.no_sync(model)}
 
-    def encoders(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:  # any two callables; average gradients yourself
-        pictures, captions = towers.image(images), towers.text(texts)
-        return F.normalize(pictures), F.normalize(captions), towers.logit_scale.exp(), towers.logit_bias + 0.0
-
     loss = ringlip.SigLipLoss()
     for step in range(3):
-        encode = encoders if wrapper == "encoders" else model
-        ringlip.two_pass(encode, local_batch(step), loss, micro_batch=micro_batch, **keywords)
-        if wrapper == "encoders":
-            for parameter in towers.parameters():
-                dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+        ringlip.two_pass(model, local_batch(step), loss, micro_batch=micro_batch, **keywords)
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+if __name__ == "__main__":
+    main()

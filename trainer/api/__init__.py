@@ -1,8 +1,13 @@
 """RingLIP from Python: ``import ringlip``. Importing it is cheap; what it names is loaded on first use.
 
-    ringlip.SigLipLoss(), ringlip.ClipLoss()    the losses with open_clip's signatures, for your own loop
+    ringlip.train("recipe.yaml", {"optim.lr": 1e-3})         a run, in this process, on one rank or under any launcher
+    ringlip.SigLipLoss(), ringlip.ClipLoss()                 the losses with open_clip's signatures, for your own loop
+    ringlip.two_pass(model, batch, loss, micro_batch=64)     a step in the memory of a micro-batch, for your own loop
+    ringlip.dataset("shards/train", preprocess, 4096)        the loader as a torch IterableDataset
+    ringlip.plan("recipe.yaml", "24GiB", gpus=8)             memory per GPU before any GPU is rented; of a module, too
 
-Examples that run lie in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2.
+Examples that run lie in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass, dataset,
+plan, train.
 """
 
 from importlib import import_module
@@ -11,11 +16,44 @@ from typing import TYPE_CHECKING, Any
 from trainer import __version__
 
 if TYPE_CHECKING:
+    from trainer.api.planning import plan
+    from trainer.api.training import TrainResult, train
+    from trainer.core.types import Batch, Preprocess, UserError
+    from trainer.data.dataset import ShardDataset, dataset
     from trainer.losses.drop_in import ClipLoss, SigLipLoss
+    from trainer.models.preprocess import preprocess
+    from trainer.two_pass import two_pass
 
-__all__ = ["ClipLoss", "SigLipLoss", "__version__"]
+__all__ = [
+    "Batch",
+    "ClipLoss",
+    "Preprocess",
+    "ShardDataset",
+    "SigLipLoss",
+    "TrainResult",
+    "UserError",
+    "__version__",
+    "dataset",
+    "plan",
+    "preprocess",
+    "train",
+    "two_pass",
+]
 
-_HOME = {"ClipLoss": "trainer.losses.drop_in", "SigLipLoss": "trainer.losses.drop_in"}
+_HOME = {
+    "Batch": "trainer.core.types",
+    "ClipLoss": "trainer.losses.drop_in",
+    "Preprocess": "trainer.core.types",
+    "ShardDataset": "trainer.data.dataset",
+    "SigLipLoss": "trainer.losses.drop_in",
+    "TrainResult": "trainer.api.training",
+    "UserError": "trainer.core.types",
+    "dataset": "trainer.data.dataset",
+    "plan": "trainer.api.planning",
+    "preprocess": "trainer.models.preprocess",
+    "train": "trainer.api.training",
+    "two_pass": "trainer.two_pass",
+}
 """Name -> the module that it is loaded from on first use."""
 
 

@@ -76,6 +76,16 @@ def warn_of_mask(path: str, config: PretrainedConfig, tokenizer: Any) -> None:
         )
 
 
+def preprocess(path: str) -> Preprocess:
+    """How the CLIP or SigLIP model in ``path``, a Hugging Face directory or name, wants its inputs."""
+    from trainer.models.towers import make_config, quietly
+
+    settings = ModelSettings(path=path)
+    with quietly():
+        tokenizer = read_tokenizer(settings)
+        return read_preprocess(settings, make_config(settings, tokenizer), tokenizer)
+
+
 def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer: Any) -> Preprocess:
     """Sizes and statistics from the directory of a pretrained model; the family's own for a new one."""
     num_tokens = settings.num_tokens or config.text_config.max_position_embeddings

@@ -161,7 +161,7 @@ def look(
         layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)
     ]
     shortened = Shortened(model, math.lcm(*periods))
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(device) as parking:
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on(device) as parking:
         fake: Any = model.to_empty(device="cpu")
         training = Curve.through(
             *(_trace(fake, shortened, rows, precision, census["towers_trained"], parking) for rows in SIZES)
@@ -203,7 +203,7 @@ def _cached(name: str) -> bool:
     )
 
 
-class _Parking:
+class Parking:
     """Stands for host memory: what is parked there leaves the device's account and enters the host's."""
 
     def __init__(self) -> None:
@@ -222,10 +222,10 @@ class _Parking:
 
 
 @contextlib.contextmanager
-def _as_on(device: Device) -> Iterator[_Parking]:
+def as_on(device: Device) -> Iterator[Parking]:
     """The traced tensors say "cpu", since a PyTorch without CUDA refuses fake ones; what a GPU does otherwise is put in
     its place here."""
-    parking = _Parking()
+    parking = Parking()
     layer_norm, save_on_cpu = F.layer_norm, torch.autograd.graph.save_on_cpu
 
     def layer_norm_in_float32(
@@ -268,7 +268,7 @@ def _text_inputs(rows: int, preprocess: Preprocess) -> Tensor:
 
 
 def _trace(
-    model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: _Parking
+    model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: Parking
 ) -> Trace:
     """One micro-batch; ``trained`` None stops after the forward pass, without gradient."""
     pixels, tokens = _image_inputs(rows, model.preprocess), _text_inputs(rows, model.preprocess)
