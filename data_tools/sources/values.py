@@ -12,6 +12,7 @@ import binascii
 import json
 import math
 import re
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -46,10 +47,11 @@ class RowMaker:
             for name, value in record.items():
                 if name in self._used:
                     continue
-                if value.__class__ in _SIMPLE:
+                if value.__class__ in _SIMPLE or (value.__class__ is float and math.isfinite(value)):
                     columns[name] = value
-                elif not holds_bytes(value):
-                    columns[name] = plain(value)
+                else:
+                    with suppress(Unfit):  # such a column is left out
+                        columns[name] = plain(value)
         except Reject as reject:
             return Row(where, None, [], fault=reject.reason, detail=reject.path)
         return Row(where, image, captions, columns)
@@ -202,26 +204,23 @@ def is_map(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is tuple and isinstance(i[0], str) for i in value)
 
 
-def holds_bytes(value: Any, depth: int = 0) -> bool:
-    """Whether bytes are anywhere in ``value``: they have no place in JSON."""
-    if isinstance(value, dict):
-        return depth > MAX_DEPTH or any(holds_bytes(item, depth + 1) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return depth > MAX_DEPTH or any(holds_bytes(item, depth + 1) for item in value)
-    return isinstance(value, bytes)
+class Unfit(Exception):
+    """A value that has no place in JSON: bytes, or too many levels."""
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, depth: int = 0) -> Any:
     """``value`` as strict JSON can hold it: NaN and infinities become null, maps objects, and dates, decimals and other
-    objects their text."""
-    if value is None or isinstance(value, (str, int)):
+    objects their text. Raises Unfit."""
+    if value.__class__ in _SIMPLE:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if is_map(value):
+    if isinstance(value, bytes) or depth > MAX_DEPTH:
+        raise Unfit
+    if isinstance(value, list) and value and type(value[0]) is tuple and is_map(value):
         value = dict(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [item if item.__class__ in _SIMPLE else plain(item, depth + 1) for item in value]
     return str(value)
