@@ -3,6 +3,7 @@
     python -m trainer.export runs/quickstart runs/quickstart/export  # AutoModel, AutoProcessor load it
     python -m trainer.export runs/lora runs/lora/adapter  # peft.PeftModel.from_pretrained(base, ...)
     python -m trainer.export runs/lora runs/lora/export --merge  # the base with the adapter merged into it
+    python -m trainer.export runs/quickstart OUT --format open_clip  # or sentence-transformers, onnx
     python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
 
 Reads the run's recipe and its newest good checkpoint, whatever ZeRO stage or number of ranks wrote it, on the CPU
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -26,11 +28,16 @@ from trainer.config import Recipe
 from trainer.core.types import UserError
 from trainer.models import DualEncoder
 from trainer.models.card import adapter_card, measured_table, whole_card
+from trainer.models.formats import FORMATS
 from trainer.models.pooling import other_pooling
 
-MARKS = ("config.json", "adapter_config.json")
+MARKS = ("config.json", "adapter_config.json", "open_clip_config.json")
 """One of these is in every directory written here, and is written last."""
-WRITTEN = (*MARKS, "ringlip.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+WRITTEN = (
+    *MARKS,
+    *("ringlip.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json"),
+    *("open_clip_model.safetensors", "modules.json", "sentence_bert_config.json", "image.onnx", "text.onnx"),
+)
 """What would be read beside another export: transformers lays an adapter that it finds in a model's directory on that
 model."""
 
@@ -43,15 +50,17 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{run}: --merge, but its recipe has no model.lora: leave --merge out, the whole model is written anyway"
         )
+    if recipe.model.lora is not None and not options.merge and options.format != "transformers":
+        raise UserError(f"{run}: --format {options.format} holds the whole model: add --merge")
     if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
         raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
     _check_out(out)
     model, source = checkpoint.load_model(recipe.model, options.run, options.ema)
     adapter = recipe.model.lora is not None and not options.merge
-    text = card(model, recipe, run, source, out, adapter, options.ema)
+    text = card(model, recipe, run, source, out, adapter, options.ema, options.format)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-        model.save_adapter(aside) if adapter else model.save_pretrained(aside)
+        model.save_adapter(aside) if adapter else FORMATS[options.format](model, Path(aside), model.state_dict())
         (Path(aside) / "README.md").write_text(text, encoding="utf-8")
         replace(Path(aside), out)
     if (pooling := other_pooling(model.towers.config)) is not None:
@@ -70,6 +79,8 @@ def replace(aside: Path, out: Path) -> None:
     for path in sorted(earlier, key=lambda path: path.name not in MARKS):
         path.unlink()
     for path in sorted(aside.iterdir(), key=lambda path: path.name in MARKS):
+        if path.is_dir() and (out / path.name).is_dir():
+            shutil.rmtree(out / path.name)
         os.replace(path, out / path.name)
 
 
@@ -89,7 +100,14 @@ def _check_out(out: Path) -> None:
 
 
 def card(
-    model: DualEncoder, recipe: Recipe, run: Path, source: Path, out: Path, adapter: bool, average: bool = False
+    model: DualEncoder,
+    recipe: Recipe,
+    run: Path,
+    source: Path,
+    out: Path,
+    adapter: bool,
+    average: bool,
+    format_name: str,
 ) -> str:
     """The text of README.md."""
     scale, bias = (value.item() for value in model.head())
@@ -107,7 +125,9 @@ def card(
             "transformers has no bias for this model: b is in config.json as `logit_bias`, add it to the logits"
         )
     measured = measured_table(found) if (found := _evaluation(run, source, average)) else ""
-    return (adapter_card if adapter else whole_card)(model, str(out), notes, measured)
+    if adapter:
+        return adapter_card(model, str(out), notes, measured)
+    return whole_card(model, str(out), notes, measured, format_name)
 
 
 def _evaluation(run: Path, source: Path, average: bool) -> dict[str, Any] | None:
@@ -134,6 +154,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ema", action="store_true", help="the running average of the weights, where optim.ema was set"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="transformers",
+        help="transformers (default), open_clip, sentence-transformers, or onnx (image.onnx and text.onnx)",
     )
     parser.add_argument(
         "--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model"

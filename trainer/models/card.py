@@ -53,6 +53,67 @@ print(logits.{activation})
 Captions are always padded to {num_tokens} tokens, as in training.
 """
 
+OTHERS = {
+    "open_clip": """
+```python
+import open_clip
+import torch
+from PIL import Image
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{where}")
+tokenizer = open_clip.get_tokenizer("local-dir:{where}")
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("picture.png").convert("RGB"))[None], normalize=True)
+    text = model.encode_text(tokenizer(["a photo of a cat", "a photo of a dog"]), normalize=True)
+print(image @ text.T)
+```
+""",
+    "sentence-transformers": """
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{where}")
+image = model.encode([Image.open("picture.png").convert("RGB")])
+text = model.encode(["a photo of a cat", "a photo of a dog"])
+print(model.similarity(image, text))
+```
+""",
+    "onnx": """
+```python
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from transformers import AutoTokenizer
+
+facts = json.load(open("{where}/ringlip.json"))
+image_tower, text_tower = (onnxruntime.InferenceSession(f"{where}/{{name}}.onnx") for name in ("image", "text"))
+height, width = facts["image_size"]
+{resize}
+tokens = AutoTokenizer.from_pretrained("{where}")(
+    ["a photo of a cat", "a photo of a dog"], padding="max_length", truncation=True, max_length=facts["num_tokens"],
+    return_tensors="np", return_attention_mask=True,
+)
+inputs = {{"tokens": tokens["input_ids"].astype(np.int64), "token_mask": tokens["attention_mask"].astype(bool)}}
+names = {{each.name for each in text_tower.get_inputs()}}
+pixels = np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1)[None]
+[image] = image_tower.run(None, {{"pixels": pixels}})
+[text] = text_tower.run(None, {{name: value for name, value in inputs.items() if name in names}})
+print(facts["scale"] * image @ text.T + facts["bias"])
+```
+
+Pixels are RGB, uint8, resized to {height} x {width} as above; the graph normalises them. Embeddings have length 1.
+""",
+}
+"""How the other formats of models/formats.py are used."""
+RESIZES = {
+    "crop": """from PIL import ImageOps
+picture = ImageOps.fit(Image.open("picture.png").convert("RGB"), (width, height), Image.Resampling.{resample})""",
+    "squash": """picture = Image.open("picture.png").convert("RGB").resize((width, height), Image.Resampling.{resample})""",
+}
+
 POOLED = """captions = ["a photo of a cat", "a photo of a dog"]
 inputs = processor(
     text=captions, images=Image.open("picture.png").convert("RGB"),
@@ -86,9 +147,9 @@ MEANS = {
 }
 
 
-def whole_card(model: Any, where: str, notes: Sequence[str], measured: str) -> str:
-    """README.md of an exported DualEncoder; ``notes``: facts, one a line."""
-    return _card("transformers", model, where, notes, measured, WHOLE)
+def whole_card(model: Any, where: str, notes: Sequence[str], measured: str, format_name: str = "transformers") -> str:
+    """README.md of an exported DualEncoder; ``notes``: facts, one a line; ``format_name``: see models/formats.py."""
+    return _card(format_name, model, where, notes, measured, WHOLE)
 
 
 def adapter_card(model: Any, where: str, notes: Sequence[str], measured: str) -> str:
@@ -116,6 +177,10 @@ def _card(library: str, model: Any, where: str, notes: Sequence[str], measured: 
         use = (load + POOLED).format(
             where=where, base=base, num_tokens=num_tokens, activation=activation, **lines, **poolings
         )
+    if library in OTHERS:
+        height, width = model.preprocess.image_size
+        resize = RESIZES.get(model.preprocess.resize, "").format(resample=model.preprocess.resample.upper())
+        use = OTHERS[library].format(where=where, height=height, width=width, resize=resize)
     facts = "".join(f"- {note}\n" for note in notes)
     return f"{front}\n{facts}{use}{measured}"
 

@@ -15,6 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trainer.core.distributed import say
 from trainer.core.types import Preprocess, UserError
+from trainer.models import open_clip
 from trainer.models.hf_errors import reading
 from trainer.models.naflex import NAFLEX, budget_of
 from trainer.models.pooling import SIGLIP
@@ -64,7 +65,11 @@ def read_tokenizer(settings: ModelSettings) -> Any:
     assert isinstance(name, str)
     key = "model.tokenizer" if settings.tokenizer else "model.path" if settings.path else "model.text.path"
     with reading(key, name, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if open_clip.is_open_clip(settings.path):
+        assert settings.path is not None
+        tokenizer = open_clip.clean_like_open_clip(tokenizer, settings.path)
+    return tokenizer
 
 
 def warn_of_mask(path: str, config: PretrainedConfig, tokenizer: Any) -> None:
@@ -115,7 +120,11 @@ def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer
 
 def _image_processor(key: str, path: str) -> Any:
     with reading(key, path, "its image processor"):
-        found = AutoImageProcessor.from_pretrained(path)
+        found = (
+            open_clip.image_processor(path)
+            if open_clip.is_open_clip(path)
+            else AutoImageProcessor.from_pretrained(path)
+        )
     if int(found.resample) not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
         raise UserError(

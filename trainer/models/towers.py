@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, P
 from transformers.utils import logging
 
 from trainer.core.types import UserError
+from trainer.models import open_clip
 from trainer.models.hf_errors import making, reading
 from trainer.models.naflex import NAFLEX
 from trainer.models.pooling import drop_unused_poolers
@@ -83,6 +84,8 @@ def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
 
 def read_config(path: str) -> PretrainedConfig:
     """That of the model at ``path``."""
+    if open_clip.is_open_clip(path):
+        return open_clip.read_config(path)
     with reading("model.path", path, "its config"):
         return AutoConfig.from_pretrained(path)
 
@@ -222,8 +225,24 @@ def _read_towers(config: PretrainedConfig, settings: ModelSettings, weights: boo
         with making("model.config" if settings.config is not None else settings.path or "model.image, model.text"):
             return AutoModel.from_config(config, **options)
     assert settings.path is not None
+    if open_clip.is_open_clip(settings.path):
+        return _of_open_clip(settings.path, config, options)
     with reading("model.path", settings.path, "its weights"):
         return AutoModel.from_pretrained(settings.path, **options)
+
+
+def _of_open_clip(path: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    weights = open_clip.read_weights(path, config)
+    towers = AutoModel.from_config(config, **options)
+    if "logit_bias" in weights and config.model_type == "clip":
+        config.logit_bias = float(weights.pop("logit_bias"))
+    with reading("model.path", path, "its weights"):
+        shapes = {name: value.shape for name, value in towers.state_dict().items()}
+        weights = {
+            name: value.reshape(shapes[name]) if value.numel() == 1 else value for name, value in weights.items()
+        }
+        towers.load_state_dict(weights)
+    return towers
 
 
 def take_scale_bias(towers: PreTrainedModel, settings: ModelSettings, pretrained: bool) -> tuple[float, float | None]:
