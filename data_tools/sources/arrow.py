@@ -37,6 +37,8 @@ class ParquetSource:
             footers.append((path.name, path.stat().st_size, _footer_hash(path, meta.serialized_size)))
             for group in range(meta.num_row_groups):
                 self.blocks.append(meta.row_group(group).num_rows)
+                if self.blocks[-1] < 0:
+                    raise UserError(f"{path}: a damaged footer ({self.blocks[-1]} rows); fetch or write it again")
                 self._groups.append((number, group))
             with _explained(path):
                 schema = meta.schema.to_arrow_schema()
@@ -75,6 +77,8 @@ class ParquetSource:
             file, group = self._groups[block]
             with _explained(self.paths[file]):
                 table = pq.ParquetFile(self.paths[file]).read_row_group(group, use_threads=False)
+            if table.num_rows != self.blocks[block]:
+                raise UserError(f"{self.paths[file]}: another number of rows than its footer says; fetch it again")
             if table.nbytes > _CACHE_BYTES:
                 return table
             self._cached = (block, table)
