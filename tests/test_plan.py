@@ -91,6 +91,15 @@ class TestForecastAgainstTheAllocator:
         path.write_text(path.read_text().replace('"stage": 3', '"stage": 1'))
         within_ten_percent(dataclasses.replace(self.tiny, ds_config=small_buckets))
 
+    def test_a_locked_image_tower_once_the_optimizer_has_its_moments(self) -> None:
+        """The first step, whose moments do not exist yet, takes less: SigLIP-B/16 1.99 GiB of 2.29."""
+        tiny_tokenizer()
+        setting = dataclasses.replace(self.tiny, ds_config="zero0", model={"lock": {"image": True}})
+        peak, survey = predicted(setting)
+        guess, truth = peak.total + peak.host, measured(setting)
+        assert guess == pytest.approx(truth, rel=0.02)
+        assert peak.phase == "pass 2" and truth > survey.parameters + 3 * survey.trainable
+
     def test_what_an_adapter_saves(self) -> None:
         tiny_tokenizer()
         for model in ({}, {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}):
