@@ -8,15 +8,18 @@ import resource
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from tests.support.forked_ranks import run_ranks
 from tests.support.tiny_models import tiny_batch, tiny_model
@@ -37,7 +40,7 @@ from trainer.checkpoint import (
 from trainer.checkpoint.tensor_file import DTYPES, Entry, TensorReader, TensorWriter
 from trainer.core.distributed import rank, world_size
 from trainer.core.types import RunFailed, UserError
-from trainer.engine import EngineSettings, build_engine
+from trainer.engine import EngineSettings, build_engine, state
 from trainer.losses import QueueLoss
 from trainer.optim import Guard, OptimSettings, build_optimizer
 from trainer.step import train_step
@@ -109,6 +112,32 @@ def test_a_resumed_run_goes_on_with_the_same_numbers(
         assert results[0][3] == straight
     else:
         assert results[0][3] == pytest.approx(straight, rel=2e-6)
+
+
+def save_slowly(run_dir: Path, stage: int, patience: float) -> float:
+    """Seconds that a checkpoint takes on a slow disk, where no collective may take longer than ``patience``."""
+    engine, add, read = make_engine(stage), state_io.TensorWriter.add, state.read_state
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.3)
+        add(*args)
+
+    distributed_c10d._set_pg_timeout(timedelta(seconds=patience))
+    began = time.monotonic()
+    with (
+        patch.object(state_io.TensorWriter, "add", slow),
+        patch.object(state, "read_state", lambda engine: read(engine, bucket_bytes=200)),
+    ):
+        save(run_dir, wrap(engine, stage), 8, {})
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_checkpoint_may_take_longer_than_a_collective(tmp_path: Path, stage: int) -> None:
+    """The ranks meet after every bucket, so that none waits for the checkpoint as a whole."""
+    patience = 1.8
+    assert min(run_ranks(save_slowly, 2, tmp_path, stage, patience)) > patience
+    store.verify(store.listing(tmp_path)[0])
 
 
 def test_the_files_are_what_plain_tools_read(tmp_path: Path) -> None:

@@ -82,6 +82,19 @@ def test_ranks_that_share_a_gpu_all_end_with_one_line(gpus: str, shared: str) ->
         assert {str(error).split(" share")[0] for error in errors} <= {"ranks 0 and 3", "ranks 3 and 0"}
 
 
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_has_set_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append)
+    for one in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(one, "")  # so that what is set here is taken back
+        monkeypatch.delenv(one)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    distributed.let_segments_grow()
+    assert asked == ([] if name else ["expandable_segments:True"])
+
+
 def group_timeouts(recipe: Path, port: int, ds_config: str) -> dict[str, float]:
     """Timeout of each process group there is at the end of a run that trained, evaluated and saved."""
     dist.destroy_process_group()  # that of the test's own ranks

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from trainer.core.types import UserError
+from trainer.data.settings import DataSettings
 from trainer.data.workers import QUEUED, Pool, shared_array
 from trainer.runtime.signals import NAMES
 
@@ -102,3 +103,14 @@ def test_workers_end_with_their_parent() -> None:
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "workers"),
+    [({}, 6, 5), ({}, 32, 8), ({"max_workers": 24}, 32, 24), ({"workers": 31}, 32, 31), ({}, 1, 0)],
+)
+def test_the_most_workers_are_a_setting(
+    settings: dict[str, int], cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.data.settings.cores", lambda: cores)
+    assert DataSettings(**settings).num_workers() == workers  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ FACTS: dict[str, Any] = {
     "versions": {"python": "3.11.9", "torch": "2.13.0", "deepspeed": "0.19.8", "ringlip": "abcdef"},
     "gpus": ["A card"] * 2,
     "cores": 8,
+    "shm": 8 << 30,
     "paths": {"/shared": ""},
     "shared": {},
     "port": "",
@@ -45,6 +46,7 @@ def test_what_is_well_is_a_line_a_node() -> None:
     [
         ({"versions": FACTS["versions"] | {"torch": "2.12.0"}}, "b: torch 2.12.0, but 2.13.0 on a; install the same"),
         ({"gpus": ["A card"]}, "b: 1 GPUs, the hostfile says slots=2"),
+        ({"shm": 64 << 20}, "b: /dev/shm has 64 MiB free, and NCCL exchanges between the GPUs of a node there: start"),
         ({"paths": {"/shared": "is not there"}}, "b: /shared is not there; mount it"),
         ({"shared": {"/shared": "is not shared"}}, "b: /shared is not shared; mount one file system"),
         ({"port": "timed out"}, "b: cannot meet on the first node's port (timed out); open it"),
@@ -57,6 +59,11 @@ def test_what_fails_is_named_with_its_remedy(change: dict[str, Any], says: str) 
     both[1].found |= change
     [line] = problems(both, True)
     assert line.startswith(says)
+
+
+def test_a_single_gpu_needs_no_shared_memory() -> None:
+    node = Node("a", 1, found=copy.deepcopy(FACTS) | {"gpus": ["A card"], "shm": 64 << 20})
+    assert problems([node], True) == []
 
 
 def test_a_clock_that_is_off_and_a_node_that_does_not_answer() -> None:

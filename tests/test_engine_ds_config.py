@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.core.types import UserError
-from trainer.engine.ds_config import FOLDER, OWNERS, REFUSED, complete, load
+from trainer.engine.ds_config import FOLDER, OWNERS, REFUSED, complete, load, reduces_early
 
 
 def written(folder: Path, config: Any) -> str:
@@ -124,3 +124,23 @@ def test_settings_come_without_deepspeed() -> None:
     """Importing DeepSpeed takes seconds: `--help`, plan and report must not pay them."""
     code = "import sys, trainer.engine, trainer.step, trainer.optim; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes", "ranks", "early"),
+    [
+        ("zero1", 1000, 8, False),
+        ("zero2", 1000, 1, False),  # the shard is everything
+        ("zero2", 1000, 8, False),  # would send them once a micro-batch
+        ("zero2_offload", 1000, 1, True),
+        ("zero2_offload", 100, 1, False),  # the buckets are larger
+        ("zero2_offload", 1000, 2, False),
+        ("zero3", 1000, 1, True),
+        ("zero3", 1000, 8, True),
+        ("zero3", 50, 8, True),  # all of it fills one bucket, which is there already
+        ("zero3", 120, 8, False),
+        ("zero3_offload_params", 1000, 1, True),
+    ],
+)
+def test_where_gradients_are_reduced_early(name: str, megabytes: int, ranks: int, early: bool) -> None:
+    assert reduces_early(load(name)["zero_optimization"], megabytes * 1e6, ranks) is early

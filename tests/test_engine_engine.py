@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.dense_step import Case
 from tests.support.forked_ranks import run_ranks
 from trainer.engine import engine
 
@@ -28,3 +31,26 @@ def test_old_names_in_deepspeed_are_not_the_users_business_and_other_warnings_ar
     loud, quiet = (run_ranks(heard, 2, how)[0] for how in (False, True))
     assert quiet == ["another"]
     assert "another" in loud  # and whatever this torch says of those names
+
+
+def threads_of_a_step(offload: str, environment: dict[str, str]) -> int:
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ |= {"LOCAL_WORLD_SIZE": "1"} | environment
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 has it
+    os.sched_getaffinity = lambda _: set(range(6))  # type: ignore[assignment]
+    Case(stage=2, offload=offload).engine()
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("offload", "environment", "threads"),
+    [
+        ("optimizer", {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}, 6),
+        ("optimizer", {"OMP_NUM_THREADS": "1"}, 1),  # whoever set it was not torchrun
+        ("", {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_torchruns_one_thread_does_not_hold_for_an_offloaded_optimizer(
+    offload: str, environment: dict[str, str], threads: int
+) -> None:
+    assert run_ranks(threads_of_a_step, 1, offload, environment) == [threads]

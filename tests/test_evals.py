@@ -22,6 +22,7 @@ from trainer.core.settings import parse
 from trainer.core.types import Embeddings, Preprocess, UserError
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, ZeroShotSettings, evaluate, run
+from trainer.evals.encode import Encoder
 from trainer.evals.examples import open_examples
 
 FACES = ("sans", "serif", "mono")
@@ -310,3 +311,17 @@ def test_settings_refuse_two_of_one_name() -> None:
         EvalSettings(zeroshot=[ZeroShotSettings(label="face"), ZeroShotSettings(label="face", name="other")]).every == 0
     )
     assert parse(EvalSettings, {"data": "shards"}, "recipe").data == ["shards"]
+
+
+class OnDevice(Oracle):
+    """Its scale and bias cannot be read, as if reading them waited for a device."""
+
+    def forward(self, *inputs: Tensor | None) -> Embeddings:
+        return super().forward(*inputs)._replace(scale=torch.ones(1, device="meta"), bias=torch.ones(1, device="meta"))
+
+
+def test_embedding_does_not_wait_for_the_device_after_every_batch() -> None:
+    encoder = Encoder(OnDevice(), EvalSettings(batch_size=2), Oracle.preprocess, 0, 1)
+    assert encoder.texts([f"{number} sans" for number in range(5)]).shape == (5, 103)
+    with pytest.raises(RuntimeError, match="meta"):
+        print(encoder.scale)  # asked for, it is read

@@ -32,7 +32,15 @@ def test_gradient_equals_dense_float64(stage: int) -> None:
     check(
         Case(stage=stage),
         2,
-        [WHOLE, Pieces(4), Pieces(3), Pieces(3, "per_micro_batch"), Pieces(4, "per_micro_batch"), Pieces(2)],
+        [
+            WHOLE,
+            Pieces(4),
+            Pieces(3),
+            Pieces(3, "per_micro_batch"),
+            Pieces(4, "per_micro_batch"),
+            Pieces(2),
+            Pieces(None, "per_micro_batch"),
+        ],
     )
 
 
@@ -170,3 +178,25 @@ def test_the_matrix_of_1024_pairs_in_micro_batches_of_32(stage: int, world: int)
     for case_name, (name, error) in worst.items():
         print(f"{world} ranks {case_name}: {error:.1e} {name}")
     assert max(error for _, error in worst.values()) <= EXACT
+
+
+def gradients_held(grad_reduction: Any, micro_batch: int | None) -> list[float]:
+    """The share of all gradients that is held when a step at ZeRO-3 ends its backward passes, shards aside."""
+    engine, held = Case(stage=3).engine(), []
+    finish = engine.finish_gradients
+
+    def look() -> float:
+        parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad]
+        whole = sum(p.grad.numel() for p in parameters if p.grad is not None)
+        held.append(whole / sum(p.ds_numel for p in parameters))
+        return finish()
+
+    engine.finish_gradients = look  # type: ignore[method-assign]
+    train_step(engine, global_batch(8), GatheredSigmoid(), micro_batch, grad_reduction=grad_reduction)
+    return held
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_zero3_never_holds_all_gradients(micro_batch: int | None) -> None:
+    assert run_ranks(gradients_held, 1, "auto", micro_batch) == [[0.0]]
+    assert run_ranks(gradients_held, 1, "per_step", micro_batch) == [[1.0]]  # so that this is a test of something

@@ -57,9 +57,8 @@ def main(argv: list[str]) -> int:
     with distributed.process_group(recipe.run.timeout) if "RANK" in os.environ else nullcontext():
         model = build(recipe.model.without_precomputed_tower)
         precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
-        embedder = Embedder(
-            model.to(distributed.device()).eval(), precomputed, recipe, options.batch_size, options.precision
-        )
+        precision = options.precision or ("bf16" if recipe.engine.computes_in == "bf16" else "fp32")
+        embedder = Embedder(model.to(distributed.device()).eval(), precomputed, recipe, options.batch_size, precision)
         for source in (
             [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources
         ):
@@ -112,7 +111,7 @@ class Embedder:
             precision,
         )
         self.device = distributed.device()
-        self.threads = max(1, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1))
+        self.threads = distributed.cores()
 
     def facts(self, source: ShardedDataset) -> dict[str, object]:
         """What the manifest says of the column beside its tower."""
@@ -157,10 +156,11 @@ class Embedder:
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
             if self.precomputed.side == "image":
                 pixels = torch.stack([one for one in found if isinstance(one, Tensor)])
-                output = self.model.tower_output("image", pixels.to(self.device))
+                output = self.model.tower_output("image", distributed.to_device(pixels, self.device))
             else:
                 tokens, mask = self.model.preprocess.tokenize([one for one in found if isinstance(one, str)])
-                output = self.model.tower_output("text", tokens.to(self.device), mask.to(self.device))
+                inputs = (distributed.to_device(value, self.device) for value in (tokens, mask))
+                output = self.model.tower_output("text", *inputs)
         rows[usable] = output.half().cpu().numpy()
         return rows
 
@@ -187,10 +187,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="samples the tower sees at once (default 64)"
+        "--batch-size", type=int, default=256, metavar="N", help="samples the tower sees at once (default 256)"
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="what the tower computes in (default fp32)"
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="what the tower computes in (default: bf16 where the recipe trains in it, else fp32)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

@@ -23,7 +23,7 @@ from trainer.metrics import Stopwatch
 if TYPE_CHECKING:
     from trainer.engine import Engine
 
-GradReduction = Literal["per_step", "per_micro_batch"]
+GradReduction = Literal["auto", "per_step", "per_micro_batch"]
 Teacher = Callable[[Batch, int], Embeddings]
 
 
@@ -64,14 +64,8 @@ class Attempt:
         grad_reduction: GradReduction,
         teacher: Teacher | None,
     ) -> None:
-        self.engine, self.batch, self.loss, self.rows, self.grad_reduction, self.teacher = (
-            engine,
-            batch,
-            loss,
-            rows,
-            grad_reduction,
-            teacher,
-        )
+        self.engine, self.batch, self.loss, self.rows, self.teacher = engine, batch, loss, rows, teacher
+        self.reduces_early = grad_reduction == "per_micro_batch" or (grad_reduction == "auto" and engine.reduces_early)
         self.taught: Embeddings | None = None
         self.trouble = OutOfMemory()
         self.clock = Stopwatch(engine.device)
@@ -116,7 +110,7 @@ class Attempt:
         if not math.isfinite(mean):
             return Gradient(mean, math.nan, scale, bias)
         del z
-        engine.start_gradients()
+        engine.start_gradients(each=self.reduces_early)
         with trouble.during("in the backward pass", engine.backward_communicates):
             engine.backward(value, last=True)
         del value
@@ -139,7 +133,7 @@ class Attempt:
         del value
         if self.trouble.anywhere():
             return None
-        self.engine.start_gradients(each=self.grad_reduction == "per_micro_batch")
+        self.engine.start_gradients(each=self.reduces_early)
         with self.trouble.during("in the second pass", self.engine.backward_communicates):
             self._backpropagate(leaves, calls)
         if self.trouble.anywhere():
@@ -217,7 +211,7 @@ class Attempt:
         """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
         # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal
         # parts.
-        shares = len(calls) if self.grad_reduction == "per_micro_batch" else 1
+        shares = len(calls) if self.reduces_early else 1
         for index, call in enumerate(calls):
             call.random.restore(self.engine.device)
             z = self._forward(call.rows, call.image, call.text)

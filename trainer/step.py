@@ -48,9 +48,10 @@ class BatchSettings(Settings):
     micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, OPERATIONAL] = Field(None)
     """Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner
     finds to fit."""
-    grad_reduction: Annotated[GradReduction, OPERATIONAL] = "per_step"
-    """once averages gradients at the end of a step (least traffic); each does after every micro-batch (ZeRO 2 and 3
-    then keep a shard only)."""
+    grad_reduction: Annotated[GradReduction, OPERATIONAL] = "auto"
+    """per_step averages gradients once a step (least traffic, but a rank holds all of them until then); per_micro_batch
+    does after every micro-batch (at ZeRO 2 and 3 a rank then holds its shard alone); auto: per_micro_batch at ZeRO-3,
+    and at ZeRO-2 on one GPU with an offloaded optimizer."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def train_step(
     loss: Loss,
     micro_batch: int | None = None,
     *,
-    grad_reduction: GradReduction = "per_step",
+    grad_reduction: GradReduction = "auto",
     guard: Guard | None = None,
     teacher: Teacher | None = None,
 ) -> StepResult:

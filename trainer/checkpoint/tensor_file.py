@@ -45,13 +45,20 @@ class Entry(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
+SYNC_BYTES = 256 << 20
+
+
 class DigestFile:
-    """A new file that knows the xxh3-128 digest and size of what went into it; closing puts it on the disk (fsync)."""
+    """A new file that knows the xxh3-128 digest and size of what went into it; closing puts it on the disk (fsync).
+
+    It is synced on the way too: other ranks wait while it is closed, and must not wait for all of it to reach the disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by close)
         self._digest = xxhash.xxh3_128()
         self.size = 0
+        self._unsynced = 0
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -59,6 +66,10 @@ class DigestFile:
             written = self._file.write(view)
             self._digest.update(view[:written])
             self.size += written
+            self._unsynced += written
+            if self._unsynced >= SYNC_BYTES:
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
             view = view[written:]
 
     def close(self) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def init(timeout_seconds: float = 600.0) -> None:
         global _launchers
         _launchers = _those_above()
     if torch.cuda.is_available():
+        let_segments_grow()
         torch.cuda.set_device(device())
         tell_deepspeed_the_gpu()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -126,6 +127,14 @@ def _adopt_foreign_launcher() -> None:
         if marker in os.environ:
             os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
             return
+
+
+def let_segments_grow() -> None:
+    """Has torch's allocator map more memory onto a segment instead of adding one: micro-batches of unlike sizes and a
+    step's phases would else leave gaps that nothing fits. What the user has set stays."""
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def tell_deepspeed_the_gpu() -> None:
@@ -210,6 +219,11 @@ def is_main() -> bool:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", gpu_index()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """``tensor``, which lies in ordinary memory, on ``where``; the host goes on while it is copied to a GPU."""
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 def gpu_index() -> int:

@@ -5,15 +5,16 @@
     loader.skipped, loader.wait_seconds; loader.close()
 
 Global batch s is the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice.
-Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (pinned where
-there is a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
+Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (page-locked
+where there is a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, cycle
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from trainer.core.distributed import per_rank, say
 from trainer.core.types import Batch, Preprocess, RunFailed, UserError
+from trainer.data.buffers import BatchBuffers
 from trainer.data.in_memory import MemoryReader, fits_memory
 from trainer.data.open import open_source
 from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
@@ -104,14 +106,6 @@ class Loader:
 
 
 Made = tuple[Batch, list[Skip]]
-BATCH_TYPES = {
-    np.uint8: torch.uint8,
-    np.float16: torch.float16,
-    np.int32: torch.int64,
-    np.bool_: torch.bool,
-    np.int64: torch.int64,
-}
-"""dtype of a reader's rows -> of the batch."""
 
 
 class _Feed:
@@ -136,6 +130,8 @@ class _Feed:
         self.fetcher = FetchAhead(reader.fetch) if reader.remote_shards(samples_seen) else None
         # the current device belongs to a thread: without this every rank's pinned memory would open a context on GPU 0
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        # Those that wait in the queue, the one that is filled, and the one in use.
+        self.buffers = BatchBuffers(Rows.shapes(self.rows, reader.preprocess), settings.prefetch + 2, self.device)
         self.batches: Queue[Made | BaseException] = Queue(settings.prefetch)
         self.ended = Event()
         self.thread = Thread(target=self._run, name="loader", daemon=True)
@@ -154,31 +150,37 @@ class _Feed:
         if self.device is not None:
             torch.cuda.set_device(self.device)
         try:
-            for batch in self._in_process() if self.pool is None else self._from_workers(self.pool):
-                if not self._put(batch):
-                    return
+            batches = self._in_process() if self.pool is None else self._from_workers(self.pool)
+            while self._put(next(batches)):  # no name for the batch: its buffer would not come back before the next one
+                pass
         except BaseException as error:  # the consumer raises it
             self._put(error)
 
     def _in_process(self) -> Iterator[Made]:
         for first in self._batch_starts():
             self.reading = Chunk(0, first, first + self.rows)
-            batch, rows = self._empty_batch()
-            skips = self.reader.fill(np.arange(first, first + self.rows), rows)
-            yield batch, skips
+            yield self._made(partial(self.reader.fill, np.arange(first, first + self.rows)))
 
     def _from_workers(self, pool: Pool) -> Iterator[Made]:
         results = pool.run(self._chunks(), self.ahead)
         for first in count(self.start + self.offset, self.batch_size):
-            batch, rows = self._empty_batch()
-            skips: list[Skip] = []
-            for _ in range(self.chunks_a_batch):
-                chunk, found = next(results)
-                skips += found
-                pairs: Iterator[tuple[NDArray[Any], NDArray[Any]]] = zip(rows, self._slot(chunk), strict=True)
-                for target, made in pairs:
-                    target[chunk.start - first : chunk.stop - first] = made
-            yield batch, skips
+            yield self._made(partial(self._collect, results, first))
+
+    def _made(self, fill: Callable[[Rows], list[Skip]]) -> Made:
+        """The next batch. A function of its own, so that nothing holds it when the one after it needs a buffer."""
+        batch, rows = self.buffers.take()
+        return batch, fill(rows)
+
+    def _collect(self, results: Iterator[tuple[Chunk, list[Skip]]], first: int, rows: Rows) -> list[Skip]:
+        """Copies what workers made into the batch that begins at position ``first``."""
+        skips: list[Skip] = []
+        for _ in range(self.chunks_a_batch):
+            chunk, found = next(results)
+            skips += found
+            pairs: Iterator[tuple[NDArray[Any], NDArray[Any]]] = zip(rows, self._slot(chunk), strict=True)
+            for target, made in pairs:
+                target[chunk.start - first : chunk.stop - first] = made
+        return skips
 
     def _chunks(self) -> Iterator[Chunk]:
         slots = cycle(range(self.ahead + 1))
@@ -192,14 +194,6 @@ class _Feed:
             if self.fetcher is not None:
                 self.fetcher.want(self.reader.remote_shards(position))
             yield position + self.offset
-
-    def _empty_batch(self) -> tuple[Batch, Rows]:
-        """A new batch and its tensors as numpy arrays: copying through numpy stays in this thread."""
-        shapes = Rows.shapes(self.rows, self.reader.preprocess)
-        tensors = [
-            torch.empty(shape, dtype=BATCH_TYPES[dtype], pin_memory=self.device is not None) for shape, dtype in shapes
-        ]
-        return Batch(*tensors), Rows(*(tensor.numpy() for tensor in tensors))
 
     def _put(self, item: Made | BaseException) -> bool:
         while not self.ended.is_set():

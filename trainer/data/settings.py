@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.core.distributed import ranks_here
+from trainer.core.distributed import cores
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import UserError
 
@@ -100,6 +99,8 @@ class DataSettings(Settings):
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
     """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where
     data.cache_decoded is used."""
+    max_workers: Annotated[int, OPERATIONAL] = Field(default=8, ge=0)
+    """How many `auto` takes at most, however many cores there are."""
     prefetch: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
     """Batches made ahead of the one in use."""
     shuffle: Literal["auto", "full", "window"] = "auto"
@@ -147,4 +148,4 @@ class DataSettings(Settings):
         """Processes per rank; ``auto`` shares this node's cores among its ranks and leaves each one for the model."""
         if self.workers != "auto":
             return self.workers
-        return max(0, min(8, len(os.sched_getaffinity(0)) // (ranks_here() or 1) - 1))
+        return max(0, min(self.max_workers, cores() - 1))

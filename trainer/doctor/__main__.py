@@ -3,7 +3,7 @@
     python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards  # over ssh, as launch/multinode.sh goes
     python -m trainer.doctor                                                             # this machine alone
 
-Versions equal, GPUs as many as the hostfile says, the port of the first node reachable, paths there and writable and
+Versions equal, GPUs as many as the hostfile says, /dev/shm large enough for NCCL, the port of the first node reachable, paths there and writable and
 the same on all nodes, clocks together, bandwidth of one exchange between neighbours on the ring, DeepSpeed's extensions
 buildable. Exit code 1 when something fails. RINGLIP_SSH holds options for ssh (RINGLIP_SSH="-p 2222 -F config").
 """
@@ -27,6 +27,8 @@ from trainer.core.types import UserError
 
 CLOCK_SECONDS = 2.0
 """Clocks further apart make logs and file times lie."""
+SHM_BYTES = 1 << 30
+"""Docker gives a container 64 MiB, and NCCL fails with "unhandled system error"; it takes some 10 MiB a connection."""
 LIMIT_SECONDS = 420
 
 
@@ -120,6 +122,11 @@ def _own(node: Node, slots_known: bool) -> list[str]:
     if slots_known and gpus and gpus < node.slots:
         found.append(
             f"{node.name}: {gpus} GPUs, the hostfile says slots={node.slots}; correct it, or see `nvidia-smi` there"
+        )
+    if gpus > 1 and facts["shm"] < SHM_BYTES:
+        found.append(
+            f"{node.name}: /dev/shm has {facts['shm'] / 2**20:,.0f} MiB free, and NCCL exchanges between the GPUs of a node "
+            f"there: start the container with --shm-size=8g or --ipc=host"
         )
     for path, wrong in facts["paths"].items():
         if wrong:

@@ -50,6 +50,7 @@ def facts(paths: list[str]) -> dict[str, Any]:
         },
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cores": len(os.sched_getaffinity(0)),
+        "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "paths": {path: _writable(Path(path)) for path in paths},
     }
 

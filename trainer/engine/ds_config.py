@@ -209,6 +209,20 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
             )
 
 
+def reduces_early(zero: dict[str, Any], trained_bytes: float, ranks: int) -> bool:
+    """What ``batch.grad_reduction: auto`` means: whether every backward pass reduces gradients, which then are never
+    whole, or a step once, which holds all ``trained_bytes`` of them until then.
+
+    At ZeRO-3 every pass fetches the weights anyway, and on one rank nothing travels but to the host of an offloaded
+    optimizer. ZeRO-2 on several ranks would send as many gradients as there are micro-batches: only where asked to.
+    """
+    bucket = 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
+    if zero.get("stage") == 3:
+        return trained_bytes <= bucket or trained_bytes > 2 * bucket
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    return zero.get("stage") == 2 and offloads and ranks == 1 and trained_bytes > 2 * bucket
+
+
 def complete(config: dict[str, Any], clip: float) -> dict[str, Any]:
     """The ds_config with what the recipe owns filled in, as DeepSpeed and ``<run>/deepspeed.json`` get it.
 

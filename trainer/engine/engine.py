@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from trainer.core import collectives, distributed
 from trainer.core.types import Embeddings, UserError
-from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load
+from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load, reduces_early
 from trainer.engine.ema import average_weights, averaged
 from trainer.engine.precision import (
     DTYPES,
@@ -102,6 +103,12 @@ class Engine:
     @property
     def _reduces_in_backward(self) -> bool:
         return self._each and self.zero_stage >= 2  # ZeRO 0 and 1 keep whole gradients anyway
+
+    @property
+    def reduces_early(self) -> bool:
+        """Whether ``start_gradients(each=True)`` is worth it on this engine."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        return reduces_early(self.merged_config["zero_optimization"], 4.0 * trained, distributed.world_size())
 
     def forward(self, pixels: Tensor | None, tokens: Tensor | None, token_mask: Tensor | None) -> Embeddings:
         """The model's forward; a tower whose input is None is not run."""
@@ -272,6 +279,8 @@ def build_engine(
         keep_float32(model, settings.float32_modules)
         autocast_forward(model, DTYPES[precision], loss_scale)
     model.train()
+    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+        use_all_cores()
     try:
         ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     except ValidationError as error:
@@ -281,6 +290,13 @@ def build_engine(
             f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
         ) from error
     return Engine(ds_engine, config, loss_scale)
+
+
+def use_all_cores() -> None:
+    """Undoes torchrun's OMP_NUM_THREADS=1, which would update an offloaded optimizer's weights on one core; a number
+    that the user chose stays."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(distributed.cores())
 
 
 def _forget_reductions(optimizer: Any) -> None:

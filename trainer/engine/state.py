@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from trainer.core.collectives import barrier
 from trainer.core.distributed import device, is_main, rank, world_size
 from trainer.core.types import UserError
 from trainer.engine.state_names import AVERAGE, WEIGHT
@@ -182,17 +183,20 @@ def read_state(engine: Any, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[
     """(name, kind, whole fp32 tensor) on rank 0, nothing on others; every rank must exhaust it.
 
     Takes one bucket of memory on the device, and on rank 0's host one tensor where that is larger. The tensors live
-    until the next one is asked for; some are the engine's own memory.
+    until the next one is asked for; some are the engine's own memory. The ranks meet after each bucket: no collective
+    waits for longer than rank 0 takes to write one, however long it takes to write all.
     """
     pieces = fragments(engine)
     kinds = {piece.name: piece.kinds() for piece in pieces}
-    if world_size() == 1 or isinstance(engine.optimizer, torch.optim.Optimizer):
-        for piece in pieces if is_main() else []:
-            for kind in kinds[piece.name]:
-                yield piece.name, kind, piece.read(kind).view(piece.shape).float()
-        return
+    complete = world_size() == 1 or isinstance(engine.optimizer, torch.optim.Optimizer)  # rank 0 holds everything
     assembled = torch.empty(0)
     for bucket in buckets(pieces, kinds, bucket_bytes):
+        if complete:
+            for piece, kind, _, stop in bucket if is_main() else []:
+                if stop == piece.numel:
+                    yield piece.name, kind, piece.read(kind).view(piece.shape).float()
+            barrier()
+            continue
         buffer = torch.zeros(sum(span.numel for span in bucket), dtype=torch.float32, device=device())
         parts = buffer.split([span.numel for span in bucket])
         for span, part in zip(bucket, parts, strict=True):
@@ -211,6 +215,7 @@ def read_state(engine: Any, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[
             assembled[span.start : span.stop] = part
             if span.stop == piece.numel:
                 yield piece.name, span.kind, assembled.view(piece.shape)
+        barrier()
 
 
 def restore_state(
@@ -239,6 +244,7 @@ def restore_state(
             part.copy_(tensor[span.start : span.stop])
         if world_size() > 1:
             dist.broadcast(buffer.view(torch.int32), src=0)
+            barrier()  # see read_state
         for span, part in zip(bucket, parts, strict=True):
             local, there = span.here(span.piece.read(span.kind), part)
             local.copy_(there)

@@ -3,7 +3,6 @@ in every one)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,8 +73,18 @@ class Encoder:
         self.forward = model if isinstance(model, nn.Module) else model.forward
         self.module = model if isinstance(model, nn.Module) else model.module
         self.device = distributed.device()
-        self.scale, self.bias = 1.0, 0.0
-        """The model's temperature and bias, as its last forward gave them: what turns a cosine into its probability."""
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The model's temperature, as its last forward gave it: with the bias, what turns a cosine into its
+        probability."""
+        return 1.0 if self._last is None else float(self._last[0])
+
+    @property
+    def bias(self) -> float:
+        """The model's bias, as its last forward gave it."""
+        return 0.0 if self._last is None else float(self._last[1])
 
     def pictures(self, examples: Examples) -> Pictures:
         """Embeds the first ``limit`` of a seeded permutation of ``examples``; damaged ones are counted and left out."""
@@ -113,8 +122,10 @@ class Encoder:
         return features[torch.tensor([distinct[caption] for caption in captions], device=features.device)]
 
     def _embed(self, *inputs: Tensor | None) -> Embeddings:
-        z: Embeddings = self.forward(*(value if value is None else value.to(self.device) for value in inputs))
-        self.scale, self.bias = float(z.scale), float(z.bias)
+        z: Embeddings = self.forward(
+            *(value if value is None else distributed.to_device(value, self.device) for value in inputs)
+        )
+        self._last = z.scale, z.bias
         return z
 
     def _read(self, examples: Examples, sample: int) -> tuple[Seen | str, Tensor | None]:
@@ -167,4 +178,4 @@ class Encoder:
 
 
 def _threads() -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // (distributed.ranks_here() or 1)))
+    return min(16, distributed.cores())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.engine.ds_config import BUCKET_ELEMENTS
+from trainer.engine.ds_config import BUCKET_ELEMENTS, reduces_early
 from trainer.losses.base import PairSettings
 from trainer.losses.topology import num_slices
 from trainer.plan.profile import Survey
@@ -34,7 +34,7 @@ class Job:
     local_batch: int
     """Pairs of the global batch that fall to each rank."""
     micro_batch: int
-    grad_reduction: str = "per_step"
+    grad_reduction: str = "auto"
     loss: PairSettings | None = None
     node_ranks: int = 1
     average: bool = False
@@ -43,6 +43,12 @@ class Job:
     """The model that a distilled one learns from, whole on every rank."""
     inputs_on_host: bool = True
     """Where the local batch waits: only a micro-batch of it is on the device when True."""
+
+    def reduces_early(self, survey: Survey, zero: dict[str, Any]) -> bool:
+        """Whether gradients are reduced after every micro-batch, as the engine will decide it."""
+        if self.grad_reduction == "auto":
+            return reduces_early(zero, float(survey.trainable), self.ranks)
+        return self.grad_reduction == "per_micro_batch" and zero.get("stage", 0) >= 2
 
     @property
     def num_micro_batches(self) -> int:
@@ -176,14 +182,15 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
         return _States(device, 0.0, trained, True, NOTHING, finish, {"gradients": trained})
     if stage == 3:
         return _third(survey, zero, job, offloads)
-    each = stage == 2 and job.grad_reduction == "per_micro_batch" and job.num_micro_batches > 1
+    each = job.reduces_early(survey, zero)
     host, device = 0.0, {"parameters": whole, "optimizer": (3 + job.average) * part, **model}
     averaged = part
     if offloads:
         host, averaged = (5 + job.average) * part + survey.largest, 0.0
         device = {"parameters": whole, "buffers": model["buffers"] + survey.largest}
         host += part if each else 0.0
-    gradients = (2 * averaged + bucket) if each else trained
+    twice = 2 if job.num_micro_batches > 1 else 1  # those of a micro-batch, beside the sum of those before it
+    gradients = twice * averaged + bucket if each else trained
     # Gradients that fill the bucket are dropped; it is flattened once more for the exchange, and only then the
     # partition is allocated.
     filled = 0.0 if each else min(trained, 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
@@ -208,7 +215,7 @@ def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _S
     parked = (zero.get("offload_param") or {}).get("device", "none") != "none"
     held = min(away, 4.0 * reuse) if job.ranks > 1 or parked else 0.0
     gather = (held + min(held, 2 * prefetch), held + min(held / 3, 2 * prefetch), min(held, 4.0 * survey.largest))
-    each = job.grad_reduction == "per_micro_batch" and job.num_micro_batches > 1
+    each = job.reduces_early(survey, zero)
     device = {"parameters": whole / job.ranks + kept, "optimizer": (3 + job.average) * part, "gradients": part}
     device["buffers"] = bucket + survey.buffers
     host, flat = 0.0, part

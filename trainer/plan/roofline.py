@@ -106,7 +106,7 @@ def wire_bytes(survey: Survey, zero: dict[str, Any], job: Job) -> dict[str, floa
     if job.ranks == 1:
         return {"gradients": 0.0, "weights": 0.0, "embeddings": 0.0}
     stage, others = int(zero.get("stage", 0)), (job.ranks - 1) / job.ranks
-    reductions = job.num_micro_batches if job.grad_reduction == "per_micro_batch" and stage >= 2 else 1
+    reductions = job.num_micro_batches if job.reduces_early(survey, zero) else 1
     return {
         "gradients": others * survey.trainable * reductions,
         "weights": others * (_fetched(survey, job) if stage == 3 else survey.trainable),

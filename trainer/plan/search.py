@@ -48,7 +48,7 @@ class Option:
         keys = [f"engine.ds_config={self.ds_config}", f"batch.micro_batch={self.micro_batch}"]
         return (
             keys
-            + ([f"batch.grad_reduction={self.grad_reduction}"] if self.grad_reduction != "per_step" else [])
+            + ([f"batch.grad_reduction={self.grad_reduction}"] if self.grad_reduction != "auto" else [])
             + list(self.way.overrides)
         )
 
@@ -100,7 +100,7 @@ def options(
     for way in ways:
         for name, zero in ds_configs().items():
             option = _option(way, name, zero, job, budget, card, precision, link, tflops)
-            if not option.fits and zero["stage"] >= 2 and job.grad_reduction == "per_step":
+            if not option.fits and zero["stage"] >= 2 and not job.reduces_early(way.survey, zero):
                 sharded = _option(
                     way,
                     name,
