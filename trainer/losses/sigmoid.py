@@ -84,11 +84,13 @@ class SigmoidLoss(PairLoss):
         def visit_on_gpu(tile: Tile) -> None:
             assert kernel is not None
             shift = tile.rows.start - tile.columns.start if tile.own else None
-            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, shift, pairs.reduced)
+            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, shift, False)
             total.add_(loss)
             pairs.d_bias.add_(gradient)
 
-        kernel = fused_kernel(pairs.image) if plain and pairs.dtype == torch.float32 else None
+        exact = pairs.dtype == torch.float32 and not pairs.fast  # the kernel takes float32
+        kernel = fused_kernel(pairs.image) if plain and exact else None
+        pairs.largest_gradient = max(pairs.largest_gradient, self.negatives.weight)
         visit = visit_on_gpu if kernel else visit_all if plain else visit_some
         pairs.sweep(
             visit, riders, (), image_gradient, text_gradient, self.comm_gradient_dtype, make_logits=kernel is None

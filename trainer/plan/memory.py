@@ -157,6 +157,8 @@ def loss_bytes(width: int, job: Job) -> float:
     num_tiles = 2 if getattr(settings, "name", "sigmoid") == "sigmoid" else 3
     tile = 4.0 * min(settings.tile_rows, rows) * -(-rows // slices)
     own = 4.0 * width * rows + buffers + num_tiles * tile
+    if settings.precision == "fast":  # both embeddings and a tile's gradient once more, in float16
+        own += 4.0 * width * rows + tile / 2
     if job.teacher is None:
         return own
     # The divergence runs after the loss, whose two gradients wait; it sends the teacher's texts along and holds five
