@@ -1,4 +1,5 @@
-"""fp16 and bf16 round in the towers alone; fp16's loss scale loses no batch, is exact to undo, and goes on where it was."""
+"""fp16 and bf16 round in the towers alone; fp16's loss scale loses no batch, is exact to undo, and goes on where it
+was."""
 
 from __future__ import annotations
 

@@ -188,8 +188,8 @@ def test_queue_holds_past_texts_in_their_global_order(sizes, size):
 
 @pytest.mark.parametrize("size", [5, 8, 40])
 def test_a_step_of_the_queue_can_be_taken_back(size):
-    """Bit for bit, whether a batch overwrites a part of it, wraps around or replaces it all; twice, as a step that fails
-    twice does."""
+    """Bit for bit, whether a batch overwrites a part of it, wraps around or replaces it all; twice, as a step that
+    fails twice does."""
     loss = QueueLoss(tile_rows=3, width=32, size=size)
     loss(dense_losses.take(dense_losses.batch(6), [6], 0)).backward()
     before = {name: buffer.clone() for name, buffer in loss.named_buffers()}

@@ -1,5 +1,5 @@
-"""What NCCL demands of an exchange, simulated: it pairs the sends and receives of two ranks strictly in the order in which
-they were posted, and a rank goes on only when all that it posted together has been paired."""
+"""What NCCL demands of an exchange, simulated: it pairs the sends and receives of two ranks strictly in the order in
+which they were posted, and a rank goes on only when all that it posted together has been paired."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_nodes_of_unequal_size_are_refused_on_every_rank_with_what_would_do() ->
     ("exchange", "node_size"), [("ring", 1), ("bidirectional", 1), ("gather", 4), ("hierarchical", 2)]
 )
 def test_connecting_opens_every_connection_that_a_step_uses(exchange: Exchange, node_size: int) -> None:
-    """NCCL takes memory for a connection when two ranks first talk: it must be there before the model fills the card."""
+    """NCCL takes memory for a connection when two ranks first talk: it must be there before the model fills the
+    card."""
 
     def peers(log: list[list[Posted]]) -> set[tuple[bool, int]]:
         return {(one.sends, one.peer) for batch in log for one in batch}

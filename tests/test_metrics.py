@@ -61,7 +61,7 @@ def test_a_line_of_the_log(tmp_path: Path, clock: Clock) -> None:
     with log.waiting():
         clock.sleep(1)
     steps(log, 1, 1)
-    with log.aside():
+    with log.paused():
         clock.sleep(100)
         log.note(8, {"eval": {"image_to_text_r1": 0.5}})
     clock.sleep(3)

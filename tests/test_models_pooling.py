@@ -1,4 +1,5 @@
-"""Towers with and without a pooled output: pooled as their checkpoint says, trained, exported, read by plain transformers."""
+"""Towers with and without a pooled output: pooled as their checkpoint says, trained, exported, read by plain
+transformers."""
 
 from __future__ import annotations
 

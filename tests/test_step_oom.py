@@ -66,8 +66,8 @@ class CountingLoss(SigmoidLoss):
 
 
 class Fault:
-    """Makes the last rank run out of memory inside a layer: in its ``call``-th forward pass without or with gradient, or in
-    the backward pass."""
+    """Makes the last rank run out of memory inside a layer: in its ``call``-th forward pass without or with gradient,
+    or in the backward pass."""
 
     def __init__(self, layer: nn.Module, where: str, call: int = 2, times: int = 1) -> None:
         self.where, self.call, self.left, self.seen = where, call, times, 0

@@ -42,8 +42,8 @@ class RunSettings(Settings):
     seed: int = 0
     "Fixes the initial weights, the order of samples, augmentation and dropout."
     timeout: Annotated[float, OPERATIONAL] = Field(600.0, gt=0)
-    """Seconds that ranks wait in a collective for one that does not come; then the run ends and names it. A checkpoint or
-    an evaluation as a whole may take longer."""
+    """Seconds that ranks wait in a collective for one that does not come; then the run ends and names it. A checkpoint
+    or an evaluation as a whole may take longer."""
     heartbeat_timeout: Annotated[float, OPERATIONAL] = Field(20.0, ge=0)
     """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
     watchdog."""
@@ -83,7 +83,8 @@ class Recipe(Settings):
             )
         if self.distill is not None and self.model.precomputed.side is not None:
             raise ValueError(
-                "distill.teacher would have to see what is not read where embeddings are stored; take model.precomputed out"
+                "distill.teacher would have to see what is not read where embeddings are stored; take "
+                "model.precomputed out"
             )
         return self
 

@@ -15,6 +15,7 @@ where that takes more than ten minutes. Exit codes: 0 written (or there already)
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -73,14 +76,14 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
     facts = embedder.facts(source)
     writer = ColumnWriter(source.dataset, embedder.precomputed, storage, facts)
     if on_main(lambda: {"there": writer.finished()})["there"]:
-        distributed.say(f"{source.dataset.root}: {embedder.precomputed.column!r} is there already, made by this tower")
+        logger.info(f"{source.dataset.root}: {embedder.precomputed.column!r} is there already, made by this tower")
         return
     with ExitStack() as lock:
         missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
         mine = missing[distributed.rank() :: distributed.world_size()]
         done = source.size - sum(len(writer.samples(part)) for part in missing)
         if done:
-            distributed.say(f"going on: {done:,} of {source.size:,} samples are embedded already")
+            logger.info(f"going on: {done:,} of {source.size:,} samples are embedded already")
         with Progress(source.size, done, "samples", quiet=not distributed.is_main()) as progress:
             for part in mine:
                 batches = []
@@ -91,7 +94,7 @@ def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage:
         collectives.barrier()
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
     left = f", {empty:,} could not be used and have none" if empty else ""
-    distributed.say(
+    logger.info(
         f"{source.dataset.root}: {source.size:,} embeddings of {embedder.precomputed.width} numbers as "
         f"{embedder.precomputed.column!r}{left}"
     )

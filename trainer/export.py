@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
         replace(Path(aside), out)
     if (pooling := other_pooling(model.towers.config)) is not None:
         print(
-            f"{out}: transformers' VisionTextDualEncoderModel does not pool as this model does ({pooling}): use the lines "
+            f"{out}: transformers' VisionTextDualEncoderModel does not pool as this model does ({pooling}): use the "
+            "lines "
             "in its README.md"
         )
     print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}")

@@ -5,8 +5,8 @@ gradient = Attempt(engine, batch, loss, rows, grad_reduction, teacher).run()    
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from trainer.core import collectives, distributed
+from trainer.core.logs import EVERY_RANK
 from trainer.core.types import Batch, Embeddings, Loss, UserError
 from trainer.engine.oom import LOSS_REMEDY, OutOfMemory
 from trainer.engine.rng import RandomState
 from trainer.metrics import Stopwatch
+
+logger = logging.getLogger(__name__)
+
 
 if TYPE_CHECKING:
     from trainer.engine import Engine
@@ -86,11 +90,10 @@ class Attempt:
                 self._forward(slice(start, min(start + self.rows, self.batch.rows)), image=True, text=True)
         if found:
             names = ", ".join(dict.fromkeys(found))
-            print(
-                f"warning: rank {distributed.rank()}: fp16 overflows in {names}: keep such layers in float32 with "
+            logger.warning(
+                f"rank {distributed.rank()}: fp16 overflows in {names}: keep such layers in float32 with "
                 "engine.float32_modules",
-                file=sys.stderr,
-                flush=True,
+                extra=EVERY_RANK,
             )
 
     def _single_pass(self) -> Gradient | None:

@@ -7,8 +7,8 @@ run.hooks.append(Hook("measuring drift", every=100_000, call=my_function))
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +25,7 @@ from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed
 from trainer.config import Recipe
 from trainer.core import collectives, distributed
+from trainer.core.logs import EVERY_NODE
 from trainer.core.settings import changes
 from trainer.core.types import Batch, UserError
 from trainer.data import Loader, SkippedSamples
@@ -35,6 +36,8 @@ from trainer.models import DualEncoder
 from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
 from trainer.plan.auto import micro_batch
 from trainer.step import StepResult, train_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Run:
             self.model.with_every_tower(),
         ):
             found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
-        distributed.say(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
+        logger.info(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
 
     def save(self, loader: Loader) -> None:
@@ -197,7 +200,7 @@ def describe(run: Run) -> None:
         for parameter in run.model.parameters()
     ]
     trained, locked = (sum(size for trains, size in sizes if trains is which) for which in (True, False))
-    distributed.say(
+    logger.info(
         f"{run.directory}: {count(trained)} parameters to train, {count(locked)} locked; "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
         f"{run.recipe.engine.ds_config}, {run.recipe.engine.computes_in}, "
@@ -228,14 +231,13 @@ def keep_other_recipe(run: Run) -> None:
     if changed:
         kept = before.with_name(f"recipe-until-{run.samples_seen:09d}.yaml")
         os.replace(before, kept)
-        distributed.say(f"from here on another recipe than before (now in {kept}): {'; '.join(changed)}")
+        logger.info(f"from here on another recipe than before (now in {kept}): {'; '.join(changed)}")
 
 
 def say_finished(run: Run, hint: str = "") -> None:
     """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0
     when it was killed."""
-    if distributed.local_rank() == 0:
-        print(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", file=sys.stderr, flush=True)
+    logger.info(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", extra=EVERY_NODE)
 
 
 def gather_skipped(skipped: SkippedSamples) -> dict[str, Any]:

@@ -16,6 +16,7 @@ trainer/gradient.py makes the gradient, this module repeats, judges and applies 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.core import distributed
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Batch, Loss, UserError
 from trainer.engine.oom import REMEDY, free
 from trainer.engine.rng import RandomState
 from trainer.gradient import Attempt, Gradient, GradReduction, Teacher
 from trainer.optim import Guard
+
+logger = logging.getLogger(__name__)
+
 
 if TYPE_CHECKING:
     from trainer.engine import Engine
@@ -56,7 +59,7 @@ class BatchSettings(Settings):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the log wants to know of a step; the same on all ranks but for ``alone``."""
+    """What the log wants to know of a step; the same on all ranks except ``local_seconds``."""
 
     loss: float
     """Of the global batch."""
@@ -68,7 +71,7 @@ class StepResult:
     """Why the weights were left as they are; empty when they were updated."""
     micro_batch: int
     """What it was done with: half of what was asked, or less, where memory did not suffice. Keep it for later steps."""
-    alone: float = dataclasses.field(default=0.0, compare=False)
+    local_seconds: float = dataclasses.field(default=0.0, compare=False)
     """Seconds that this rank took to embed its pairs, before it needed the others (at ZeRO-3 it does so earlier). Each
     rank has its own."""
 
@@ -105,7 +108,7 @@ def train_step(
             rows = _half(rows)
         start.restore(engine.device)
         restore_loss()
-    result = dataclasses.replace(_update(engine, gradient, guard, rows), alone=attempt.clock.seconds())
+    result = dataclasses.replace(_update(engine, gradient, guard, rows), local_seconds=attempt.clock.seconds())
     if result.skipped == "not finite":
         restore_loss()
         if engine.loss_scale is not None and not gradient.overflowed:
@@ -119,7 +122,7 @@ def _half(rows: int) -> int:
     """The micro-batch to go on with after running out of memory."""
     if rows == 1:
         raise UserError(f"out of memory with one pair at a time: {REMEDY}")
-    distributed.say(
+    logger.info(
         f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on"
     )
     return rows // 2

@@ -12,6 +12,7 @@ again; launch/ holds scripts that do).
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +28,8 @@ from trainer.metrics import RunLog
 from trainer.run import Hook, Run, build, check_tower, describe, gather_sample_ids, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
 from trainer.runtime.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +97,7 @@ def resume(run: Run) -> Resumed | None:
     check_tower(run, resumed)
     if not run.recipe.optim.ema:
         run.engine.average_weights(0.0)  # drops the average of a run that had one: it would never move again
-    distributed.say(f"resumed at {run.samples_seen:,} samples from {resumed.folder}")
+    logger.info(f"resumed at {run.samples_seen:,} samples from {resumed.folder}")
     return resumed
 
 
@@ -117,7 +120,7 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         }
         if run.engine.loss_scale is not None:
             counts |= {"loss_scale": run.engine.loss_scale.value, "overflows": run.engine.loss_scale.num_overflows}
-        log.step(step, run.samples_seen, values | counts, result.alone)
+        log.step(step, run.samples_seen, values | counts, result.local_seconds)
         if result.skipped:
             ids = gather_sample_ids(batch.ids)
             keys = loader.reader.keys(ids) if distributed.is_main() else []
@@ -130,16 +133,14 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
             log.flush()  # what lies before a checkpoint must be in the log when the run goes on from it
         for hook in due:
             watch.doing(hook.activity, step)
-            with log.aside():
+            with log.paused():
                 note = hook.call(run)
             if note:
                 log.note(run.samples_seen, note)
     watch.doing("waiting for the last checkpoint", step)
     run.checkpointer.close(run.samples_seen)
     if stop is not None:
-        distributed.say(
-            f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here"
-        )
+        logger.info(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
         return EXIT_AGAIN
     say_finished(run)
     return 0

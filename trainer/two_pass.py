@@ -120,7 +120,8 @@ def _embed(
                 continue
             if value.shape[0] != part.stop - part.start:
                 raise UserError(
-                    f"two_pass: encode returned {key!r} of shape {list(value.shape)} for {part.stop - part.start} pairs; "
+                    f"two_pass: encode returned {key!r} of shape {list(value.shape)} for {part.stop - part.start} "
+                    "pairs; "
                     f"what has two or more dimensions needs a row for each pair"
                 )
             joined.setdefault(key, value.new_empty(rows, *value.shape[1:], dtype=_wide(value.dtype)))[part] = value

@@ -1,7 +1,8 @@
 """Drops pictures that are there twice, as a view: nothing is copied.
 
     python -m data_tools dedup DATASET OUT                 # the same bytes
-    python -m data_tools dedup DATASET OUT --near 4  # and pictures whose perceptual hashes differ in at most 4 of 64 bits
+    # And pictures whose perceptual hashes differ in at most 4 of 64 bits.
+    python -m data_tools dedup DATASET OUT --near 4
     python -m data_tools dedup DATASET OUT --same-caption  # only where the caption is the same too
 
 Of a group of duplicates the picture with most pixels stays, of equal ones the first. OUT/duplicates.jsonl names every

@@ -3,7 +3,8 @@
     python -m data_tools shard pairs.csv OUT --image image --caption caption --processes 8
     python -m data_tools shard pairs.csv OUT --image image --caption caption --resize 224
     python -m data_tools shard pets.zip OUT --caption-template "a photo of a {class}"      # folders are classes
-    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16  # then: python -m data_tools merge OUT
+    # Then: python -m data_tools merge OUT.
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16
 
 data_tools/README.md lists the inputs.
 

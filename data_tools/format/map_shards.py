@@ -49,7 +49,8 @@ class Place(NamedTuple):
 
 
 def open_local(root: str) -> Dataset:
-    """The dataset in a local folder. Raises UserError for a remote one, whose tars these commands cannot read in place."""
+    """The dataset in a local folder. Raises UserError for a remote one, whose tars these commands cannot read in
+    place."""
     if "://" in root:
         raise UserError(f"{root}: this command reads local datasets; copy it first")
     return Dataset.open(root)

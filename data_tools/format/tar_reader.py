@@ -1,7 +1,8 @@
 """Walks the headers of any tar: yields its regular files, notices what is broken and reads on where that is possible.
 
 Python's ``tarfile`` and every streaming reader stop silently at the first bad header or at the first end marker; here a
-bad header, a cut file, a second archive behind the first, links and unsafe names are each a `TarProblem` with an offset.
+bad header, a cut file, a second archive behind the first, links and unsafe names are each a `TarProblem` with an
+offset.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which becomes ``path`` at the end of the block; an exception leaves ``path`` as it was.
-    Any number of processes may write the same path at once: the last one wins."""
+    """A binary file to write to, which becomes ``path`` at the end of the block; an exception leaves ``path`` as it
+    was. Any number of processes may write the same path at once: the last one wins."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with synced_file(temporary) as file:
         yield file

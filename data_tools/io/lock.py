@@ -24,7 +24,8 @@ class FileLock:
     """An exclusive lock on the file ``path``, which is created. Released by ``close`` and by the end of the process.
 
     With ``inherited``, forked children hold it too and it lasts until the last of them ends, and threads exclude each
-    other (flock); else it belongs to this process alone (POSIX record lock). Raises OSError where the file cannot be opened.
+    other (flock); else it belongs to this process alone (POSIX record lock). Raises OSError where the file cannot be
+    opened.
     """
 
     def __init__(self, path: str | Path, inherited: bool = True) -> None:

@@ -27,11 +27,13 @@ Send = Callable[[Any], None]
 def run_workers(
     work: Callable[[T, Send], R], items: Sequence[T], processes: int, on_message: Send = lambda _: None
 ) -> Iterator[R]:
-    """``work(item, send)`` for every item; yields the results in the order of ``items``, which workers may run ahead of.
+    """``work(item, send)`` for every item; yields the results in the order of ``items``, which workers may run ahead
+    of.
 
-    What ``work`` sends reaches ``on_message`` in this process at once; it may raise to end the run. Results and messages
-    are pickled. With one process everything runs here. Raises UserError where ``work`` does, where it has an OSError (a
-    full disk, a lost mount), and where a worker is killed; RuntimeError with the worker's traceback for other errors.
+    What ``work`` sends reaches ``on_message`` in this process at once; it may raise to end the run. Results and
+    messages are pickled. With one process everything runs here. Raises UserError where ``work`` does, where it has an
+    OSError (a full disk, a lost mount), and where a worker is killed; RuntimeError with the worker's traceback for
+    other errors.
     """
     processes = min(processes, len(items))
     if processes <= 1:

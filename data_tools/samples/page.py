@@ -29,9 +29,11 @@ class Picture(NamedTuple):
 
 
 _STYLE = """
-:root { --ground: #fcfcfb; --card: #ffffff; --ink: #1d1d1b; --soft: #6b6b66; --line: #e4e3df; --bar: #2f6fb2; --bar2: #b9cfe6; }
+:root { --ground: #fcfcfb; --card: #ffffff; --ink: #1d1d1b; --soft: #6b6b66; --line: #e4e3df;
+  --bar: #2f6fb2; --bar2: #b9cfe6; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #191918; --card: #222221; --ink: #ececea; --soft: #a3a29c; --line: #373735; --bar: #6ea6df; --bar2: #2f4a66; }
+  :root { --ground: #191918; --card: #222221; --ink: #ececea; --soft: #a3a29c; --line: #373735;
+    --bar: #6ea6df; --bar2: #2f4a66; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -40,14 +42,16 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 12
 p.lead { color: var(--soft); margin: 0 0 24px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; }
 .tile, .plot { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
-.tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: 13px; }
+.tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: 13px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 16px; }
 .plot h3 { font-size: 14px; margin: 0; } .plot p { margin: 2px 0 8px; color: var(--soft); font-size: 13px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 rect.bar { fill: var(--bar); } rect.bar:hover { opacity: .75; } line.axis { stroke: var(--line); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; } td { padding: 3px 0; vertical-align: middle; }
 td.n { text-align: right; width: 90px; font-variant-numeric: tabular-nums; color: var(--soft); padding-left: 10px; }
-td.meter { width: 45%; } td.meter i { display: block; height: 9px; border-radius: 2px; background: var(--bar); min-width: 1px; }
+td.meter { width: 45%; }
+td.meter i { display: block; height: 9px; border-radius: 2px; background: var(--bar); min-width: 1px; }
 .words span { display: inline-block; margin: 0 10px 2px 0; } .words small { color: var(--soft); }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }

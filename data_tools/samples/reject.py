@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 REASONS = {
-    "row_malformed": "the line is no row of the table (a carriage return outside of quotes; JSON that is not an object)",
+    "row_malformed": "not a row of the table (a carriage return outside of quotes; JSON that is not an object)",
     "not_utf8": "a row, caption or .json that is not UTF-8 (for a table say --encoding cp1252 or another)",
     "not_json": "a row or .json that is broken JSON, or nested too deep",
     "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted delimiter perhaps)",

@@ -77,7 +77,8 @@ class FolderSource:
         if self._images and len(folders) < 2:
             raise UserError(
                 f"{self.tree.path}: {{class}} is the folder of a picture, and there is "
-                f"{'one: ' + folders.pop() if folders else 'none'}; two or more are needed, such as cats/1.jpg, dogs/2.jpg"
+                f"{'one: ' + folders.pop() if folders else 'none'}; two or more are needed, such as cats/1.jpg, "
+                "dogs/2.jpg"
             )
 
     def fingerprint(self) -> str:

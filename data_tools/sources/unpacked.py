@@ -43,7 +43,8 @@ class Copy:
         """Appends. Raises UserError before the disk is full."""
         if shutil.disk_usage(self.path.parent).free < _RESERVE + len(piece):
             raise UserError(
-                f"{self._source}: unpacked it does not fit in {self.path.parent} (1 GiB is kept free there); set TMPDIR "
+                f"{self._source}: unpacked it does not fit in {self.path.parent} (1 GiB is kept free there); set "
+                "TMPDIR "
                 f"to a folder with more room"
             )
         self.file.write(piece)
@@ -114,7 +115,8 @@ codecs.register_error("ringlip-mark", _mark)
 
 
 def transcode(path: Path, encoding: str) -> Copy:
-    """A UTF-8 copy of a text file. What cannot be decoded becomes a byte that is not UTF-8, so that its row is named."""
+    """A UTF-8 copy of a text file. What cannot be decoded becomes a byte that is not UTF-8, so that its row is
+    named."""
     copy = Copy(path.name)
     decoder = codecs.getincrementaldecoder(encoding)("ringlip-mark")
     with open(path, "rb") as file:

@@ -2,7 +2,8 @@
 
 A picture is bytes, a path, a URL, base64, a ``data:`` URL, or Hugging Face's {"bytes", "path"}. A caption is text or a
 list of texts. A name with dots reaches into structs, maps, lists and JSON texts: ``d.en``, ``images.0``,
-``sentences.raw`` (of every item of a list). Every other column is kept for the .json member, as far as JSON can hold it.
+``sentences.raw`` (of every item of a list). Every other column is kept for the .json member, as far as JSON can hold
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MAX_DEPTH = 100
 _SIMPLE = (str, int, bool, type(None))
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*\Z")
 _PICTURES = ("/9j/", "_9j_", "iVBO", "UklG", "R0lG", "Qk", "SUkq", "TU0A", "AAAA", "/0//")
-"""How base64 of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 starts. No path of 64 letters without a dot does."""
+"""How base64 of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 starts. No path of 64 letters without a dot
+does."""
 
 
 class RowMaker:

@@ -4,10 +4,10 @@
     python -m tests.benchmarks.finetune --pretrain 2048 --finetune 1024 --out /tmp/finetune      # does it run?
 
 The quickstart's model is pretrained from nothing on the glyph pairs of one half of the scripts (OLD) and finetuned on
-the other half (NEW), each time from the exported Hugging Face directory, by the real commands on two ranks. Retrieval is
-measured on unseen (character, face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is the
-peak of tensor memory of a rank from before the model is built (tests/benchmarks/allocator.py). What is there already is
-not done again.
+the other half (NEW), each time from the exported Hugging Face directory, by the real commands on two ranks. Retrieval
+is measured on unseen (character, face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is
+the peak of tensor memory of a rank from before the model is built (tests/benchmarks/allocator.py). What is there
+already is not done again.
 """
 
 from __future__ import annotations

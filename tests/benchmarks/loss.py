@@ -12,9 +12,10 @@ both gradients, three matrix products, with no exchange and nothing between them
 
 time     median over repeats of the slowest rank's wall time; variants take turns within each repeat
 CPU      median of the processor seconds of all ranks together, transport included: other load on the machine shows less in it
-resident peak resident memory of rank 0 (VmHWM) over what it was before the step, in freshly forked ranks after a tiny step for warm-up
-tensors  peak of the tensors alive at once beyond the inputs: exact, without the transport's own buffers
-error    largest relative error of loss and gradients (image, text, scale, bias) against float64 with all logits, at most 256 rows a rank
+resident peak resident memory of rank 0 (VmHWM) over what it was before the step, in freshly forked ranks after a tiny
+step for warm-up tensors  peak of the tensors alive at once beyond the inputs: exact, without the transport's own
+buffers error    largest relative error of loss and gradients (image, text, scale, bias) against float64 with all
+logits, at most 256 rows a rank
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ rank's processor time (waiting for other programs does not count) and of wall ti
     plain            one pass over the local batch, our step: the fastest there is, where it fits
     two-pass         our step in micro-batches: exact
     feature cache    as open_clip's --accum-freq: cached features of all micro-batches, one of them replaced by fresh ones, and the
-                     whole loss again for each. Our ring loss is used in it, so that the algorithm alone differs. No random state is
-                     replayed.
+                     whole loss again for each. Our ring loss is used in it, so that the algorithm alone differs. No
+                     random state is replayed.
     local loss       each micro-batch is contrasted with itself alone. Another objective: a bound on speed, not an alternative.
     HF Trainer       the same, as a real transformers.Trainer run under DeepSpeed, after the others (it brings its own loop).
 """

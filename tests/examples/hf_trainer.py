@@ -1,4 +1,5 @@
-"""The ring loss in a Hugging Face Trainer, whose SiglipModel by itself contrasts each rank's pairs with each other only.
+"""The ring loss in a Hugging Face Trainer, whose SiglipModel by itself contrasts each rank's pairs with each other
+only.
 
 torchrun --nproc-per-node 2 -m tests.examples.hf_trainer
 """

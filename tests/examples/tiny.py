@@ -12,7 +12,8 @@ ROWS = 8
 
 
 class TwoTowers(nn.Module):
-    """Returns what a contrastive loss needs, from ``forward``: a wrapper (DDP, FSDP2, ...) sees every parameter used."""
+    """Returns what a contrastive loss needs, from ``forward``: a wrapper (DDP, FSDP2, ...) sees every parameter
+    used."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Training steps under DeepSpeed on the device: exact gradients, replayed random numbers, recovery from lack of memory."""
+"""Training steps under DeepSpeed on the device: exact gradients, replayed random numbers, recovery from lack of
+memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a training step must equal: the gradient of one dense float64 computation on the concatenated batch.
 
-    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "per_micro_batch")])  # {parameter: relative error}, on real ranks
+    # {parameter: relative error}, on real ranks.
+    errors = gradient_errors(Case(stage=3), world=2, pieces=[Pieces(2), Pieces(4, "per_micro_batch")])
 
 The engine runs with an optimizer that puts gradients aside instead of using them, so that they are read exactly as any
 optimizer meets them, at every ZeRO stage, several steps in a row on the same weights.

@@ -6,8 +6,8 @@
     ringlip.dataset("shards/train", preprocess, 4096)        the loader as a torch IterableDataset
     ringlip.plan("recipe.yaml", "24GiB", gpus=8)             memory per GPU before any GPU is rented; of a module, too
 
-Examples that run lie in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass, dataset,
-plan, train.
+Examples that run lie in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass,
+dataset, plan, train.
 """
 
 from importlib import import_module

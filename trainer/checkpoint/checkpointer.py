@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ from trainer.core import distributed
 from trainer.core.collectives import on_main
 from trainer.core.settings import Settings
 from trainer.core.types import RunFailed, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointSettings(Settings):
@@ -122,7 +125,7 @@ class Checkpointer:
         text = f"no checkpoint could be written: {error}; the ones before it are untouched"
         if self._settings.on_failure == "stop":
             raise UserError(f"{text}; make room and start again")
-        distributed.say(f"warning: {text}; training goes on (checkpoint.on_failure)")
+        logger.warning(f"{text}; training goes on (checkpoint.on_failure)")
 
     def close(self, samples_seen: int) -> None:
         """At the end of a run, or where it is told to stop: raises RunFailed unless this position lies on the disk."""

@@ -12,6 +12,7 @@ happens on rank 0 alone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,8 +22,10 @@ from typing import Any
 
 from data_tools.io.files import publish, sync_folder, write_atomic
 from trainer.checkpoint.tensor_file import DigestFile, digest_of
-from trainer.core.distributed import say
 from trainer.core.types import UserError
+
+logger = logging.getLogger(__name__)
+
 
 MANIFEST = "checkpoint.json"
 FORMAT = "ringlip-checkpoint"
@@ -139,7 +142,7 @@ def verify(folder: Path, only: str | None = None) -> None:
             raise UserError(f"{path}: its content has changed since it was written (digest)")
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None] = say) -> Path | None:
+def newest_good(run_dir: Path, warn: Callable[[str], None] = logger.warning) -> Path | None:
     """The checkpoint to go on from: the one ``latest`` names, or the first before it that is undamaged. None when there
     is none."""
     candidates = listing(run_dir)
@@ -151,7 +154,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None] = say) -> Path | None
         try:
             verify(folder)
         except UserError as error:
-            warn(f"warning: damaged checkpoint passed over: {error}")
+            warn(f"{error}: this checkpoint is damaged, trying the one before it")
         else:
             return folder
     return None
@@ -186,6 +189,6 @@ def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
         if folder in kept:
             continue
         if samples_of(folder) > newest:
-            say(f"removed {folder}: the run went back to before it and took another course")
+            logger.info(f"removed {folder}: the run went back to before it and took another course")
         (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is never taken for whole
         shutil.rmtree(folder)

@@ -58,7 +58,8 @@ def main(argv: list[str], program: str, groups: Groups) -> int:
         print(usage(program, groups))
         if "Shell" in groups:
             print(
-                f"\nRecipes: {shipped('recipes')}\nds_configs: {shipped('ds_configs')}\nLaunch scripts: {shipped('launch')}"
+                f"\nRecipes: {shipped('recipes')}\nds_configs: {shipped('ds_configs')}\nLaunch scripts: "
+                f"{shipped('launch')}"
             )
         return 0 if argv else 2
     if argv[0] == "--version":
@@ -91,8 +92,8 @@ def launchers(arguments: list[str]) -> str:
 
 
 def start(name: str, arguments: list[str]) -> None:
-    """Runs the module behind a command as ``python -m`` does, so that both forms are the same to the last detail (worker
-    processes look at ``__main__``)."""
+    """Runs the module behind a command as ``python -m`` does, so that both forms are the same to the last detail
+    (worker processes look at ``__main__``)."""
     is_data = name in DATA_COMMANDS
     module = "data_tools" if is_data else f"trainer.{name}"
     before, sys.argv = sys.argv, [module, *([name] if is_data else []), *arguments]

@@ -140,8 +140,8 @@ def let_segments_grow() -> None:
 def tell_deepspeed_the_gpu() -> None:
     """Makes LOCAL_RANK the index of this rank's GPU, which DeepSpeed takes it for.
 
-    The two differ where the launcher shows each rank its own GPU alone. ``local_rank`` still answers with the launcher's
-    number.
+    The two differ where the launcher shows each rank its own GPU alone. ``local_rank`` still answers with the
+    launcher's number.
     """
     global _local_rank
     _local_rank = local_rank()
@@ -161,7 +161,8 @@ def check_one_gpu_each(store: dist.Store, rank: int, world: int, gpu: str) -> No
     store.wait(["all gpus seen"])
     if store.check(["shared gpu"]):
         error = UserError(
-            f"{store.get('shared gpu').decode()}, and NCCL needs one for each: start no more ranks on a node than it has "
+            f"{store.get('shared gpu').decode()}, and NCCL needs one for each: start no more ranks on a node than it "
+            "has "
             f"GPUs, or correct CUDA_VISIBLE_DEVICES"
         )
         error.told = rank != 0
@@ -253,13 +254,6 @@ def per_rank(batch_size: int, ranks: int) -> int:
         nearest = f"{lower} or {lower + ranks}" if lower > 0 else str(lower + ranks)
         raise UserError(f"batch.size {batch_size} does not divide by {ranks} ranks; the nearest that do are {nearest}")
     return batch_size // ranks
-
-
-def say(text: str) -> None:
-    """One line on the terminal, from rank 0 alone."""
-    if is_main():
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
-        print(clear + text, file=sys.stderr, flush=True)
 
 
 def shutdown() -> None:

@@ -5,9 +5,9 @@ store, rank, world = meet(timedelta(minutes=10))      # RANK, WORLD_SIZE, MASTER
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,11 @@ from itertools import groupby
 
 import torch.distributed as dist
 
+from trainer.core.logs import EVERY_RANK
 from trainer.core.types import RunFailed
+
+logger = logging.getLogger(__name__)
+
 
 FIRST_LINE = 10.0
 """Seconds of waiting before the first line."""
@@ -38,7 +42,8 @@ def meeting(timeout: timedelta) -> Iterator[tuple[dist.Store, int, int]]:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise RunFailed(
-                f"port {arrivals.port} of {arrivals.host} is taken: end the ranks of an earlier start if some are left, "
+                f"port {arrivals.port} of {arrivals.host} is taken: end the ranks of an earlier start if some are "
+                "left, "
                 "or take another (deepspeed --master_port N, torchrun --master-port N)"
             ) from error
         raise RunFailed(arrivals.unreachable()) from error
@@ -88,7 +93,8 @@ class _Arrivals(threading.Thread):
     def unreachable(self) -> str:
         """What a rank says that finds nobody at rank 0's address."""
         return (
-            f"rank {self.rank} on {socket.gethostname()} finds no rank 0 at {self.host}:{self.port}: is the first node up, "
+            f"rank {self.rank} on {socket.gethostname()} finds no rank 0 at {self.host}:{self.port}: is the first node "
+            "up, "
             "its name right and the port open?"
         )
 
@@ -101,7 +107,8 @@ class _Arrivals(threading.Thread):
         missing = [rank for rank, host in hosts.items() if not host]
         if not missing:
             return (
-                f"all {self.world} ranks have come to {self.host}:{self.port}, but they do not all reach each other: let "
+                f"all {self.world} ranks have come to {self.host}:{self.port}, but they do not all reach each other: "
+                "let "
                 "the nodes connect to each other on all ports"
             )
         names = _names_of_nodes()
@@ -118,7 +125,7 @@ class _Arrivals(threading.Thread):
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _print(self, text: str) -> None:
-        print(f"waiting: {text}", file=sys.stderr, flush=True)
+        logger.info(f"waiting: {text}", extra=EVERY_RANK)
 
 
 def _names_of_nodes() -> list[str]:

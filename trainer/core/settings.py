@@ -11,10 +11,10 @@ Variants of a section are chosen by its ``name:`` (a discriminated union is the 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import shlex
-import sys
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -24,12 +24,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from trainer.core.logs import EVERY_NODE
 from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 
+logger = logging.getLogger(__name__)
+
+
 OPERATIONAL = "operational"
-"""Marks a key or section (``Annotated[int, OPERATIONAL]``) that changes what a run costs, keeps or prints, and nothing of
-what it learns."""
+"""Marks a key or section (``Annotated[int, OPERATIONAL]``) that changes what a run costs, keeps or prints, and nothing
+of what it learns."""
 
 
 class Settings(BaseModel):
@@ -76,8 +80,7 @@ class Settings(BaseModel):
 @cache
 def warn_renamed(text: str) -> None:
     """Tells the new name of a setting, once a process and on one rank of each node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: {text}; the old name goes with the next release", file=sys.stderr, flush=True)
+    logger.warning("%s; the old name will be removed in the next release", text, extra=EVERY_NODE)
 
 
 KIND = re.compile(r"str|int|constrained-int|float|bool|(list|literal|function-\w+)\[.*\]")

@@ -1,10 +1,11 @@
-"""The host memory that batches are made in: a fixed number of buffers, each as large as one batch, used again and again.
+"""The host memory that batches are made in: a fixed number of buffers, each as large as one batch, used again and
+again.
 
     buffers = BatchBuffers(shapes, number=4, device=0)
     batch, rows = buffers.take()            # Batch, and its tensors as numpy arrays to be filled
 
-Where there is a GPU the memory is page-locked, so that copies to it are asynchronous. torch's own page-locked memory comes
-in powers of two: a batch of 616 MB would take 1 GiB.
+Where there is a GPU the memory is page-locked, so that copies to it are asynchronous. torch's own page-locked memory
+comes in powers of two: a batch of 616 MB would take 1 GiB.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class BatchBuffers:
             self._free.put((memory, None))
 
     def take(self) -> tuple[Batch, Rows]:
-        """A batch in a buffer that nobody uses any more: a buffer comes back when the last tensor in it, or view of one,
-        is gone. A consumer that keeps more batches than there are buffers gets ordinary memory."""
+        """A batch in a buffer that nobody uses any more: a buffer comes back when the last tensor in it, or view of
+        one, is gone. A consumer that keeps more batches than there are buffers gets ordinary memory."""
         try:
             memory, copied = self._free.get(timeout=PATIENCE)
         except Empty:
@@ -87,7 +88,8 @@ def _lock_pages(owner: BatchBuffers, memory: mmap.mmap) -> None:
     code = int(cuda.cudaHostRegister(address, len(memory), 0))
     if code != 0:
         raise RunFailed(
-            f"data: {len(memory) / 1e9:.2f} GB of host memory for a batch cannot be page-locked (CUDA error {code}): lower "
+            f"data: {len(memory) / 1e9:.2f} GB of host memory for a batch cannot be page-locked (CUDA error {code}): "
+            "lower "
             f"data.prefetch or batch.size, or raise `ulimit -l` and the container's memory limit"
         )
     weakref.finalize(owner, cuda.cudaHostUnregister, address).atexit = False

@@ -57,7 +57,8 @@ class PrecomputedColumn:
             )
         if entry["side"] != precomputed.side:
             raise UserError(
-                f"{where} are of the {entry['side']} tower, model.precomputed.{precomputed.side} needs the other's; {again}"
+                f"{where} are of the {entry['side']} tower, model.precomputed.{precomputed.side} needs the other's; "
+                f"{again}"
             )
         try:
             values = dataset.column(precomputed.column)
@@ -68,7 +69,8 @@ class PrecomputedColumn:
         assert not isinstance(scale, Strings), "texts have no tower"
         if values.ndim != 2 or values.shape[1] != precomputed.width:
             raise UserError(
-                f"{where} have shape {list(values.shape)}, the tower gives {precomputed.width} numbers a sample; {again}"
+                f"{where} have shape {list(values.shape)}, the tower gives {precomputed.width} numbers a sample; "
+                f"{again}"
             )
         if entry["tower"] != precomputed.fingerprint:
             made, ours = entry["tower"][:12], precomputed.fingerprint[:12]

@@ -11,6 +11,7 @@ where there is a GPU) ahead of the consumer. Closing, garbage collection and int
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.core.distributed import per_rank, say
+from trainer.core.distributed import per_rank
 from trainer.core.types import Batch, Preprocess, RunFailed, UserError
 from trainer.data.buffers import BatchBuffers
 from trainer.data.in_memory import MemoryReader, fits_memory
@@ -33,6 +34,9 @@ from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
 from trainer.data.remote import FetchAhead
 from trainer.data.settings import DataSettings
 from trainer.data.workers import Pool, shared_array, stalled
+
+logger = logging.getLogger(__name__)
+
 
 CHUNK = 64
 """Pairs a worker makes at a time: small enough to share a batch among workers, large enough to tokenize together."""
@@ -62,7 +66,7 @@ def build_loader(
     reader = (MemoryReader if in_memory else Reader)(sources, settings, preprocess, seed)
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
-    say(
+    logger.info(
         f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a "
         f"rank{kept}"
     )
@@ -91,7 +95,7 @@ class Loader:
         self.wait_seconds += time.perf_counter() - began
         self.samples_seen += self.batch_size
         for skip in self.skipped.add(skips)[:3]:
-            say(f"data: replaced {skip.key}: {skip.reason}")
+            logger.info(f"data: replaced {skip.key}: {skip.reason}")
         return batch
 
     def close(self) -> None:

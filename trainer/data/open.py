@@ -7,6 +7,7 @@ resume and random access then hold for them too. What that costs is said in the 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections import Counter
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset, load_array, scan_tar
 from data_tools.io.files import atomic_file
-from trainer.core.distributed import say
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings, SourceSettings
 from trainer.data.sharded_dataset import ShardedDataset, missing
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(source: SourceSettings, settings: DataSettings) -> ShardedDataset:
@@ -106,7 +108,7 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
         with keeper.lock(kept.name):
             if not kept.exists():
                 if not said:
-                    say(_cost(path, len(tars), cache is not None))
+                    logger.info(_cost(path, len(tars), cache is not None))
                     said = True
                 rows, found = scan_tar(keeper.fetch(tar) if cache else tar)
                 problems.update(problem.reason for problem in found)
@@ -118,7 +120,7 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
         indexes.append(kept)
     if problems:
         listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
-        say(f"data: {path}: problems in its tars, what is whole is used: {listed}")
+        logger.warning(f"{path}: its tars have problems, their whole samples are used: {listed}")
     return ScannedDataset(path, {"shards": entries, "max_captions": 1}, indexes)
 
 

@@ -5,9 +5,9 @@ end.
         for result in pool.run(tasks, ahead=16): ...
 
 A pool apart from that of data_tools (data_tools/io/workers.py), whose items end: here tasks go on for ever, so they are
-given out a bounded number ahead and a hung worker is named. Plain fork and pipes: ``multiprocessing`` forbids children to daemonic processes (launchers and tests make such), and
-bulk data goes through memory shared by the fork (`shared_array`), which unlike /dev/shm has no small limit in
-containers.
+given out a bounded number ahead and a hung worker is named. Plain fork and pipes: ``multiprocessing`` forbids children
+to daemonic processes (launchers and tests make such), and bulk data goes through memory shared by the fork
+(`shared_array`), which unlike /dev/shm has no small limit in containers.
 """
 
 from __future__ import annotations

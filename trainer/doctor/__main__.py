@@ -1,11 +1,13 @@
 """Checks every node before a run: a line a node, and the remedy for what fails.
 
-    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards  # over ssh, as launch/multinode.sh goes
+    # Over ssh, as launch/multinode.sh goes.
+    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards
     python -m trainer.doctor                                                             # this machine alone
 
-Versions equal, GPUs as many as the hostfile says, /dev/shm large enough for NCCL, the port of the first node reachable, paths there and writable and
-the same on all nodes, clocks together, bandwidth of one exchange between neighbours on the ring, DeepSpeed's extensions
-buildable. Exit code 1 when something fails. RINGLIP_SSH holds options for ssh (RINGLIP_SSH="-p 2222 -F config").
+Versions equal, GPUs as many as the hostfile says, /dev/shm large enough for NCCL, the port of the first node reachable,
+paths there and writable and the same on all nodes, clocks together, bandwidth of one exchange between neighbours on the
+ring, DeepSpeed's extensions buildable. Exit code 1 when something fails. RINGLIP_SSH holds options for ssh
+(RINGLIP_SSH="-p 2222 -F config").
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def _own(node: Node, slots_known: bool) -> list[str]:
         )
     if gpus > 1 and facts["shm"] < SHM_BYTES:
         found.append(
-            f"{node.name}: /dev/shm has {facts['shm'] / 2**20:,.0f} MiB free, and NCCL exchanges between the GPUs of a node "
+            f"{node.name}: /dev/shm has {facts['shm'] / 2**20:,.0f} MiB free, and NCCL exchanges between the GPUs of a "
+            "node "
             f"there: start the container with --shm-size=8g or --ipc=host"
         )
     for path, wrong in facts["paths"].items():

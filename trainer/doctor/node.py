@@ -1,6 +1,7 @@
 """What one node finds out about itself and its neighbours; started on each by ``python -m trainer.doctor``.
 
-    python -m trainer.doctor.node '{"rank": 0, "world": 2, "address": "node-a", "port": 29500, "paths": ["/shared"], "bytes": 1000000}'
+    python -m trainer.doctor.node '{"rank": 0, "world": 2, "address": "node-a", "port": 29500, "paths": ["/shared"],
+                                    "bytes": 1000000}'
 
 Prints JSON lines: facts first, then what needs the others. A check that fails says so in words and does not end the
 rest.

@@ -75,9 +75,9 @@ REFUSED = {
     "gradient_allreduce_op": "a sum over ranks is not the gradient of the global batch; RingLIP averages",
     "sparse_gradients": "it changes how embeddings are averaged and is untested with the two-pass step",
     "elasticity": "DeepSpeed has removed elastic training; a RingLIP checkpoint resumes on any number of ranks",
-    "zero_force_ds_cpu_optimizer": "RingLIP always steps with torch's AdamW, so that every ds_config gives the same weights",
+    "zero_force_ds_cpu_optimizer": "RingLIP steps with torch's AdamW under every ds_config, for equal weights",
     "zero_allow_untested_optimizer": "RingLIP sets it",
-    "zero_optimization.round_robin_gradients": "it reorders gradients between ranks and is not exact with gradient inspection",
+    "zero_optimization.round_robin_gradients": "it reorders gradients and is not exact with gradient inspection",
     "zero_optimization.compute_grad_norm": "optim.clip and the guard against spikes need the norm of the gradient",
     "zero_optimization.zero_quantized_gradients": "quantised gradients are not exact",
     "zero_optimization.zero_quantized_weights": "quantised weights are not exact",
@@ -89,7 +89,7 @@ REFUSED = {
 """Keys that would change the result, and how."""
 
 NVME = {
-    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after one step, once tensors are large enough to be swapped)",
+    "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after a step, on tensors that it swaps)",
     "offload_param": "weights on NVMe are exact but cannot be put back from a checkpoint",
 }
 

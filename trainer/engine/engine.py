@@ -48,6 +48,9 @@ from trainer.engine.precision import (
 from trainer.engine.state import Fragment, fragments
 from trainer.engine.state_names import WEIGHT
 
+logger = logging.getLogger(__name__)
+
+
 # Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would
 # go on to build one for a minute that serves small all-reduces only. No extension is needed here.
 vars(deepspeed.ops).setdefault("__compatible_ops__", {})
@@ -146,9 +149,7 @@ class Engine:
         """After a gradient that overflowed: True where fp16's loss scale was halved, and the step may be repeated."""
         if self.loss_scale is None or not self.loss_scale.lower():
             return False
-        distributed.say(
-            f"gradient beyond float16: the same step again at half the loss scale, {self.loss_scale.value:g}"
-        )
+        logger.info(f"gradient beyond float16: the same step again at half the loss scale, {self.loss_scale.value:g}")
         return True
 
     def find_overflow(self) -> AbstractContextManager[list[str]]:

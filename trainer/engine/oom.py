@@ -16,7 +16,8 @@ REMEDY = (
     "model.recompute, or fewer loss.tile_rows; `python -m trainer.plan RECIPE` says what fits"
 )
 LOSS_REMEDY = (
-    "lower loss.tile_rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more ranks; "
+    "lower loss.tile_rows or loss.size where there is one, take loss.exchange=ring, or spread batch.size over more "
+    "ranks; "
     "`python -m trainer.plan RECIPE` says what fits"
 )
 

@@ -50,8 +50,8 @@ def require_float32() -> None:
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740, section 3.2) that loses no batch.
 
-    A step whose gradient overflows on any rank is repeated at half the scale; after ``good_steps`` steps without one the
-    scale doubles. The scale exists between the embeddings and the weights alone: it multiplies the gradient of what
+    A step whose gradient overflows on any rank is repeated at half the scale; after ``good_steps`` steps without one
+    the scale doubles. The scale exists between the embeddings and the weights alone: it multiplies the gradient of what
     ``forward`` returns and divides that of each parameter as it arrives, so that reduction, norm and clipping meet true
     gradients. It is a power of two: in float32 both are exact.
     """

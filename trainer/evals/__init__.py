@@ -1,6 +1,7 @@
 """What a model can do: retrieval between pictures and captions, and naming pictures zero-shot.
 
-    metrics = run(engine, settings, model.preprocess, rank, world, data=recipe.data)  # {"image_to_text_r1": 0.78, "face_top1": ...}
+    # {"image_to_text_r1": 0.78, "face_top1": ..}.
+    metrics = run(engine, settings, model.preprocess, rank, world, data=recipe.data)
 
 All ranks call it and get the same numbers; each embeds its share. Works at any ZeRO stage: every rank calls the model
 equally often.

@@ -25,8 +25,9 @@ def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int 
     fewer), drawn by ``seed``, each with its 5 best answers and their cosines; ``thumbnails`` maps the pictures' numbers
     to data URIs of at most ``side``.
 
-        {"scale", "bias", "datasets": [{"name", "image_to_text": [query], "text_to_image": [query], "thumbnails": {number: uri}}]}
-        query = {"picture" and "captions" | "caption" and "picture", "place", "answers": [{"caption" | "picture", "score", "right"}]}
+        {"scale", "bias", "datasets": [{"name", "image_to_text": [query], "text_to_image": [query], "thumbnails":
+        {number: uri}}]} query = {"picture" and "captions" | "caption" and "picture", "place", "answers": [{"caption" |
+        "picture", "score", "right"}]}
 
     ``place`` is 1 + the number of wrong answers before the best right one.
     """

@@ -18,9 +18,10 @@ from trainer.core.types import UserError
 # The 80 templates found by OpenAI for ImageNet (arXiv 2103.00020, section 3.1.4;
 # notebooks/Prompt_Engineering_for_ImageNet of openai/CLIP). All but eight come in pairs that differ in the article.
 _PAIRS = (
-    "bad photo of", "photo of {article} hard to see", "low resolution photo of", "rendering of", "bright photo of", "dark photo of",
-    "drawing of", "cropped photo of", "close-up photo of", "black and white photo of", "painting of", "pixelated photo of",
-    "sculpture of", "jpeg corrupted photo of", "blurry photo of", "good photo of", "photo of", "doodle of", "sketch of", "rendition of",
+    "bad photo of", "photo of {article} hard to see", "low resolution photo of", "rendering of", "bright photo of",
+    "dark photo of", "drawing of", "cropped photo of", "close-up photo of", "black and white photo of", "painting of",
+    "pixelated photo of", "sculpture of", "jpeg corrupted photo of", "blurry photo of", "good photo of", "photo of",
+    "doodle of", "sketch of", "rendition of",
     "photo of {article} clean", "photo of {article} dirty", "photo of {article} cool", "photo of {article} nice",
     "photo of {article} weird", "photo of {article} large", "photo of {article} small",
 )  # fmt: skip

@@ -43,10 +43,10 @@ class PairSettings(Settings):
     """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on
     every rank alike."""
     precision: Literal["exact", "fast"] = "exact"
-    """exact: products of float32 embeddings (error up to 1e-6; of a softmax at scale 120, 2e-6). fast: embeddings and the
-    gradient of the logits are rounded to float16 for the tensor cores (an eighth of bfloat16's rounding), which also
-    halves the traffic of texts; logits and sums stay float32. exact is the default because the loss is a small part of
-    most steps."""
+    """exact: products of float32 embeddings (error up to 1e-6; of a softmax at scale 120, 2e-6). fast: embeddings and
+    the gradient of the logits are rounded to float16 for the tensor cores (an eighth of bfloat16's rounding), which
+    also halves the traffic of texts; logits and sums stay float32. exact is the default because the loss is a small
+    part of most steps."""
     comm_gradient_dtype: CommDtype = "float32"
     """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in
     float32."""
@@ -132,15 +132,16 @@ class PairLoss(nn.Module):
         return loss
 
     def connect(self, device: torch.device) -> None:
-        """Sends a few rows the way that texts and their gradients will go, so that NCCL opens its connections, and takes
-        the memory for them, before the model fills the card. Raises UserError where the ranks cannot exchange as the
-        settings say. All ranks together."""
+        """Sends a few rows the way that texts and their gradients will go, so that NCCL opens its connections, and
+        takes the memory for them, before the model fills the card. Raises UserError where the ranks cannot exchange as
+        the settings say. All ranks together."""
         ring = Ring(8, (0, 0, 0), self.exchange, self.node_size, self.group, device)
         rows = torch.zeros(8, 1, device=device)
         traverse(ring, [rows], [Sums((1,), rows.dtype, 0.0, Tensor.add_)], lambda *_: None)
 
     def snapshot(self) -> Callable[[], None]:
-        """What brings this loss's state (its buffers) back to what it is now: a repeated step must meet it unchanged."""
+        """What brings this loss's state (its buffers) back to what it is now: a repeated step must meet it
+        unchanged."""
         kept = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
 
         def restore() -> None:

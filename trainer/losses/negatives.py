@@ -1,9 +1,11 @@
 """Which negatives the sigmoid loss keeps, and how much they count: SigLIP's figure 6 (arXiv 2303.15343, section 4.8)
 and relatives.
 
-    keep     random: each negative with equal probability; hardest / easiest: those of highest / lowest logit in the GLOBAL batch
+    keep     random: each negative with equal probability; hardest / easiest: those of highest / lowest logit in
+             the global batch
     ratio    negatives kept per matched pair; None keeps all B - 1
-    warmup   the ratio grows geometrically from 1 to its end value over this fraction of the run (proposed in openai/CLIP #25)
+    warmup   the ratio grows geometrically from 1 to its end value over this fraction of the run (proposed in
+             openai/CLIP #25)
     weight   factor on every kept negative (proposed there too: B - 1 negatives outweigh one positive)
 
 The hardest K of B (B - 1) logits are chosen by the value of the K-th: a radix select over the bits of float32, upper

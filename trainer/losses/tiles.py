@@ -5,9 +5,10 @@ into the image and text gradients, and overwritten by the next. The forward pass
 and backward multiplies it by the incoming scalar. Logits, their functions and all sums are float32 (float64 for float64
 embeddings) whatever the embeddings' dtype.
 
-``fast`` products have float16 operands and float32 sums. Measured against float64 (1,024 pairs, t = 10 to 120), rounding
-embeddings of length 1 and the logits' gradient to float16 costs 2e-4 to 1e-3 of the gradient, rounding the embeddings
-alone to bfloat16 2e-3 to 1e-2, and rounding that gradient to bfloat16 too spoils the scale's (7e-4 instead of 1e-5).
+``fast`` products have float16 operands and float32 sums. Measured against float64 (1,024 pairs, t = 10 to 120),
+rounding embeddings of length 1 and the logits' gradient to float16 costs 2e-4 to 1e-3 of the gradient, rounding the
+embeddings alone to bfloat16 2e-3 to 1e-2, and rounding that gradient to bfloat16 too spoils the scale's (7e-4 instead
+of 1e-5).
 
 Memory beyond the inputs, for b rows of width d and S slices (see ring.py), float32, on the ring:
 b d (image gradient) + 2 (1 + 1/S) b d (travelling texts and text gradient) + rows b / S (logits) elements.

@@ -128,7 +128,8 @@ class Ring:
         if len(set(node_sizes)) > 1:
             other = next(rank for rank, size in enumerate(node_sizes) if size != lanes)
             raise UserError(
-                f"loss.exchange: hierarchical needs as many ranks on every node, but there are {lanes} on that of rank 0 "
+                f"loss.exchange: hierarchical needs as many ranks on every node, but there are {lanes} on that of rank "
+                "0 "
                 f"and {node_sizes[other]} on that of rank {other}: set loss.node_size={gcd(*node_sizes)}, or "
                 f"loss.exchange=ring"
             )

@@ -3,8 +3,9 @@
     log = RunLog(run_dir, settings, total_samples, recipe=recipe.model_dump(mode="json"), samples_seen=start)
     with log.waiting():
         batch = next(batches)
-    log.step(step, samples_seen, {"loss": ..., "lr": ..., "grad_norm": ..., "scale": ..., "bias": ...})  # every rank, every step
-    with log.aside():  # not training time
+    # Every rank, every step.
+    log.step(step, samples_seen, {"loss": ..., "lr": ..., "grad_norm": ..., "scale": ..., "bias": ...})
+    with log.paused():  # not training time
         log.note(samples_seen, {"eval": evaluate(...)})
     log.close()
 

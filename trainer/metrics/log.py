@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from trainer.metrics.environment import write_environment
 from trainer.metrics.meters import Meter
 from trainer.metrics.progress_line import ProgressLine
 from trainer.metrics.trackers import Trackers, check_installed
+
+logger = logging.getLogger(__name__)
+
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -74,25 +78,26 @@ class RunLog:
         return self._meter.waiting()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Around what is not training (evaluation, checkpoints): its time is in no rate."""
-        with self._meter.aside():
+        with self._meter.paused():
             yield
 
-    def step(self, step: int, samples_seen: int, values: dict[str, Any], alone: float = 0.0) -> None:
-        """After each step; ``values`` are the same on all ranks, ``alone`` is this rank's part of ``rank_seconds``.
+    def step(self, step: int, samples_seen: int, values: dict[str, Any], local_seconds: float = 0.0) -> None:
+        """After each step; ``values`` are the same on all ranks, ``local_seconds`` is this rank's part of
+        ``rank_seconds``.
 
-        A value that is not finite is said, and written at once.
+        A value that is not finite is warned of and written at once.
         """
-        self._meter.step(samples_seen - self._seen, alone)
+        self._meter.step(samples_seen - self._seen, local_seconds)
         self._seen = samples_seen
         position = {"step": step, "samples_seen": samples_seen}
-        odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        not_finite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         last = samples_seen >= self._total
-        if odd:
-            distributed.say(f"warning: step {step}: {', '.join(f'{key} is {values[key]}' for key in odd)}")
+        if not_finite:
+            logger.warning(f"step {step}: {', '.join(f'{key} is {values[key]}' for key in not_finite)}")
         measured: dict[str, Any] = {}
-        if step % self._every == 0 or odd or last:
+        if step % self._every == 0 or not_finite or last:
             reading = self._meter.read()
             measured = {
                 "pairs_per_second": round(reading.samples / reading.seconds, 2),
@@ -164,9 +169,7 @@ class LineFile:
         except OSError as error:
             os.ftruncate(self._file, self._end)
             if len(self._waiting) == 1:
-                distributed.say(
-                    f"warning: {self._path}: {error.strerror}; its lines wait in memory until there is room"
-                )
+                logger.warning(f"{self._path}: {error.strerror}; its lines wait in memory until there is room")
             return
         self._end += len(data)
         self._waiting = []
@@ -176,7 +179,7 @@ class LineFile:
         self.flush()
         os.close(self._file)
         if self._waiting:
-            distributed.say(f"warning: {self._path}: {len(self._waiting)} lines are lost, the disk was full to the end")
+            logger.warning(f"{self._path}: {len(self._waiting)} lines are lost, the disk was full to the end")
 
 
 def cut_back(path: Path, samples_seen: int) -> float:

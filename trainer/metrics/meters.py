@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 class Meter:
-    """One rank's clock. Time inside ``aside`` does not count."""
+    """One rank's clock. Time inside ``paused`` does not count."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -63,8 +63,8 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self._begin, self._aside, self._waited = time.monotonic(), 0.0, 0.0
-        self._steps, self._samples, self._alone = 0, 0, 0.0
+        self._begin, self._paused, self._waited = time.monotonic(), 0.0, 0.0
+        self._steps, self._samples, self._local = 0, 0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -76,32 +76,33 @@ class Meter:
             self._waited += time.monotonic() - begin
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Around what is not training: evaluation, checkpoints."""
         begin = time.monotonic()
         try:
             yield
         finally:
-            self._aside += time.monotonic() - begin
+            self._paused += time.monotonic() - begin
 
-    def step(self, samples: int, alone: float = 0.0) -> None:
-        """One more step, of so many pairs over all ranks; this rank worked on it ``alone`` for so many seconds."""
+    def step(self, samples: int, local_seconds: float = 0.0) -> None:
+        """Counts a step of ``samples`` pairs over all ranks, of which this rank computed for ``local_seconds`` by
+        itself."""
         self._steps += 1
         self._samples += samples
-        self._alone += alone
+        self._local += local_seconds
 
     def pairs_per_second(self) -> float:
         """Since the last reading, as this rank sees it; 0 before the first step."""
-        return self._samples / max(time.monotonic() - self._begin - self._aside, 1e-9)
+        return self._samples / max(time.monotonic() - self._begin - self._paused, 1e-9)
 
     def read(self) -> Reading:
         """All ranks at once; starts the next interval."""
-        seconds = max(time.monotonic() - self._begin - self._aside, 1e-9)
-        waits, memory, alone = _gather([self._waited, float(memory_bytes()), self._waited + self._alone])
+        seconds = max(time.monotonic() - self._begin - self._paused, 1e-9)
+        waits, memory, local = _gather([self._waited, float(memory_bytes()), self._waited + self._local])
         # Seconds are compared, not shares: ranks that do not wait for each other have clocks of different length.
         steps = max(self._steps, 1)
-        spread = min(alone) / steps, median(alone) / steps, max(alone) / steps
-        slowest = alone.index(max(alone))
+        spread = min(local) / steps, median(local) / steps, max(local) / steps
+        slowest = local.index(max(local))
         reading = Reading(
             self._steps, self._samples, seconds, int(max(memory)), min(max(waits) / seconds, 1.0), slowest, spread
         )

@@ -111,7 +111,8 @@ Pixels are RGB, uint8, resized to {height} x {width} as above; the graph normali
 RESIZES = {
     "crop": """from PIL import ImageOps
 picture = ImageOps.fit(Image.open("picture.png").convert("RGB"), (width, height), Image.Resampling.{resample})""",
-    "squash": """picture = Image.open("picture.png").convert("RGB").resize((width, height), Image.Resampling.{resample})""",
+    "squash": """picture = Image.open("picture.png").convert("RGB")
+picture = picture.resize((width, height), Image.Resampling.{resample})""",
 }
 
 POOLED = """captions = ["a photo of a cat", "a photo of a dog"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from trainer.core.distributed import say
 from trainer.core.types import Embeddings, Preprocess
 from trainer.models.adapt.batch_norm import fixed_batch_norms
 from trainer.models.adapt.bottleneck import narrow_embedding
@@ -31,6 +31,8 @@ from trainer.models.save import save_adapter_of, save_pretrained
 from trainer.models.settings import ModelSettings
 from trainer.models.towers import make_config, make_towers, quietly, read_config, take_scale_bias
 from trainer.models.vision_text import PAIR
+
+logger = logging.getLogger(__name__)
 
 
 class Head(nn.Module):
@@ -114,8 +116,8 @@ class DualEncoder(nn.Module):
         return Embeddings(image, text, scale, bias)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or precomputed outputs of the tower [b, k] -> [b, d] float32
-        of length 1."""
+        """[b, 3, h, w] uint8 (strips of patches for NaFlex), or precomputed outputs of the tower [b, k] -> [b, d]
+        float32 of length 1."""
         if pixels.is_floating_point():
             return self._finish("image", pixels)
         if self._absent == "image":
@@ -260,7 +262,7 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
             else ""
         )
         if weights:  # the planner builds dozens without
-            say(f"LoRA on {len(targets.chosen)} modules{left_out}")
+            logger.info(f"LoRA on {len(targets.chosen)} modules{left_out}")
         if settings.lora.path and weights:
             load_adapter(towers, settings.lora.path, base)
             recorded = read_sidecar(settings.lora.path)
@@ -278,7 +280,7 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
         remove_tower(towers, settings.precomputed.side)
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
-        say(
+        logger.info(
             f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics: every picture is embedded "
             f"by itself"
         )

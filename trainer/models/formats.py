@@ -47,8 +47,8 @@ def save_open_clip(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -
 
 
 def save_sentence_transformers(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """A directory that sentence-transformers (5.4 and later) loads: captions and pictures in, embeddings of length 1 out.
-    Plain transformers loads it as well."""
+    """A directory that sentence-transformers (5.4 and later) loads: captions and pictures in, embeddings of length 1
+    out. Plain transformers loads it as well."""
     if model.family == NAFLEX or (pooling := other_pooling(model.towers.config)) is not None:
         why = "NaFlex reads the shape of each picture" if model.family == NAFLEX else f"this pair pools by {pooling}"
         raise UserError(f"sentence-transformers has no module for this model ({why}): export without --format")
@@ -76,8 +76,9 @@ def save_sentence_transformers(model: DualEncoder, folder: Path, state: dict[str
 
 
 def save_onnx(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """``image.onnx`` (pixels [b, 3, h, w] uint8, resized as in training) and ``text.onnx`` (tokens [b, n] int64, and for a
-    pair token_mask [b, n] bool), each to embeddings [b, d] float32 of length 1; with the processor and ringlip.json."""
+    """``image.onnx`` (pixels [b, 3, h, w] uint8, resized as in training) and ``text.onnx`` (tokens [b, n] int64, and
+    for a pair token_mask [b, n] bool), each to embeddings [b, d] float32 of length 1; with the processor and
+    ringlip.json."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install 'ringlip[onnx]'")

@@ -3,8 +3,8 @@
     model: {path: /models/ViT-B-16-SigLIP}        # open_clip_config.json, open_clip_model.safetensors, its tokenizer
 
 ``read_config`` and ``read_weights`` take such a directory, ``write`` makes one that open_clip loads by
-``local-dir:FOLDER``. What transformers' CLIP and SigLIP cannot compute exactly (ResNets, CoCa, class tokens in the text,
-layer scale, ...) is refused by name.
+``local-dir:FOLDER``. What transformers' CLIP and SigLIP cannot compute exactly (ResNets, CoCa, class tokens in the
+text, layer scale, ...) is refused by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 
 
 def is_open_clip(path: str | None) -> bool:
-    """Whether ``path`` is a directory of open_clip's and not of transformers' as well. Raises UserError for a pickle."""
+    """Whether ``path`` is a directory of open_clip's and not of transformers' as well. Raises UserError for a
+    pickle."""
     if path is None:
         return False
     folder = Path(path)
@@ -92,8 +93,9 @@ def image_processor(path: str) -> Any:
 
 
 def clean_like_open_clip(tokenizer: Any, path: str) -> Any:
-    """Gives the tokenizer the cleaning of captions that open_clip does before it: whitespace, lower case, and for SigLIP
-    no punctuation. (Broken encodings and HTML entities, which open_clip also mends, are left to `data_tools`.)"""
+    """Gives the tokenizer the cleaning of captions that open_clip does before it: whitespace, lower case, and for
+    SigLIP no punctuation. (Broken encodings and HTML entities, which open_clip also mends, are left to
+    `data_tools`.)"""
     text = _tree(path)["model_cfg"].get("text_cfg", {})
     clean = (text.get("tokenizer_kwargs") or {}).get(
         "clean", "whitespace" if text.get("hf_tokenizer_name") else "lower"

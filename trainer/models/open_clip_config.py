@@ -21,8 +21,8 @@ TANH = re.compile(r"vit_(giantopt_.*|so400m_patch16_.*|base_patch32_siglip_256|l
 """timm's towers whose GELU is the tanh approximation; the others' is exact."""
 PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
 PLAIN_TEXT = {
-    "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers", "mlp_ratio", "pool_type",
-    "eos_id", "pad_id", "no_causal_mask", "proj_bias", "norm_kwargs", "act_kwargs", "proj_type",
+    "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers", "mlp_ratio",
+    "pool_type", "eos_id", "pad_id", "no_causal_mask", "proj_bias", "norm_kwargs", "act_kwargs", "proj_type",
 }  # fmt: skip
 
 
@@ -192,7 +192,8 @@ def _siglip_cfg(config: Any) -> dict[str, Any]:
         )
     if vision.hidden_act != exact:
         raise UserError(
-            f"open_clip runs {name} with {exact}, this model has {vision.hidden_act}: its embeddings would differ; export "
+            f"open_clip runs {name} with {exact}, this model has {vision.hidden_act}: its embeddings would differ; "
+            "export "
             "without --format open_clip, or start from open_clip's checkpoint"
         )
     return {

@@ -1,7 +1,7 @@
 """Which weight of open_clip is which of transformers': one table, read both ways.
 
-A rule says that its weights, laid one after the other along the first dimension, are the same on both sides: attention's
-one input projection here is a query, a key and a value projection there.
+A rule says that its weights, laid one after the other along the first dimension, are the same on both sides:
+attention's one input projection here is a query, a key and a value projection there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ RULES: dict[str, list[Rule]] = {
         *_layers("visual.trunk.blocks", "vision_model.encoder.layers", TIMM_BLOCK),
         *_pairs("visual.trunk.norm", "vision_model.post_layernorm"),
         Rule((f"{POOL}.latent",), (f"{HEAD}.probe",)),
-        *(Rule((f"{POOL}.q.{kind}", f"{POOL}.kv.{kind}"), (f"{HEAD}.attention.in_proj_{kind}",), (1, 2)) for kind in ("weight", "bias")),
+        *(
+            Rule((f"{POOL}.q.{kind}", f"{POOL}.kv.{kind}"), (f"{HEAD}.attention.in_proj_{kind}",), (1, 2))
+            for kind in ("weight", "bias")
+        ),
         *_pairs(f"{POOL}.proj", f"{HEAD}.attention.out_proj"),
         *_pairs(f"{POOL}.norm", f"{HEAD}.layernorm"),
         *_pairs(f"{POOL}.mlp.fc1", f"{HEAD}.mlp.fc1"),

@@ -147,7 +147,8 @@ def _of_sentence_transformers(path: str, key: str) -> Pooling | None:
     modes |= set(_listed(found.get("pooling_mode")))
     if len(modes) != 1 or not modes <= set(SENTENCE_TRANSFORMERS):
         raise UserError(
-            f"{key}: {path!r} is pooled by {', '.join(sorted(modes)) or 'nothing'} in sentence-transformers; known here: "
+            f"{key}: {path!r} is pooled by {', '.join(sorted(modes)) or 'nothing'} in sentence-transformers; known "
+            "here: "
             f"{', '.join(SENTENCE_TRANSFORMERS)}; choose {key} yourself"
         )
     return SENTENCE_TRANSFORMERS[modes.pop()]

@@ -130,7 +130,8 @@ class PlaceholderTower(nn.Module):
 
 
 def remove_tower(towers: PreTrainedModel, side: Tower) -> None:
-    """Removes a precomputed tower from the model, with the projection that is locked with it (a pair's stays, it trains)."""
+    """Removes a precomputed tower from the model, with the projection that is locked with it (a pair's stays, it
+    trains)."""
     names = ["vision_model", "visual_projection"] if side == "image" else ["text_model", "text_projection"]
     for name in names[: 1 if towers.config.model_type == PAIR else 2]:
         if hasattr(towers, name):

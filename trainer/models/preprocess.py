@@ -3,6 +3,7 @@ on export."""
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any, Literal
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-# Not from the top level, where transformers 5.17 (not 5.20) has a placeholder that only raises if torchvision is missing.
+# Not from the top level, where transformers 5.17 (not 5.20) has a placeholder that only raises if torchvision is
+# missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from trainer.core.distributed import say
 from trainer.core.types import Preprocess, UserError
 from trainer.models import open_clip
 from trainer.models.hf_errors import reading
@@ -21,6 +22,9 @@ from trainer.models.naflex import NAFLEX, budget_of
 from trainer.models.pooling import SIGLIP
 from trainer.models.settings import ModelSettings
 from trainer.models.vision_text import PAIR
+
+logger = logging.getLogger(__name__)
+
 
 RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -75,9 +79,10 @@ def read_tokenizer(settings: ModelSettings) -> Any:
 def warn_of_mask(path: str, config: PretrainedConfig, tokenizer: Any) -> None:
     """Says so where plain transformers would mask a SigLIP's padding, to which SigLIP attends."""
     if config.model_type in SIGLIP and "attention_mask" in tokenizer.model_input_names:
-        say(
+        logger.warning(
             f"{path}: its tokenizer hands out an attention mask, with which plain transformers gives other text "
-            "embeddings than SigLIP was trained with; here padding is attended to, and the exported tokenizer has no mask"
+            "embeddings than SigLIP was trained with; here padding is attended to, and the exported tokenizer has no "
+            "mask"
         )
 
 

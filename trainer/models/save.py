@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def save_pretrained(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An adapter
-    is merged."""
+    """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An
+    adapter is merged."""
     weights = plain_weights(model, state)
     scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
     siglip = model.family in SIGLIP
@@ -56,8 +56,8 @@ def plain_weights(model: DualEncoder, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def save_adapter_of(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside it, and
-    the processor that it was trained with."""
+    """Writes a plain PEFT adapter of the base model, with the temperature, the bias and the base's digest beside it,
+    and the processor that it was trained with."""
     if model.settings.lora is None:
         raise UserError("model.lora is not set: there is no adapter to save; export the whole model")
     scale, bias = state["head.logit_scale"], state.get("head.logit_bias")

@@ -124,11 +124,14 @@ class ModelSettings(Settings):
         pretrained = self.path is not None or (getattr(self, side) is not None and getattr(self, side).path is not None)
         if not pretrained:
             raise ValueError(
-                f"precomputed.{side}: the tower has random weights; a stored one comes from model.path or model.{side}.path"
+                f"precomputed.{side}: the tower has random weights; a stored one comes from model.path or "
+                f"model.{side}.path"
             )
         if side == "image" and self.mask.drop:
             raise ValueError(
-                "stored.image: patches of pictures that are not read cannot be dropped; take model.mask.drop out"
+                "precomputed.image: patches cannot be dropped from pictures that are not read; remove model.mask.drop"
             )
         if side == "text" and self.mask.tokens:
-            raise ValueError("stored.text: captions that are not read cannot be shortened; take model.mask.tokens out")
+            raise ValueError(
+                "precomputed.text: captions that are not read cannot be shortened; remove model.mask.tokens"
+            )

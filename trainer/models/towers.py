@@ -28,8 +28,8 @@ FAMILIES = ("siglip", "clip", NAFLEX, PAIR)
 
 NEW_SCALE = {"siglip": 10.0, "clip": 1 / 0.07, NAFLEX: 10.0, PAIR: 10.0}
 SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_patches",
-    "vocab_size", "max_position_embeddings", "projection_dim", "projection_size",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+    "num_patches", "vocab_size", "max_position_embeddings", "projection_dim", "projection_size",
 )  # fmt: skip
 """Keys of a config that transformers takes unseen, to fail far away or not at all."""
 NEW_BIAS = {"siglip": -10.0, NAFLEX: -10.0, PAIR: -10.0}

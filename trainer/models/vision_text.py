@@ -43,9 +43,9 @@ class TowerSettings(Settings):
     """A new tower instead: model_type (vit, bert, clip_text_model, ...) and its other fields in Hugging Face's
     config.json."""
     pooling: Pooling | Literal["auto"] = "auto"
-    """How its output becomes one vector: pooler (the model's own pooled output), cls (first token), mean (of patches, or of
-    the tokens that are not padding), last (token). auto: as a sentence-transformers checkpoint says, else pooler where the
-    checkpoint has one."""
+    """How its output becomes one vector: pooler (the model's own pooled output), cls (first token), mean (of patches,
+    or of the tokens that are not padding), last (token). auto: as a sentence-transformers checkpoint says, else pooler
+    where the checkpoint has one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TowerSettings:
@@ -74,8 +74,8 @@ def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConf
 def pair_config(
     image: TowerSettings, vision: PretrainedConfig, caption: TowerSettings, text: PretrainedConfig, embed_dim: int
 ) -> PretrainedConfig:
-    """The config of the two together, with their pooling where it is not transformers' own. Raises UserError for a vision
-    model whose width it does not tell, or that pools to maps."""
+    """The config of the two together, with their pooling where it is not transformers' own. Raises UserError for a
+    vision model whose width it does not tell, or that pools to maps."""
     if vision.model_type in ("resnet", "regnet"):
         raise UserError(
             f"model.image: {vision.model_type} pools to [b, d, 1, 1], which transformers' VisionTextDualEncoderModel "

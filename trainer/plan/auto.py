@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import psutil
@@ -13,6 +14,8 @@ from trainer.core import distributed
 from trainer.plan.memory import Job
 from trainer.plan.profile import Device, Survey, look
 from trainer.plan.search import largest, usable_bytes, zero_section
+
+logger = logging.getLogger(__name__)
 
 
 def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
@@ -57,5 +60,5 @@ def micro_batch(recipe: Recipe) -> int | None:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         rows = int(smallest.item())
     rows = min(rows, recipe.batch.size // distributed.world_size())
-    distributed.say(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
+    logger.info(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
     return rows

@@ -1,7 +1,8 @@
 """Forecasts memory and time per GPU before any GPU is rented, and chooses the ds_config and the micro-batch.
 
     python -m trainer.plan trainer/recipes/glyphs.yaml --gpu-memory 16GiB --gpus 8
-    python -m trainer.plan RECIPE batch.size=32768 --gpu-memory 24GiB --gpus 16 --nodes 2 --link 25Gbit --card rtx4090 --out plan.svg
+    python -m trainer.plan RECIPE batch.size=32768 --gpu-memory 24GiB --gpus 16 --nodes 2 --link 25Gbit \\
+        --card rtx4090 --out plan.svg
 
 The model is built on the meta device and one micro-batch traced under fake tensors: no weights, no GPU, no network for
 well-known models.

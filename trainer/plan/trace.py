@@ -66,7 +66,8 @@ class Trace:
         """This trace with operators [start, stop) run ``times`` more, each time with the same changes of memory.
 
         Args:
-            start, stop: a stretch that leaves memory in the state it found, plus what one period adds (a layer, forward or backward).
+            start, stop: a stretch that leaves memory in the state it found, plus what one period adds (a layer, forward
+            or backward).
         """
         length = (stop - start) * times
         if length == 0:

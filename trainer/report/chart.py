@@ -115,7 +115,8 @@ def line_chart(
         f'<figure class="chart{" wide" if wide else ""}">{head}'
         f'<div class="frame"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)}">'
-        f"{grid}{''.join(paths)}</svg>{_ticks(y_axis, unit)}{_x_ticks(x_axis, x, x_unit)}{json_script(data)}</div></figure>"
+        f"{grid}{''.join(paths)}</svg>{_ticks(y_axis, unit)}{_x_ticks(x_axis, x, x_unit)}"
+        f"{json_script(data)}</div></figure>"
     )
 
 

@@ -135,8 +135,8 @@ def _metric_tile(evaluation: dict[str, Any], name: str) -> str:
 
 def _tile(title: str, value: str, note: str = "", main: bool = False) -> str:
     return (
-        f"<div "
-        f'class="tile{" main" if main else ""}"><span>{escape(title)}</span><b>{value}</b><span>{escape(note)}</span></div>'
+        f'<div class="tile{" main" if main else ""}"><span>{escape(title)}</span>'
+        f"<b>{value}</b><span>{escape(note)}</span></div>"
     )
 
 

@@ -7,13 +7,16 @@ with RunLock(run_dir):        # every rank; rank 0 holds it to the end, or until
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 from typing import Any
 
 from data_tools.io.lock import FileLock
 from trainer.core.collectives import on_main
-from trainer.core.distributed import say
 from trainer.core.types import RunFailed, UserError
+
+logger = logging.getLogger(__name__)
+
 
 PATIENCE = 60.0
 """Seconds for those before to finish their step, save and go."""
@@ -50,6 +53,6 @@ class RunLock:
                 f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another"
             ) from error
         waiting = f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to end"
-        if not self._lock.acquire(self._patience, on_wait=lambda: say(waiting)):
+        if not self._lock.acquire(self._patience, on_wait=lambda: logger.info(waiting)):
             raise RunFailed(f"{self._run_dir}: another job is training there; end it, or choose another run.directory")
         return {}

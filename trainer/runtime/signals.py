@@ -13,8 +13,8 @@ train on beside those of the next start.
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 from types import FrameType
 from typing import Any
 
@@ -22,6 +22,10 @@ import torch
 import torch.distributed as dist
 
 from trainer.core import distributed
+from trainer.core.logs import EVERY_NODE
+
+logger = logging.getLogger(__name__)
+
 
 EXIT_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command goes on from there."""
@@ -55,8 +59,7 @@ class StopSignals:
         if number == signal.SIGINT:
             # The system's own handler: it works even while python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if distributed.local_rank() == 0:
-                print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            logger.info("finishing this step and saving; Ctrl-C again stops at once", extra=EVERY_NODE)
 
     def agreed(self) -> str | None:
         """The name of the signal that any rank has caught, the same on every rank, or None. Every rank calls it after

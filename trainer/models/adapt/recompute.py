@@ -2,7 +2,8 @@
 arXiv 1604.06174).
 
     model:
-      recompute: {image: all, text: 2, offload: true}  # every layer of the image tower, every second one of the text tower
+      # Every layer of the image tower, every second one of the text tower.
+      recompute: {image: all, text: 2, offload: true}
 
 Activations of the encoders are what fills memory at large micro-batches, not the loss. Gradients are the same numbers
 either way: dropout draws again from the random state it had. One extra forward pass of the chosen layers is the price.

@@ -40,7 +40,8 @@ ADMISSION = 30.0
 
 
 class Watchdog:
-    """One rank's part, and on rank 0 the hub as well. Does nothing for a single rank, or when ``heartbeat_timeout`` is 0.
+    """One rank's part, and on rank 0 the hub as well. Does nothing for a single rank, or when ``heartbeat_timeout`` is
+    0.
 
     ``timeout`` is how many seconds the ranks may wait for one that has not come as far as they have.
     """

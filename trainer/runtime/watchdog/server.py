@@ -51,7 +51,8 @@ def place(member: RankState) -> tuple[int, float]:
 
 
 def laggard(members: list[RankState], now: float, timeout: float) -> RankState | None:
-    """The rank that the others wait for: the one that has come least far, once nobody has moved for ``timeout`` seconds.
+    """The rank that the others wait for: the one that has come least far, once nobody has moved for ``timeout``
+    seconds.
 
     None where all are at the same place: each may be computing, and nothing tells who is not.
     """
