@@ -1,4 +1,4 @@
-"""``python -m data_tools COMMAND ...``: one command a file of data_tools/commands, loaded when it is called."""
+"""``python -m data_tools COMMAND ...``: one module of data_tools/commands per command, imported when it is called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         return run_command(_run, argv)
-    except BrokenPipeError:  # `... | head`: the reader has seen enough
+    except BrokenPipeError:  # as in `... | head`
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, missing rights, a lost mount: the message names its file
@@ -37,6 +37,6 @@ def _run(argv: list[str]) -> int | None:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        # Keys in other makers' tars need not be UTF-8: they are shown, not refused.
+        # Keys in tars of other tools need not be UTF-8: print them all the same.
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -24,7 +24,7 @@ from tests.support.picture_files import contents, encoded, picture, shard, write
 
 ROWS = 50
 VALUES = np.arange(2 * ROWS, dtype=np.float16).reshape(ROWS, 2)
-REMEDY = "make them anew with `python -m data_tools join` or `python -m trainer.embed`"
+REMEDY = "add them again with `python -m data_tools join` or `python -m trainer.embed`"
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_column_joined_while_another_is_being_read_stays(
     rewrite(dataset / "00000.tar", lambda members: dict(list(members.items())[:-3]))
     meanwhile.append(["index", str(dataset)])
     assert data_tools(late) == 2
-    assert "its shards have changed meanwhile; run again" in capsys.readouterr().err
+    assert "its shards were changed during this run; run again" in capsys.readouterr().err
 
 
 def test_joins_at_the_same_time_lose_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_shard_that_came_out_different_loses_them_with_a_line(
         (pairs.parent / f"{number}.jpeg").write_bytes(encoded(picture(number + 1000), "JPEG"))
     assert again(pairs, dataset) == 0
     said = capsys.readouterr().err
-    assert f"the shards are not what they were, so these columns are left out: teacher, words; {REMEDY}\n" in said
+    assert f"the shards have changed, so these columns are dropped: teacher, words; {REMEDY}\n" in said
     assert Dataset.open(dataset).columns == []
 
 
@@ -172,7 +172,7 @@ def test_index_leaves_out_embeddings_of_captions_that_may_have_changed(
         lambda members: {name: b"mended" if name.endswith(".txt") else data for name, data in members.items()},
     )
     assert data_tools(["index", str(dataset)]) == 0
-    assert f"perhaps their captions, so these columns are left out: of_text; {REMEDY}" in capsys.readouterr().err
+    assert f"possibly their captions, so these columns are dropped: of_text; {REMEDY}" in capsys.readouterr().err
     assert Dataset.open(dataset).columns == ["of_image", "teacher", "words"]
 
 
@@ -198,10 +198,7 @@ def test_index_names_those_that_samples_no_longer_fit(
     capsys.readouterr()
     assert data_tools(["index", str(dataset)]) == 0
     said = capsys.readouterr().err
-    assert (
-        f"{dataset}: the samples are not what they were, so these columns are left out: teacher, words; {REMEDY}\n"
-        in said
-    )
+    assert f"{dataset}: the samples have changed, so these columns are dropped: teacher, words; {REMEDY}\n" in said
     assert Dataset.open(dataset).columns == [] and (dataset / "columns" / "teacher.npy").exists()
 
 
@@ -231,7 +228,7 @@ def test_columns_that_no_manifest_names_are_not_passed_over_in_silence(
     assert data_tools(["index", str(dataset)]) == 0
     said = capsys.readouterr().err
     assert (
-        "no manifest names what lies in columns/, so these columns are left out: teacher.npy, words.npy, "
-        "words.text.npy; make" in said
+        "no manifest names the files in columns/, so these columns are dropped: teacher.npy, words.npy, "
+        "words.text.npy; add" in said
     )
     assert Dataset.open(dataset).columns == []

@@ -158,7 +158,7 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (("00001.idx", b""), "00001.idx: not an index (the file is empty); make it anew"),
+        (("00001.idx", b""), "00001.idx: not an index (the file is empty); rebuild it"),
         (("00001.idx", b"\x93NUMPY\x01\x00\x01\x00({}"), "00001.idx: not an index (a damaged header: "),
         (("columns/score.npy", b""), "columns/score.npy: not a column (the file is empty); join it again"),
         (("columns/score.npy", None), "columns/score.npy: no such file, but manifest.json names it; join it again"),
@@ -306,7 +306,7 @@ def test_index_of_tars_without_a_sample_and_of_new_ones(
     shutil.copy(dataset / "00001.tar", folder / "new.tar")
     assert data_tools(["index", str(folder)]) == 0
     assert (
-        "1 tars that manifest.json does not name are passed over: new.tar; remove manifest.json"
+        "skipped 1 tars that manifest.json does not name: new.tar; to index every tar in the folder, remove"
         in capsys.readouterr().err
     )
     (folder / "d.tar").mkdir()
@@ -320,7 +320,7 @@ def test_merge_after_tars_were_changed_and_indexed(dataset: Path, capsys: pytest
     assert data_tools(["index", str(dataset)]) == 0
     assert data_tools(["merge", str(dataset)]) == 2
     error = capsys.readouterr().err
-    assert "complete, and its tars were changed and indexed since `shard` wrote them" in error and "--task" not in error
+    assert "complete, but its tars were changed and indexed after `shard` wrote them" in error and "--task" not in error
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,9 @@ def test_filter_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("--where", "width"), "not understood"),
         (("--where", "nope == 1"), "no sample has 'nope'"),
         (("--where", "width > wide"), "is not a number"),
-        (("--where", "width > 9999"), "no sample is left"),
+        (("--where", "width > 9999"), "no sample meets the conditions"),
         (("--best", "similarity"), "--best NAME and --share X go together"),
-        (("--where", "caption ~ ("), "is not a regular expression"),
+        (("--where", "caption ~ ("), "is not a valid regular expression"),
     ]:
         assert data_tools(["filter", str(dataset), str(tmp_path / "view"), *options, "--processes", "1"]) == 2
         error = capsys.readouterr().err
@@ -454,12 +454,12 @@ def test_join_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     np.save(tmp_path / "short.npy", np.zeros((3, 2)))
     for arguments, expected in [
         (("a.csv", "--on", "nope"), "no column 'nope'"),
-        (("a.csv",), "say which column names the sample: --on COLUMN; there are: uid, score"),
+        (("a.csv",), "which column identifies the sample? Add --on COLUMN; there are: uid, score"),
         (("twice.csv", "--on", "uid"), "twice.csv: 2 columns are called 'score'"),
         (("a.csv", "--on", "uid"), "no value of 'uid' is the 'key' of a sample"),
         (("return.csv", "--on", "uid", "--with", "uid"), "return.csv: line 3 is not readable"),
         (("many.csv", "--on", "uid", "--with", "uid"), "many.csv: line 3 has more fields than the header has names"),
-        (("short.npy",), "shape (3, 2), the dataset has 24 samples"),
+        (("short.npy",), "shape (3, 2), but the dataset has 24 samples"),
         (("missing.csv", "--on", "uid"), "no such file"),
         (("empty.npy", "--name", "e"), "empty.npy: not a .npy file (the file is empty)"),
     ]:

@@ -105,7 +105,7 @@ def test_tasks_and_merge_write_the_same(
         assert shard(pairs, tmp_path, "--shard-size", "20", "--processes", "1", "--task", f"{task}/3") == 0
     assert not (tmp_path / "manifest.json").exists()
     assert data_tools(["merge", str(tmp_path)]) == 2
-    assert "2 of 7 shards are not written (00001.tar, 00004.tar)" in capsys.readouterr().err
+    assert "2 of 7 shards are missing (00001.tar, 00004.tar)" in capsys.readouterr().err
     assert shard(pairs, tmp_path, "--shard-size", "20", "--processes", "1", "--task", "1/3") == 0
     assert data_tools(["merge", str(tmp_path)]) == 0
     assert contents(tmp_path) == contents(reference)
@@ -216,7 +216,7 @@ def test_strict_ends_at_the_first(pairs: Path, tmp_path: Path, capsys: pytest.Ca
             shard(broken, tmp_path / f"out{processes}", "--strict", "--shard-size", "10", "--processes", processes) == 2
         )
         assert (
-            "pairs.csv:9: the picture has 0 bytes (empty_file; --strict ends at the first)" in capsys.readouterr().err
+            "pairs.csv:9: the picture has 0 bytes (empty_file; --strict stops at the first)" in capsys.readouterr().err
         )
         assert not (tmp_path / f"out{processes}" / "manifest.json").exists()
 
@@ -226,7 +226,7 @@ def test_too_many_rejected_rows_end_the_run(tmp_path: Path, capsys: pytest.Captu
     for number in range(16):
         (broken.parent / f"{number}.jpeg").write_bytes(b"<html>")
     assert shard(broken, tmp_path / "out") == 2
-    assert "16 of 30 rows cannot be used (16 html); mend them, or raise --max-rejected" in capsys.readouterr().err
+    assert "16 of 30 rows cannot be used (16 html); fix them, or raise --max-rejected" in capsys.readouterr().err
     assert len(rejects(tmp_path / "out")) == 16
     assert shard(broken, tmp_path / "out", "--max-rejected", "0.6") == 0
     assert Dataset.open(tmp_path / "out").manifest["rejected"] == {"html": 16}
@@ -488,19 +488,19 @@ def test_user_mistakes_are_one_line(pairs: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("source", "out", "expected"),
     [
-        ("PAIRS", "nope://bucket/x", "nope://bucket/x: unknown protocol nope://; known are s3://"),
+        ("PAIRS", "nope://bucket/x", "nope://bucket/x: unknown protocol nope://; fsspec knows s3://"),
         (
             "PAIRS",
             "uninstalled://bucket/x",
-            "a package for uninstalled:// is not installed (Install nothere): pip install nothere",
+            "the package for uninstalled:// is not installed (Install nothere): pip install nothere",
         ),
         (
             "PAIRS",
             "unreachable://bucket/x",
-            "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); look at the address",
+            "unreachable://bucket/x: cannot be reached (RuntimeError: no such host); check the address",
         ),
-        ("s3://bucket/x.csv", "OUT", "s3://bucket/x.csv: the input is read from local files; copy it here first"),
-        ("https://127.0.0.1:9/x.csv", "OUT", "x.csv: the input is read from local files"),
+        ("s3://bucket/x.csv", "OUT", "s3://bucket/x.csv: the input must be local; copy it here first"),
+        ("https://127.0.0.1:9/x.csv", "OUT", "x.csv: the input must be local"),
         ("PAIRS", "PAIRS", "pairs.csv: a file; name a folder"),
         ("PAIRS", "PAIRS/deeper", "pairs.csv is a file; name a folder"),
     ],

@@ -386,7 +386,7 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
         (
             "tables/a.csv",
             ("--input", "tars"),
-            "a.csv: no whole sample in it: a picture with KEY.txt or KEY.json; the first of what is wrong",
+            "a.csv: no complete sample in it: a picture with KEY.txt or KEY.json; the first of what is wrong",
         ),
         ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of pictures"),
         ("empty.jsonl", COLUMNS, "empty.jsonl: no line with anything in it"),
@@ -395,7 +395,7 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
             (),
             "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table",
         ),
-        ("imgs", COLUMNS, "imgs: --image names a column of a table, and this is a folder of pictures; leave it out"),
+        ("imgs", COLUMNS, "imgs: --image names a column of a table, but this is a folder of pictures; remove it"),
         ("texts", ("--caption", "caption"), "texts: --caption names a key of NAME.json, and there is none"),
         ("tars", (), "d.tar: a folder among the tars; rename it"),
     ],
@@ -422,4 +422,4 @@ def test_unknown_kinds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a spreadsheet; save it as CSV" in capsys.readouterr().err
     (tmp_path / "pairs.xml").write_bytes(b"<")
     assert data_tools(["shard", str(tmp_path / "pairs.xml"), str(tmp_path / "out")]) == 2
-    assert "say --input csv|tsv|jsonl" in capsys.readouterr().err
+    assert "add --input csv|tsv|jsonl" in capsys.readouterr().err

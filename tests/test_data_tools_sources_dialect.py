@@ -76,7 +76,7 @@ def test_a_file_in_another_encoding_is_refused_before_rows_are_lost(
     (tmp_path / "a.csv").write_bytes(table(";").encode("cp1252"))
     assert shard(tmp_path / "a.csv", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "1 of the first 3 lines are not UTF-8; say --encoding cp1252" in error and error.count("\n") == 1
+    assert "1 of the first 3 lines are not UTF-8; add --encoding cp1252" in error and error.count("\n") == 1
 
 
 def test_broken_utf16_costs_its_own_row(tmp_path: Path) -> None:

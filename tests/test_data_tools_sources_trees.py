@@ -150,7 +150,7 @@ def test_one_class_and_no_class_are_named(tmp_path: Path, capsys: pytest.Capture
     assert shard(put("folder", tmp_path / "in", {"1.png": png(1)}), tmp_path / "out", columns=TEMPLATE) == 2
     assert "there is none; two or more are needed" in capsys.readouterr().err
     assert shard(put("folder", tmp_path / "in", CLASSES), tmp_path / "out", columns=()) == 2
-    assert "if folders are classes (cats/1.jpg) say --caption-template" in capsys.readouterr().err
+    assert "if folders are classes (cats/1.jpg) add --caption-template" in capsys.readouterr().err
 
 
 def test_several_zips_of_which_two_hold_the_same_names(tmp_path: Path) -> None:

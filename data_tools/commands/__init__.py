@@ -7,10 +7,10 @@ COMMANDS = {
     "index": "write index and manifest for existing webdataset tars",
     "stats": "sizes, captions, languages, duplicates and a contact sheet, as JSON and an HTML page",
     "cat": "print samples",
-    "dedup": "drop duplicate pictures, as a view",
-    "filter": "keep the samples that meet conditions, as a view",
+    "dedup": "drop duplicate pictures (writes a view, copies nothing)",
+    "filter": "keep the samples that meet conditions (writes a view, copies nothing)",
     "join": "add columns (scores, captions, embeddings) beside the tars",
     "vocabulary": "train a word tokenizer on the captions of a dataset",
     "glyphs": "render the demo pairs from matplotlib's fonts",
 }
-"""Command, which is also the name of its module, and what it does."""
+"""Command (also the name of its module) -> what it does."""

@@ -1,4 +1,4 @@
-"""Command lines of the commands: mistakes are one line, as those in the data are."""
+"""Command-line parsing shared by all commands: a mistake is reported in one line, like a mistake in the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_tools.io.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser. ``about`` is the docstring of its module, shown as it stands."""
+    """A command's parser. ``about`` is the docstring of its module, printed verbatim by --help."""
 
     def __init__(self, command: str, about: str | None) -> None:
         super().__init__(
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Instead of argparse's page of usage, in which the mistake is lost."""
+        """Reports the mistake alone; argparse would bury it under a page of usage."""
         raise UserError(f"{message.removeprefix('argument ')}; `{self.prog} --help` says more")
 
 
@@ -38,7 +38,7 @@ def add_processes(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> 
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option: a whole number from ``low`` on, up to ``high`` where there is such a limit."""
+    """An option type: an integer of at least ``low`` and, if given, at most ``high``."""
 
     def parse(text: str) -> int:
         try:
@@ -53,7 +53,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def number(low: float, high: float | None = None) -> Callable[[str], float]:
-    """As ``whole`` for any number; neither nan nor inf is one."""
+    """Like ``whole``, for any finite number."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""Looks at samples.
+"""Prints samples.
 
     python -m data_tools cat DATASET                         # the first three
     python -m data_tools cat DATASET 17 00000123 --show      # by sample number or key; pictures drawn in the terminal

@@ -1,14 +1,13 @@
-"""Drops pictures that are there twice, as a view: nothing is copied.
+"""Drops duplicate pictures. Writes a view: nothing is copied.
 
-    python -m data_tools dedup DATASET OUT                 # the same bytes
-    # And pictures whose perceptual hashes differ in at most 4 of 64 bits.
-    python -m data_tools dedup DATASET OUT --near 4
-    python -m data_tools dedup DATASET OUT --same-caption  # only where the caption is the same too
+    python -m data_tools dedup DATASET OUT                 # equal bytes
+    python -m data_tools dedup DATASET OUT --near 4        # also perceptual hashes at most 4 of 64 bits apart
+    python -m data_tools dedup DATASET OUT --same-caption  # only where the captions are equal too
 
-Of a group of duplicates the picture with most pixels stays, of equal ones the first. OUT/duplicates.jsonl names every
-dropped sample and the one that stands for it. The perceptual hash is the DCT hash (Zauner 2010, "Implementation and
-benchmarking of perceptual image hash functions"); pictures without any structure, which all hash alike, are compared by
-their bytes alone.
+Of each group of duplicates, the picture with the most pixels is kept, or the first of several. OUT/duplicates.jsonl
+lists every dropped sample with the one that was kept for it. The perceptual hash is the DCT hash (Zauner 2010,
+"Implementation and benchmarking of perceptual image hash functions"); flat pictures, which all have the same hash, are
+compared by their bytes only.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from data_tools.samples.reject import Reject
 
 _SIDE, _KEPT = 32, 8
 _MAX_BUCKET = 2000
-"""Pictures that share a quarter or so of their hash are compared pairwise only up to this many: beyond, only with their
-neighbours."""
+"""Largest bucket (pictures that share one band of their hash) that is compared pairwise; in a larger one, each picture
+is compared with its neighbours only."""
 
 
 def _dct_rows() -> NDArray[np.float32]:
@@ -48,8 +47,8 @@ _DCT = _dct_rows()
 
 
 def perceptual_hash(image: bytes) -> int | None:
-    """64 bits that stay nearly the same when a picture is scaled or compressed; None for a flat picture. Raises Reject
-    when damaged."""
+    """64 bits that hardly change when a picture is scaled or compressed; None for a flat picture. Raises Reject if the
+    picture is damaged."""
     header = read_header(image)
     if header.format == "jpg" and header.components != 4 and min(header.width, header.height) >= 8 * _SIDE:
         try:
@@ -70,7 +69,7 @@ def perceptual_hash(image: bytes) -> int | None:
 def _hash_shard(
     dataset: Dataset, near: bool, captions: bool, shard: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.uint64]]:
-    """(Perceptual hashes, which of them count, hashes of captions), one of each a sample."""
+    """(Perceptual hashes, whether each is valid, caption hashes), each [num_samples]."""
     rows = dataset.shard(shard)
     hashes, valid, texts = np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool), np.zeros(len(rows), np.uint64)
     with TarReader(dataset.tar_path(shard)) as tar:
@@ -81,7 +80,7 @@ def _hash_shard(
                 try:
                     found = perceptual_hash(tar.read(row, "image"))
                 except Reject:
-                    found = None  # damaged pictures are verify's business: here they equal only their own bytes
+                    found = None  # verify reports damaged pictures; here they match equal bytes only
                 if found is not None:
                     hashes[place], valid[place] = found, True
     return hashes, valid, texts
@@ -105,8 +104,8 @@ class _Groups:
 
 
 def near_pairs(hashes: NDArray[np.uint64], distance: int) -> list[tuple[int, int]]:
-    """Pairs (i, j) of hashes [n] that differ in at most ``distance`` bits. Hashes cut into distance + 1 bands agree in
-    one of them."""
+    """Pairs (i, j) of hashes [n] that differ in at most ``distance`` bits: cut into distance + 1 bands, two such hashes
+    agree in at least one band."""
     pairs: set[tuple[int, int]] = set()
     edges = np.linspace(0, 64, distance + 2).astype(int)
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -122,7 +121,7 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> list[tuple[int, int
 
 
 def find_groups(dataset: Dataset, near: int | None, same_caption: bool, processes: int) -> NDArray[np.int64]:
-    """For each sample [num_samples] the sample that stands for it: itself where it stays."""
+    """For each sample [num_samples] the number of the sample that is kept for it (its own where it is kept)."""
     rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
     digests = np.concatenate([part["digest"] for part in rows])
     pixels = np.concatenate([part["width"].astype(np.int64) * part["height"] for part in rows])
@@ -147,7 +146,7 @@ def find_groups(dataset: Dataset, near: int | None, same_caption: bool, processe
 
 
 def _choose(roots: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sample of each group with most pixels, the first of equal ones."""
+    """The sample with the most pixels in each group, the first of several."""
     order = np.lexsort((np.arange(len(roots)), -pixels, roots))
     first = np.concatenate([[True], np.diff(roots[order]) != 0])
     best = np.zeros(len(roots), np.int64)
@@ -186,7 +185,7 @@ def main(argv: list[str]) -> int | None:
 def _lines(dataset: Dataset, stands: NDArray[np.int64], dropped: NDArray[np.int64]) -> bytes:
     keys = _keys(dataset, np.concatenate([dropped, stands[dropped]]))
     lines = [{"key": keys[int(sample)], "same_as": keys[int(stands[sample])]} for sample in dropped]
-    # What of a key is no UTF-8 stands as \udcXX, which JSON reads as the same key again.
+    # Bytes of a key that are not UTF-8 are written as \udcXX, which JSON reads back as the same key.
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
 
 

@@ -1,13 +1,13 @@
-"""Keeps the samples that meet conditions, as a view: nothing is copied.
+"""Keeps the samples that meet conditions. Writes a view: nothing is copied.
 
     python -m data_tools filter DATASET OUT --where "similarity >= 0.28" --where "min_side >= 200"
     python -m data_tools filter DATASET OUT --best similarity --share 0.3
     python -m data_tools filter DATASET OUT --where "face == bold serif"
 
 A name is a column of the .json members, a side-car column (see `join`), "caption", "key", or one of width, height,
-min_side, aspect, image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (a regular expression is found
-in it). All conditions must hold; a sample without the value is dropped. --best keeps the given share with the highest
-values among what is left.
+min_side, aspect, image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (matches a regular expression
+anywhere in the value). All conditions must hold; a sample without the value is dropped. --best then keeps the given
+share of the remaining samples, those with the highest values.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
         try:
             pattern = re.compile(value)
         except re.error as error:
-            raise UserError(f"--where {text!r}: {value!r} is not a regular expression ({error})") from None
+            raise UserError(f"--where {text!r}: {value!r} is not a valid regular expression ({error})") from None
         return name, lambda found: pattern.search(str(found)) is not None
     compare = _COMPARE[sign]
     number = _number(value)
     if number is None and sign not in ("==", "!="):
-        raise UserError(f"--where {text!r}: {value!r} is not a number, which {sign} needs")
+        raise UserError(f"--where {text!r}: {value!r} is not a number, and {sign} compares numbers")
 
     def test(found: Any) -> bool:
         if number is not None and (as_number := _number(found)) is not None:
@@ -78,7 +78,7 @@ def _number(value: Any) -> float | None:
 
 
 def choose_best(values: list[Any], keep: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
-    """Those of ``keep`` whose value is among the highest ``share``; of equal values the earlier sample wins."""
+    """The samples of ``keep`` whose values are among the highest ``share``; ties go to the earlier sample."""
     numbers = np.array([_number(value) if _number(value) is not None else np.nan for value in values], np.float64)
     candidates = np.flatnonzero(keep & ~np.isnan(numbers))
     order = candidates[np.argsort(-numbers[candidates], kind="stable")]

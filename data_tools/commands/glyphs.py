@@ -1,15 +1,15 @@
-"""Real demo pairs without a download: the characters of the fonts that matplotlib carries, captioned with their Unicode
+"""Demo pairs without a download: the characters of the fonts that ship with matplotlib, captioned with their Unicode
 names.
 
     python -m data_tools glyphs demo/pairs
 
 writes ``train.csv``, ``validation.csv``, ``test.csv`` (columns image, caption, character, face, faces, code) and one
-grey PNG a glyph, about 54,000 in 17 faces: "greek small letter alpha with tonos, bold serif". The split is by
-(character, face): every held-out combination is new, while its character is trained in another face and its face on
-other characters. Done twice it is done once.
+grey PNG per glyph, about 54,000 in 17 faces: "greek small letter alpha with tonos, bold serif". The split is by
+(character, face): a held-out combination is never trained on, but its character is, in another face, and its face is,
+with other characters. A second run finds the files and does nothing.
 
-Two pictures in five are the same to the pixel in several faces (an arrow has no oblique): ``faces`` names all of those,
-separated by "|", because no model can tell which of them a picture was rendered from.
+Two pictures in five are identical in several faces (an arrow has no oblique): ``faces`` lists all of these, separated
+by "|", because no model can tell which of them a picture was rendered from.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from data_tools.io.files import write_atomic
 from data_tools.io.output import refuse_file
 from data_tools.io.workers import run_workers
 
-# Faces with a Unicode character map and more than a handful of characters. matplotlib's other fonts are TeX encodings
-# and the pieces of tall brackets. The phrase is the only place where a caption names the face: no two faces share one.
+# Faces with a Unicode character map and more than a handful of characters; matplotlib's other fonts are TeX encodings
+# and pieces of tall brackets. The phrase is what names the face in a caption: each face has its own.
 FACES = {
     "DejaVuSans": "sans",
     "DejaVuSans-Bold": "bold sans",
@@ -52,7 +52,7 @@ FACES = {
 }
 COLUMNS = ("image", "caption", "character", "face", "faces", "code")
 HELD_OUT = {"test": 0.04, "validation": 0.02}
-"""Share of the pairs whose character has another face to be learnt from."""
+"""Share of the pairs whose character is also trained in another face."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Glyph:
         return f"{self.font}/{self.code:05x}.png"
 
     def row(self, twins: list[str]) -> tuple[str, ...]:
-        """A line of the CSV file; ``twins`` are the fonts that draw this character exactly so, this one among them."""
+        """A line of the CSV file; ``twins`` are the fonts that draw this character identically, including this one."""
         face = FACES[self.font]
         faces = "|".join(FACES[font] for font in twins)
         return (self.image, f"{self.character}, {face}", self.character, face, faces, f"U+{self.code:04X}")
 
 
 def font_file(font: str) -> Path:
-    """Where matplotlib keeps a face."""
+    """The path of a face in matplotlib."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
@@ -92,8 +92,8 @@ def characters(font: str) -> list[int]:
 
 
 def render(font: str, size: int) -> Iterator[tuple[Glyph, bytes]]:
-    """(glyph, PNG bytes) for every character of a face that leaves ink. The baseline stays put, so that a comma is no
-    apostrophe."""
+    """(glyph, PNG bytes) for every character of a face that has visible pixels. All share one baseline, so that a comma
+    differs from an apostrophe."""
     from PIL import Image, ImageDraw, ImageFont
 
     em = round(size * 0.72)
@@ -107,7 +107,7 @@ def render(font: str, size: int) -> Iterator[tuple[Glyph, bytes]]:
         canvas = Image.new("L", (size, size), 255)
         width, height = right - left, bottom - top
         if width <= size and height <= size:
-            # Only as much of a shift as keeps all of it in the picture.
+            # Shifted only as far as needed to fit the picture.
             y = min(max(baseline, -top), size - bottom)
             ImageDraw.Draw(canvas).text(((size - width) // 2 - left, y), text, font=face, fill=0, anchor="ls")
         else:
@@ -132,7 +132,7 @@ def split(glyphs: list[Glyph]) -> dict[str, list[Glyph]]:
         first, *others = sorted(faces, key=_draw)
         parts["train"].append(first)
         for glyph in others:
-            # The draw that ordered the faces is spent on that: an independent one decides the part.
+            # Independent of the hash that ordered the faces.
             chance = _draw(glyph, salt="part")
             part = "test" if chance < HELD_OUT["test"] else "validation" if chance < sum(HELD_OUT.values()) else "train"
             parts[part].append(glyph)
@@ -145,7 +145,7 @@ def _draw(glyph: Glyph, salt: str = "order") -> float:
 
 
 def write_face(font: str, out: Path, size: int) -> dict[Glyph, bytes]:
-    """Renders one face into ``out/FONT/``; returns what it holds, with a digest of each picture."""
+    """Renders one face into ``out/FONT/``; returns its glyphs with a digest of each picture."""
     folder = out / font
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}

@@ -1,11 +1,11 @@
-"""Writes the index and the manifest for tars of any maker, or makes a lost index anew.
+"""Writes the index and the manifest for tars written by any tool, or rebuilds a lost index.
 
     python -m data_tools index FOLDER
 
-By raw header walk: members may stand in any order, and what is broken in a tar costs its own samples, not those behind
-it. Beside each NAME.tar comes NAME.idx; rejects.jsonl says what was left out and why; manifest.json is written last.
-The tars are not touched. Side-car columns stay while keys and pictures are the same in the same order; a line names
-those that do not.
+It walks the tar headers itself: members may be in any order, and damage costs only the samples it touches, not those
+behind it. Writes NAME.idx beside each NAME.tar, then rejects.jsonl (what was left out and why) and, last,
+manifest.json. The tars are not changed. Side-car columns are kept if the keys and pictures are the same, in the same
+order; a message names the columns that are dropped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from data_tools.sources.base import hash_text, read_pieces
 
 
 class Scan(NamedTuple):
-    """What a tar holds."""
+    """The content of one tar."""
 
     entry: dict[str, Any]
     max_captions: int
@@ -100,20 +100,20 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise UserError(
-            f"{missing[0]}: no such file, but {MANIFEST} names it; bring it back, or remove {MANIFEST} to index what "
+            f"{missing[0]}: no such file, but {MANIFEST} names it; restore it, or remove {MANIFEST} to index what "
             f"is there"
         )
     if any("path" in entry for entry in manifest["shards"]):
         raise UserError(
-            f"{folder}: a view of another dataset has no tars of its own; make it anew with the command that made it"
+            f"{folder}: a view of another dataset has no tars of its own; run the command that wrote the view again"
         )
     names = [entry["name"] for entry in manifest["shards"]]
     new = sorted({path.name for path in found} - set(names))
     if new:
         some = ", ".join(new[:5]) + (" ..." if len(new) > 5 else "")
-        remedy = f"remove {MANIFEST} to index every tar in the folder (columns must then be joined again)"
+        remedy = f"to index every tar in the folder, remove {MANIFEST} (and join its columns again)"
         print(
-            f"{folder}: {len(new)} tars that {MANIFEST} does not name are passed over: {some}; {remedy}",
+            f"{folder}: skipped {len(new)} tars that {MANIFEST} does not name: {some}; {remedy}",
             file=sys.stderr,
         )
     return paths, names
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int | None:
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; the index stands beside local tars")
+        raise UserError(f"{folder}: no such folder; name a local folder of tars")
     output = Output(str(folder))
     old = output.read_json(MANIFEST)
     if old is not None and old.get("format") != FORMAT:

@@ -1,12 +1,12 @@
-"""Lays columns beside the tars, one value a sample, without writing the tars again.
+"""Adds side-car columns, one value per sample, without rewriting the tars.
 
     python -m data_tools join DATASET scores.parquet --on uid --columns similarity,recaption
-    python -m data_tools join DATASET embeddings.npy --name teacher          # [num_samples, d], in the order of samples
+    python -m data_tools join DATASET embeddings.npy --name teacher          # [num_samples, d], in sample order
 
-Rows of the table (CSV, TSV, JSONL or Parquet) are matched by --on: a column of the table whose values are those of the
-samples' --with ("key" unless said otherwise; or any column of the .json members). A sample without a row gets NaN or
-"". `Dataset.column(NAME)` then gives the values; `filter` and `cat` know them too. This is how scores, new captions or
-a teacher's embeddings join a dataset.
+Rows of the table (CSV, TSV, JSONL or Parquet) are matched to samples by their column --on, whose values are compared
+with --with of each sample ("key" by default, or any column of the .json members). A sample without a row gets NaN or
+"". `Dataset.column(NAME)`, `filter` and `cat` read the joined values. Use it for scores, new captions or a teacher's
+embeddings.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
         else:
-            raise UserError(f"{path}: known are .csv, .tsv, .jsonl, .parquet and .npy")
+            raise UserError(f"{path}: unknown kind of table; convert it to .csv, .tsv, .jsonl, .parquet or .npy")
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -58,8 +58,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    """Its rows by the names of the header. As `shard` reads them: a carriage return in a field is not the end of a
-    row."""
+    """Its rows as dicts. As in `shard`, a carriage return inside a field does not end the row."""
     rows = []
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -68,17 +67,18 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
             for row in reader:
                 if None in row:
                     raise UserError(
-                        f"{path}: line {reader.reader.line_num} has more fields than the header has names; mend it"
+                        f"{path}: line {reader.reader.line_num} has more fields than the header has names; fix that "
+                        "line"
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.reader.line_num} is not readable ({error}); mend it") from None
+            raise UserError(f"{path}: line {reader.reader.line_num} is not readable ({error}); fix that line") from None
     return rows
 
 
 def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
-    """Values with None where there is none -> integers, floats (NaN for none), rows of floats, or texts ("" for
-    none)."""
+    """Values (None where missing) -> integers, floats (NaN where missing), rows of floats, or texts ("" where
+    missing)."""
     given = [value for value in values if value is not None]
     if any(isinstance(value, list) for value in given):
         widths = {len(value) if isinstance(value, list) else -1 for value in given}
@@ -98,8 +98,7 @@ def as_column(values: list[Any], where: str) -> NDArray[Any] | list[str]:
 
 
 def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.int64]:
-    """The row of the table for each sample's key, -1 where there is none [num_samples]. The last of several rows
-    counts."""
+    """The table row for each sample's key [num_samples], -1 where there is none; the last of several rows."""
     rows = {str(value): row for row, value in enumerate(table[on])}
     return np.fromiter((rows.get(str(key), -1) for key in keys), np.int64, len(keys))
 
@@ -108,12 +107,12 @@ def main(argv: list[str]) -> int | None:
     parser = Parser("join", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("table", metavar="TABLE")
-    parser.add_argument("--on", metavar="COLUMN", help="column of the table that names the sample")
+    parser.add_argument("--on", metavar="COLUMN", help="column of the table that identifies the sample")
     parser.add_argument(
-        "--with", metavar="NAME", default="key", dest="key", help='what of the sample it names (default "key")'
+        "--with", metavar="NAME", default="key", dest="key", help='field of the sample to match it with (default "key")'
     )
     parser.add_argument("--columns", metavar="A,B,...", help="columns to join (default: all others)")
-    parser.add_argument("--name", metavar="NAME", help="name of the column of a .npy file (default: that of the file)")
+    parser.add_argument("--name", metavar="NAME", help="column name for a .npy file (default: its file name)")
     add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
@@ -127,7 +126,9 @@ def main(argv: list[str]) -> int | None:
     else:
         table = read_table(path)
         if arguments.on is None:
-            raise UserError(f"{path}: say which column names the sample: --on COLUMN; there are: {', '.join(table)}")
+            raise UserError(
+                f"{path}: which column identifies the sample? Add --on COLUMN; there are: {', '.join(table)}"
+            )
         wanted = arguments.columns.split(",") if arguments.columns else [name for name in table if name != arguments.on]
         unknown = [name for name in [arguments.on, *wanted] if name not in table]
         if unknown:
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> int | None:
             )
     bad = [name for name in columns if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".")]
     if bad:
-        raise UserError(f"{path}: {bad[0]!r} cannot be a file's name; rename the column")
+        raise UserError(f"{path}: {bad[0]!r} cannot be a file name; rename the column")
     _add(dataset, columns)
     print(
         f"{arguments.dataset}: joined {', '.join(columns)} for {matched:,} of {dataset.num_samples:,} samples",
@@ -166,7 +167,7 @@ def _array(path: Path, num_samples: int) -> NDArray[Any]:
     try:
         values = load_array(str(path))
     except ValueError as error:
-        raise UserError(f"{path}: not a .npy file ({error}); write it anew with numpy.save") from None
+        raise UserError(f"{path}: not a .npy file ({error}); write it with numpy.save") from None
     if values.ndim == 0 or values.shape[0] != num_samples:
-        raise UserError(f"{path}: shape {values.shape}, the dataset has {num_samples} samples")
+        raise UserError(f"{path}: shape {values.shape}, but the dataset has {num_samples} samples, one row each")
     return values

@@ -1,9 +1,9 @@
-"""Ends a sharding run: checks that every shard is there and writes rejects.jsonl and, last, manifest.json.
+"""Completes a sharding run: checks that every shard is there, then writes rejects.jsonl and, last, manifest.json.
 
     python -m data_tools merge OUT
 
-Needed only after `shard --task i/n`; a run without --task ends with it. Doing it twice does no harm. Side-car columns
-stay when a lost shard has been written again.
+Needed only after `shard --task i/n`; a run without --task merges by itself. A second run changes nothing. Side-car
+columns are kept when a lost shard has been written again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from data_tools.io.output import PARTS, Output
 PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
 CLASSES = "classnames.txt"
-"""A class a line, in the order of "cls" in the .json members: what zero-shot evaluation reads."""
+"""One class per line, in the order of "cls" in the .json members; zero-shot evaluation reads it."""
 
 
 def record_of(output: Output, name: str) -> dict[str, Any] | None:
-    """The record of a finished shard; None when it must be written (again)."""
+    """The record of a finished shard; None if the shard must be written."""
     record = output.read_json(f"{PARTS}/{name}.json")
     if record is None or output.size(name) != record["entry"]["bytes"] or output.size(index_name(name)) is None:
         return None
@@ -34,10 +34,9 @@ def record_of(output: Output, name: str) -> dict[str, Any] | None:
 
 
 def reopen_if_damaged(output: Output) -> None:
-    """Takes a manifest back when a shard it names is missing or has another size, so that a rerun writes that shard
-    again.
+    """Removes the manifest if a shard it names is missing or has another size, so that a rerun writes that shard again.
 
-    The records of the sound shards are made anew from the manifest and rejects.jsonl; its columns are put aside.
+    The records of the sound shards are restored from the manifest and rejects.jsonl; its columns are set aside.
     """
     manifest = output.read_json(MANIFEST)
     if manifest is None:
@@ -54,7 +53,7 @@ def reopen_if_damaged(output: Output) -> None:
     rejects: dict[int, list[dict[str, Any]]] = {}
     for line in output.read_text(REJECTS).split("\n")[
         :-1
-    ]:  # splitlines() would also cut at what a name may hold, such as U+2028
+    ]:  # splitlines() would also split at U+2028 and others, which a name may contain
         reject = json.loads(line)
         if "shard" in reject:
             rejects.setdefault(reject.pop("shard"), []).append(reject)
@@ -77,11 +76,10 @@ def merge(output: Output) -> dict[str, Any]:
         return dict(manifest)
     if manifest is not None:
         remedy = (
-            "there is nothing to merge, and `python -m data_tools verify` looks at it; to shard anew take "
-            "another folder"
+            "there is nothing to merge; `python -m data_tools verify` checks it; to shard again, use another folder"
         )
         raise UserError(
-            f"{output.root}: complete, and its tars were changed and indexed since `shard` wrote them: {remedy}"
+            f"{output.root}: complete, but its tars were changed and indexed after `shard` wrote them: {remedy}"
         )
     names = [f"{shard:05d}.tar" for shard in range(plan["shards"])]
     records = [record_of(output, name) for name in names]
@@ -89,8 +87,7 @@ def merge(output: Output) -> dict[str, Any]:
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{output.root}: {len(missing)} of {len(names)} shards are not written ({some}); run their `shard "
-            f"--task` again"
+            f"{output.root}: {len(missing)} of {len(names)} shards are missing ({some}); run their `shard --task` again"
         )
     whole = [record for record in records if record is not None]
     lines = plan["problems"] + [
@@ -122,7 +119,7 @@ def merge(output: Output) -> dict[str, Any]:
 
 
 def summary(root: str, manifest: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for the terminal."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items()) or "none"
     size = sum(entry["bytes"] for entry in manifest["shards"])
     return (

@@ -1,16 +1,16 @@
-"""Image-text pairs in, webdataset tars with an index and a manifest out.
+"""Writes image-text pairs into webdataset tars with an index and a manifest.
 
     python -m data_tools shard pairs.csv OUT --image image --caption caption --processes 8
     python -m data_tools shard pairs.csv OUT --image image --caption caption --resize 224
     python -m data_tools shard pets.zip OUT --caption-template "a photo of a {class}"      # folders are classes
-    # Then: python -m data_tools merge OUT.
-    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16
+    python -m data_tools shard pairs.csv OUT --image image --caption caption --task 3/16   # `merge OUT` completes it
 
 data_tools/README.md lists the inputs.
 
-OUT then holds 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row left out,
-with the reason) and, written last, manifest.json. The bytes depend on the input and the options alone, not on
---processes or --task. A run that was stopped or killed continues when it is started again with the same options.
+OUT then contains 00000.tar ... (KEY.jpg|png|webp, KEY.txt, KEY.json), 00000.idx ..., rejects.jsonl (every row that was
+left out, with the reason) and, written last, manifest.json. Their bytes depend on the input and the options only, not
+on
+--processes or --task. To continue a run that was stopped or killed, start it again with the same options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from data_tools.sharding.workers import write_shards
 from data_tools.sources import KINDS, SourceOptions, open_source
 
 _FEW = 1000
-"""Rows to see before the share of rejected ones means anything."""
+"""Rows to read before --max-rejected is judged."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,16 +49,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_pictures(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("shards")
     group.add_argument(
-        "--shard-size", type=whole(1), default=5000, metavar="N", help="input rows a shard (default 5000)"
+        "--shard-size", type=whole(1), default=5000, metavar="N", help="input rows per shard (default 5000)"
     )
-    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the order of samples (default 0)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="seed of the order of samples (default 0)")
     group.add_argument("--keep-order", action="store_true", help="keep the order of the input instead of permuting it")
     group.add_argument(
         "--max-caption",
         type=whole(1),
         default=4096,
         metavar="N",
-        help="characters of a caption that are kept (default 4096)",
+        help="cut captions after N characters (default 4096)",
     )
     group = parser.add_argument_group("running (these do not change what is written)")
     add_processes(group)
@@ -67,18 +67,18 @@ def make_parser() -> argparse.ArgumentParser:
         type=_task,
         default=(0, 1),
         metavar="I/N",
-        help="write only every N-th shard, from the I-th (0 .. N - 1); `merge` ends the run",
+        help="write every N-th shard only, beginning with shard I (0 .. N - 1); `merge` completes the run",
     )
     group.add_argument(
         "--ray", type=whole(1), metavar="N", help="run N tasks on a Ray cluster (pip install ray) and merge them"
     )
-    group.add_argument("--strict", action="store_true", help="end at the first row that cannot be used")
+    group.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     group.add_argument(
         "--max-rejected",
         type=number(0, 1),
         default=0.5,
         metavar="SHARE",
-        help="end when more than this share of rows is left out (default 0.5)",
+        help="stop when more than this share of rows is left out (default 0.5)",
     )
     group.add_argument("--quiet", action="store_true", help="no progress line")
     return parser
@@ -100,19 +100,23 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="make captions: {NAME} is a column, {class} the folder of a picture; may be repeated",
     )
-    group.add_argument("--input", choices=KINDS, help="kind of PAIRS, where its name does not tell")
+    group.add_argument("--input", choices=KINDS, help="kind of PAIRS, if its name does not tell")
     group.add_argument("--columns", metavar="A,B,...", help="names of the columns of a table without a header line")
-    group.add_argument("--delimiter", metavar="C", help="between the fields of a CSV or TSV file (default: found)")
-    group.add_argument("--encoding", metavar="NAME", help="of a CSV, TSV or JSONL file (default: UTF-8, or its mark)")
+    group.add_argument("--delimiter", metavar="C", help="separates the fields of a CSV or TSV file (default: detected)")
+    group.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="encoding of a CSV, TSV or JSONL file (default: UTF-8, or its byte-order mark)",
+    )
     group.add_argument(
         "--no-quotes",
         action="store_true",
-        help="double quotes in a CSV or TSV file are letters, not enclosures of fields",
+        help="read double quotes in a CSV or TSV file as ordinary characters",
     )
     group.add_argument(
         "--images",
         metavar="DIR",
-        help="folder or URL where relative paths start (default: that of the file they stand in)",
+        help="folder or URL that relative paths start from (default: the folder of PAIRS)",
     )
 
 
@@ -122,26 +126,26 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         "--resize",
         type=whole(1),
         metavar="PIXELS",
-        help="shrink to this side; without it sound pictures keep their bytes. Never enlarges",
+        help="shrink pictures to this side, never enlarge (default: keep the bytes of sound pictures)",
     )
     group.add_argument(
         "--resize-mode",
         choices=("shorter", "longer", "crop"),
         default="shorter",
-        help="which side becomes --resize; crop cuts the centre square (default shorter)",
+        help="the side that --resize sets; crop cuts out the centre square (default shorter)",
     )
     group.add_argument(
         "--filter",
         choices=("hamming", "bicubic", "lanczos"),
         default=defaults.filter,
-        help=f"how --resize averages pixels, fastest first; bicubic is what most models' image processors do "
+        help=f"filter of --resize, fastest first; most models' image processors use bicubic "
         f"(default {defaults.filter})",
     )
     group.add_argument(
         "--encode",
         choices=("auto", "jpg", "png", "webp"),
         default="auto",
-        help="format of pictures that must be encoded anew (default auto: PNG if the input was lossless, else JPEG)",
+        help="format of pictures that must be re-encoded (default auto: PNG if the input was lossless, else JPEG)",
     )
     group.add_argument(
         "--quality",
@@ -162,14 +166,14 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=number(1),
         default=defaults.max_aspect,
         metavar="X",
-        help=f"leave out pictures more elongated than X:1 (default {defaults.max_aspect:g})",
+        help=f"leave out pictures with an aspect ratio beyond X:1 (default {defaults.max_aspect:g})",
     )
     group.add_argument(
         "--max-pixels",
         type=whole(1),
         default=defaults.max_pixels,
         metavar="N",
-        help=f"leave out larger pictures, by their header (default {defaults.max_pixels})",
+        help=f"leave out pictures of more pixels, by their header (default {defaults.max_pixels})",
     )
     group.add_argument(
         "--max-bytes",
@@ -188,7 +192,7 @@ def _task(text: str) -> tuple[int, int]:
 
 
 def options_of(arguments: argparse.Namespace) -> ShardOptions:
-    """What the arguments say that decides bytes."""
+    """The options that decide the bytes written."""
     columns = tuple(arguments.columns.split(",")) if arguments.columns else ()
     delimiter = {"tab": "\t", "\\t": "\t"}.get(arguments.delimiter, arguments.delimiter)
     source = SourceOptions(
@@ -218,7 +222,7 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
 
 
 def make_plan(arguments: argparse.Namespace) -> ShardPlan:
-    """Opens the input and decides everything."""
+    """Opens the input and plans the shards."""
     options = options_of(arguments)
     source = open_source(arguments.pairs, arguments.input, options.source)
     if arguments.images and "://" in arguments.images:
@@ -229,15 +233,15 @@ def make_plan(arguments: argparse.Namespace) -> ShardPlan:
 
 
 def refuse_other(plan: ShardPlan, output: Output) -> None:
-    """Raises UserError when another plan was begun here: its shards must not be mixed with ours."""
+    """Raises UserError if a run with another plan was begun here: its shards must not be mixed with these."""
     found = output.read_json(PLAN)
     if found is None:
         if output.size(MANIFEST) is not None:
-            raise UserError(f"{output.root}: holds another dataset; choose another folder, or remove it")
+            raise UserError(f"{output.root}: another dataset is there; choose another folder, or remove it")
     elif found["plan"] != plan.hash:
         if (
             output.size(MANIFEST) is None and output.take_back()
-        ):  # of a run that found no picture, most often for the mistake that is mended now
+        ):  # left by a run that wrote no sample, most likely for a mistake that is corrected now
             output.remove(PLAN)
             return
         raise UserError(
@@ -270,7 +274,7 @@ def _flatten(tree: object) -> dict[str, object]:
 
 
 def run(plan: ShardPlan, output: Output, task: tuple[int, int], arguments: argparse.Namespace) -> None:
-    """Writes what this task has still to write."""
+    """Writes the shards that this task has not finished yet."""
     index, count = task
     mine = list(range(index, plan.num_shards, count))
     records = {shard: record_of(output, plan.shard_name(shard)) for shard in mine}
@@ -292,7 +296,7 @@ def run(plan: ShardPlan, output: Output, task: tuple[int, int], arguments: argpa
 
 
 def _refusal(pairs: str, output: Output, counts: Counter[str], seen: int, lines: list[dict[str, str]]) -> str:
-    """Too many rows are left out: why, with the first of the commonest reason; the others are in rejects.jsonl."""
+    """The error for too many rejected rows: the counts, and one example of the most common reason."""
     output.write(
         REJECTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
     )
@@ -303,13 +307,13 @@ def _refusal(pairs: str, output: Output, counts: Counter[str], seen: int, lines:
         "them" if counts.total() <= len(lines) else f"the first {len(lines):,}"
     )
     return (
-        f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); mend them, or raise "
+        f"{pairs}: {counts.total()} of {seen} rows cannot be used ({reasons}); fix them, or raise "
         f"--max-rejected; {named} ({example})"
     )
 
 
 def run_task(arguments: argparse.Namespace) -> Output:
-    """Writes what one task has to write; any number of tasks may run at the same time, anywhere."""
+    """Runs one task; any number of tasks may run at the same time, on any machines."""
     plan = make_plan(arguments)
     output = Output(arguments.out)
     refuse_other(plan, output)

@@ -1,11 +1,11 @@
-"""What is in a dataset: sizes, shapes, captions, languages, duplicates, and a contact sheet to look at.
+"""Describes a dataset: sizes, shapes, captions, languages, duplicates, and a contact sheet.
 
     python -m data_tools stats DATASET                   # writes DATASET/stats.json and DATASET/stats.html
     python -m data_tools stats DATASET --out REPORT      # to another folder
-    python -m data_tools stats DATASET --captions 0      # looks at every caption, not at a random 50,000
+    python -m data_tools stats DATASET --captions 0      # reads every caption, not a random 50,000
 
-Sizes in pixels and bytes, formats and exact duplicates are those of all samples (from the index); captions are those of
-a random choice.
+Sizes in pixels and bytes, formats and exact duplicates cover all samples (they are in the index); figures on captions
+cover a random subset.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def describe_numbers(values: NDArray[Any]) -> dict[str, Any]:
     low, high = float(values.min()), float(values.max())
     if high > 50 * max(low, 1) and low >= 0:
         edges = np.unique(np.geomspace(max(low, 1), high, 41))
-        edges[0], edges[-1] = low, high  # rounding must not push the extremes out
+        edges[0], edges[-1] = low, high  # rounding must not exclude the extremes
     elif high > low:
         whole = bool(np.all(values == np.round(values)))
         step = max(1.0, np.ceil((high - low + 1) / 40)) if whole else (high - low) / 40
@@ -65,7 +65,7 @@ def describe_numbers(values: NDArray[Any]) -> dict[str, Any]:
 
 
 class _Captions:
-    """What the captions of one shard say."""
+    """Figures on the captions of one shard."""
 
     def __init__(self) -> None:
         self.characters: list[int] = []
@@ -93,7 +93,7 @@ def _read_captions(dataset: Dataset, chosen: list[NDArray[np.int64]], shard: int
 
 
 def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
-    """A random ``count`` of samples (all when 0), always the same ones: rows for each shard."""
+    """``count`` samples (all if 0) drawn with a fixed seed: the row numbers for each shard."""
     total = dataset.num_samples
     samples = np.sort(Permutation(total, key=0)(np.arange(min(count, total) if count else total)))
     shards, rows = dataset.locate(samples)
@@ -101,7 +101,7 @@ def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
 
 
 def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, Any]:
-    """All figures, as JSON can hold them."""
+    """All figures, as JSON values."""
     rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
     fields = {
         name: np.concatenate([part[name] for part in rows])
@@ -146,7 +146,7 @@ def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, An
 
 
 def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
-    """Random pictures with what belongs to them."""
+    """Random pictures with their captions and columns."""
     pictures = []
     for shard, places in enumerate(choose(dataset, count)):
         with TarReader(dataset.tar_path(shard)) as tar:
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
     parser.add_argument(
-        "--captions", type=whole(0), default=50_000, metavar="N", help="captions to look at, 0 for all (default 50000)"
+        "--captions", type=whole(0), default=50_000, metavar="N", help="captions to read, 0 for all (default 50000)"
     )
     parser.add_argument(
         "--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)"
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int | None:
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     if not dataset.num_samples:
-        raise UserError(f"{arguments.dataset}: holds no samples")
+        raise UserError(f"{arguments.dataset}: has no samples")
     out = make_folder(arguments.out or arguments.dataset)
     figures = collect(dataset, arguments.captions, arguments.processes)
     write_atomic(out / "stats.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")

@@ -1,10 +1,10 @@
-"""Is a dataset still what was written? Names every damaged sample.
+"""Checks a dataset against its manifest and names every damaged sample.
 
     python -m data_tools verify DATASET            # digests, counts, members, columns, and every picture decoded
-    python -m data_tools verify DATASET --quick    # digests and counts alone
+    python -m data_tools verify DATASET --quick    # digests and counts only
 
-One line on stdout for each damage: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exit code 1 if
-there is any.
+Prints one line per damaged item to stdout: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exits
+with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Damage = tuple[str, str]
 
 
 def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
-    """Everything wrong with one shard; an empty list when it is sound."""
+    """All damage in one shard; an empty list if it is sound."""
     path = dataset.tar_path(shard)
     entry = dataset.manifest["shards"][shard]
     try:
@@ -68,7 +68,7 @@ def verify_shard(dataset: Dataset, quick: bool, shard: int) -> list[Damage]:
 
 
 def verify_columns(dataset: Dataset) -> list[tuple[str, str]]:
-    """(File, what is wrong) of side-car columns that cannot be read or are not one value a sample."""
+    """(File, what is wrong) for side-car columns that cannot be read or do not have one value per sample."""
     found = []
     for name in dataset.columns:
         file = dataset.manifest["columns"][name]["file"]
@@ -85,7 +85,9 @@ def verify_columns(dataset: Dataset) -> list[tuple[str, str]]:
 def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
     key = read_key(tar.descriptor, row)
     if hash_key(key) != int(row["key_hash"]):
-        return [(key or "-", f"its header is damaged, or stands elsewhere (picture at byte {row['image_offset']})")]
+        return [
+            (key or "-", f"its header is damaged or not where the index says (picture at byte {row['image_offset']})")
+        ]
     image = tar.read(row, "image")
     if len(image) != int(row["image_size"]) or xxhash.xxh3_64_intdigest(image) != int(row["digest"]):
         return [(key, "the picture's bytes have changed")]
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> int | None:
     parser = Parser("verify", __doc__)
     parser.add_argument("dataset", metavar="DATASET")
     parser.add_argument(
-        "--quick", action="store_true", help="compare digests and counts; look at samples only where they differ"
+        "--quick", action="store_true", help="compare digests and counts; check samples only where these differ"
     )
     add_processes(parser)
     arguments = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""A word-level tokenizer from the captions of a dataset, for models that are trained from nothing on a small language.
+"""Trains a word-level tokenizer on the captions of a dataset, for models trained from scratch on a small vocabulary.
 
     python -m data_tools vocabulary demo/shards/train demo/tokenizer
 
 writes ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers.AutoTokenizer.from_pretrained`` loads. A
-token is a word or a mark of punctuation, lower-cased; id 0 is padding, 1 the end of every caption, 2 an unknown word
-(not the end token: transformers' CLIP takes an end token 2 for that of old configs).
+token is a lower-cased word or punctuation mark; id 0 is padding, 1 the end of text, 2 an unknown word (the end token
+cannot be 2: transformers' CLIP treats that id as a marker of old configs).
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("shards", metavar="SHARDS", help="a dataset written by `data_tools shard`")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer")
     parser.add_argument(
-        "--size", type=whole(1), default=8192, help="words kept, the most frequent first (default 8192)"
+        "--size", type=whole(1), default=8192, help="number of words, the most frequent ones (default 8192)"
     )
     parser.add_argument(
         "--num-tokens", type=whole(2), default=16, help="context length, end token included (default 16)"
     )
     options = parser.parse_args(argv)
     if options.size <= len(SPECIAL):
-        raise UserError(f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens, choose more")
+        raise UserError(
+            f"--size {options.size}: {len(SPECIAL)} entries are taken by special tokens; choose a larger one"
+        )
     refuse_file(options.out)
     tokenizer, config = train(captions(open_local(options.shards)), options.size, options.num_tokens)
     make_folder(options.out)

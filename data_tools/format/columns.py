@@ -1,8 +1,7 @@
-"""What becomes of side-car columns (of `join` and of `python -m trainer.embed`) when a dataset's manifest is written
-anew.
+"""Keeps side-car columns (of `join` and of `python -m trainer.embed`) when a dataset's manifest is rewritten.
 
-A column is one value a sample, in the order of samples: it stays true while they are the same samples in the same
-order, and is left out, with a line that says so, when they are not. Its files stay in columns/ either way.
+A column has one value per sample, in sample order. It stays valid while the samples and their order are the same;
+otherwise it is dropped from the manifest with a message. Its files stay in columns/ either way.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from data_tools.io.lock import FileLock
 from data_tools.io.output import PARTS, Output, json_text
 
 Entries = dict[str, dict[str, Any]]
-"""Name -> what the manifest says of the column."""
+"""Name -> the column's entry in the manifest."""
 KEPT, CHANGED = f"{PARTS}/columns.json", f"{PARTS}/samples-changed"
-REMEDY = "make them anew with `python -m data_tools join` or `python -m trainer.embed`"
+REMEDY = "add them again with `python -m data_tools join` or `python -m trainer.embed`"
 
 
 @contextmanager
 def amended_columns(dataset: Dataset) -> Iterator[Entries]:
-    """Adds columns to a finished local dataset: the manifest names what is in the yielded dict at the end of the block.
+    """Adds columns to a finished local dataset: the entries of the yielded dict are in the manifest after the block.
 
-    Waits for other processes that add columns (``join`` and ``trainer.embed`` share this lock), and keeps them away.
-    Raises UserError where the shards have changed since ``dataset`` was opened.
+    Holds the lock that ``join`` and ``trainer.embed`` share, after waiting for it. Raises UserError if the shards have
+    changed since ``dataset`` was opened.
     """
     folder = Path(dataset.root, "columns")
     folder.mkdir(exist_ok=True)
@@ -41,9 +40,9 @@ def amended_columns(dataset: Dataset) -> Iterator[Entries]:
         lock.acquire(on_wait=lambda: _say(f"{dataset.root}: waiting for another process that is adding columns"))
         if not lock.supported:
             _say(f"{dataset.root}: this file system has no locks; add columns one at a time")
-        manifest = Dataset.open(dataset.root).manifest  # another column may have been added meanwhile
+        manifest = Dataset.open(dataset.root).manifest  # another process may have added a column
         if manifest["shards"] != dataset.manifest["shards"]:
-            raise UserError(f"{dataset.root}: its shards have changed meanwhile; run again")
+            raise UserError(f"{dataset.root}: its shards were changed during this run; run again")
         entries: Entries = {}
         yield entries
         manifest = {**manifest, "columns": {**manifest.get("columns", {}), **entries}}
@@ -55,67 +54,66 @@ def _say(line: str) -> None:
 
 
 def put_aside(output: Output, manifest: dict[str, Any]) -> None:
-    """Before a manifest is taken back: remembers its columns, and the shards for which they were made."""
+    """Call before removing a manifest: saves its columns, and the shards that they belong to."""
     if manifest.get("columns"):
         output.write_json(KEPT, {"columns": manifest["columns"], "shards": manifest["shards"]})
 
 
 def taken_up(output: Output, shards: list[dict[str, Any]]) -> Entries:
-    """The columns that were put aside, if the shards have become what they were; says which are lost otherwise."""
+    """The columns that ``put_aside`` saved, if the shards are the same again; otherwise warns which are lost."""
     kept = output.read_json(KEPT)
     if kept is None:
         say_unnamed(output)
         return {}
     if kept["shards"] == shards:
         return dict(kept["columns"])
-    say_left_out(output.root, kept["columns"], "the shards are not what they were")
+    say_left_out(output.root, kept["columns"], "the shards have changed")
     return {}
 
 
 def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: NDArray[np.void]) -> None:
-    """Before an index is written over: remembers it if ``rows`` are other keys or pictures, or in another order, than
-    those it names.
+    """Call before overwriting an index: records in a file if ``rows`` have other keys or pictures, or another order.
 
-    In a file, as a run that is killed before its manifest leaves no old index to compare with.
+    The file is needed because a run that is killed before it writes the manifest leaves no old index to compare with.
     """
     if old is None or output.size(CHANGED) is not None:
         return
     try:
         there = Dataset(output.root, old).shard(shard)
         same = np.array_equal(there["key_hash"], rows["key_hash"]) and np.array_equal(there["digest"], rows["digest"])
-    except UserError:  # lost or cut: nobody knows any more
+    except UserError:  # lost or cut: the old samples are unknown
         same = False
     if not same:
         output.write(CHANGED, b"")
 
 
 def still_true(output: Output, old: dict[str, Any] | None) -> Entries:
-    """The columns of ``old`` for tars that have changed since, if keys and pictures have not; says which are lost.
+    """The columns of ``old`` that are still valid although tars have changed: keys and pictures have not. Warns which
+    are lost.
 
-    Embeddings of captions go in any case: an index does not tell whether a caption is what it was.
+    Embeddings of captions are always lost: an index does not tell whether a caption has changed.
     """
     columns: Entries = (old or {}).get("columns", {})
     if not columns:
         say_unnamed(output)
         return {}
     if output.size(CHANGED) is not None:
-        say_left_out(output.root, columns, "the samples are not what they were")
+        say_left_out(output.root, columns, "the samples have changed")
         return {}
     of_text = [name for name, entry in columns.items() if entry.get("side") == "text"]
     kept = {name: entry for name, entry in columns.items() if name.removesuffix(".scale") not in of_text}
     if of_text:
-        say_left_out(output.root, of_text, "the tars have changed, perhaps their captions")
+        say_left_out(output.root, of_text, "the tars have changed, possibly their captions")
     return kept
 
 
 def say_left_out(root: str, columns: Iterable[str], why: str) -> None:
-    """One line with the names and the remedy."""
-    print(f"{root}: {why}, so these columns are left out: {', '.join(sorted(columns))}; {REMEDY}", file=sys.stderr)
+    """Prints the names and the remedy in one line."""
+    print(f"{root}: {why}, so these columns are dropped: {', '.join(sorted(columns))}; {REMEDY}", file=sys.stderr)
 
 
 def say_unnamed(output: Output) -> None:
-    """Where files of columns lie there and the manifest that named them is gone, so that nobody can tell what they
-    are."""
+    """Warns of column files that no manifest names: nothing says what they contain."""
     files = [] if output.is_remote else sorted(path.name for path in Path(output.root, "columns").glob("*.npy"))
     if files:
-        say_left_out(output.root, files, "no manifest names what lies in columns/")
+        say_left_out(output.root, files, "no manifest names the files in columns/")

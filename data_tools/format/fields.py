@@ -1,4 +1,4 @@
-"""One value a sample, by name: from the index, a side-car column, or the .json members."""
+"""Reads one value per sample by name: from the index, a side-car column, or the .json members."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_tools.io.errors import UserError
 
 _FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}
 FROM_INDEX = ("width", "height", "min_side", "aspect", "image_bytes", "caption_bytes", "format")
-"""Names that need no look into the tars; a column of the same name in the .json is hidden by them."""
+"""Names that the index answers without reading the tars; they shadow columns of the same name in the .json."""
 
 
 def values_of(dataset: Dataset, names: list[str], processes: int) -> dict[str, list[Any]]:
-    """Name -> one value for each sample, None where a sample has none. Raises UserError for a name no sample has."""
+    """Name -> one value per sample, None where a sample has none. Raises UserError for a name that no sample has."""
     found: dict[str, list[Any]] = {}
     from_json = [name for name in names if name not in FROM_INDEX and name not in dataset.columns]
     for name in names:
@@ -34,9 +34,7 @@ def values_of(dataset: Dataset, names: list[str], processes: int) -> dict[str, l
             found[name] = [value for shard in shards for value in shard[place]]
             if all(value is None for value in found[name]):
                 known = ", ".join([*FROM_INDEX, *dataset.columns, "caption", "key"])
-                raise UserError(
-                    f"{dataset.root}: no sample has {name!r} in its .json member; besides those there are: {known}"
-                )
+                raise UserError(f"{dataset.root}: no sample has {name!r} in its .json member; other names are: {known}")
     return found
 
 
@@ -46,7 +44,7 @@ def _column(dataset: Dataset, name: str) -> list[Any]:
         return [values[sample] for sample in range(len(values))]
     if values.ndim != 1:
         raise UserError(
-            f"{dataset.root}: side-car column {name!r} has {values.shape[1:]} numbers a sample; only single values "
+            f"{dataset.root}: side-car column {name!r} has {values.shape[1:]} numbers per sample; only single values "
             f"can be compared"
         )
     return [None if isinstance(value, float) and value != value else value for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The index of a sharded dataset: where each picture and caption lies, how large it is, and what its bytes hash to.
+"""The index of a sharded dataset: offset and size of each picture and caption, and a digest of each picture.
 
     dataset = Dataset.open("shards/train")
     shard, row = dataset.locate(np.array([17, 40_000]))     # sample numbers -> shard numbers and rows in them
@@ -6,9 +6,9 @@
     with open(dataset.tar_path(int(shard[0])), "rb") as tar:
         picture = os.pread(tar.fileno(), int(entry["image_size"]), int(entry["image_offset"]))
 
-The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption; the first where there are several)
-and KEY.json: the columns of the input, and "captions", the list of all captions, where there is more than one
-(`Dataset.max_captions` says if any has).
+The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption, or the first of several) and
+KEY.json: the columns of the input and, if there are several captions, the list "captions" (`Dataset.max_captions` says
+whether any sample has several).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ ROW = np.dtype(
         ("height", "<u2"),
     ]
 )
-"""One sample. Offsets are of member DATA in the tar, a size of 0 means that the member is absent, ``key_hash`` is
-xxh3_64 of the key and ``digest`` xxh3_64 of the picture's bytes, ``width`` and ``height`` are 0 where unknown."""
+"""One sample. Offsets point to a member's data in the tar; a size of 0 means that there is no such member. ``key_hash``
+is xxh3_64 of the key, ``digest`` xxh3_64 of the picture's bytes; ``width`` and ``height`` are 0 if unknown."""
 
 IMAGE_FORMATS = {
     "jpg": 1,
@@ -64,13 +64,13 @@ IMAGE_FORMATS = {
     "ppm": 0,
     "jp2": 0,
 }
-"""Extension -> ``image_format``: 1 JPEG, 2 PNG, 3 WebP, 0 any other that Pillow may know."""
+"""Extension -> ``image_format``: 1 JPEG, 2 PNG, 3 WebP, 0 any other."""
 _MAX_MEMBER = 2**32 - 1
 _KINDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "text", "json": "json"}
 
 
 class Strings:
-    """A column of texts, mapped: ``column[sample]`` is a str, "" where the joined table had none."""
+    """A memory-mapped column of texts: ``column[sample]`` is a str, "" where the joined table had no row."""
 
     def __init__(self, edges: NDArray[np.int64], text: NDArray[np.uint8]) -> None:
         self._edges, self._text = edges, text
@@ -83,20 +83,20 @@ class Strings:
 
 
 class Dataset:
-    """A folder (or fsspec URL) of shards with its manifest; indexes are mapped when first used. Opening reads the
-    manifest alone."""
+    """A folder (or fsspec URL) of shards with its manifest. Opening reads only the manifest; indexes are memory-mapped
+    on first use."""
 
     def __init__(self, root: str, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest
         sizes = [int(entry["samples"]) for entry in manifest["shards"]]
         self.counts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))]).astype(np.int64)
-        """int64 [num_shards + 1]: shard i holds the samples counts[i] up to, not including, counts[i + 1]."""
+        """int64 [num_shards + 1]: shard i has the samples range(counts[i], counts[i + 1])."""
         self._maps: dict[int, NDArray[np.void]] = {}
 
     @classmethod
     def open(cls, root: str | Path) -> Dataset:
-        """The dataset in a local folder or at an fsspec URL. Raises UserError when there is no manifest or it is not
-        one of ours."""
+        """The dataset in a local folder or at an fsspec URL. Raises UserError if there is no manifest, or it is not one
+        that `data_tools` wrote."""
         root = str(root).rstrip("/") or "/"
         path = f"{root}/{MANIFEST}"
         if "://" in root:
@@ -106,14 +106,14 @@ class Dataset:
         except FileNotFoundError:
             remedy = (
                 "finish `python -m data_tools shard` (a rerun continues), or `python -m data_tools index` for "
-                "tars of other makers"
+                "tars of other tools"
             )
             raise UserError(f"{path}: no such file; {remedy}") from None
         except NotADirectoryError:
-            raise UserError(f"{root}: a file; name the folder of a dataset, which holds {MANIFEST}") from None
+            raise UserError(f"{root}: a file; name the folder of a dataset, the one with {MANIFEST}") from None
         except ValueError as error:
             raise UserError(
-                f"{path}: not readable as JSON ({error}); make it anew with `python -m data_tools merge`"
+                f"{path}: not readable as JSON ({error}); rewrite it with `python -m data_tools merge`"
             ) from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{path}: not a manifest of {FORMAT}; make one with `python -m data_tools index`")
@@ -133,17 +133,16 @@ class Dataset:
 
     @property
     def max_captions(self) -> int:
-        """The largest number of captions of a sample: above 1, ``captions`` in KEY.json lists them."""
+        """The largest number of captions of any sample; if above 1, ``captions`` in KEY.json lists them."""
         return int(self.manifest.get("max_captions", 1))
 
     @property
     def is_remote(self) -> bool:
-        """True where tars must be fetched through fsspec instead of opened."""
+        """Whether tars must be fetched through fsspec instead of opened."""
         return "://" in self.root
 
     def tar_path(self, shard: int) -> str:
-        """Path or URL of a shard's tar. A filtered view keeps no tars of its own: its paths point into the dataset it
-        was made from."""
+        """Path or URL of a shard's tar. A view has no tars: its paths point into the dataset that it was made from."""
         entry = self.manifest["shards"][shard]
         path = str(entry.get("path", entry["name"]))
         if "://" in path or path.startswith("/"):
@@ -155,8 +154,8 @@ class Dataset:
         return f"{self.root}/{index_name(self.manifest['shards'][shard]['name'])}"
 
     def shard(self, shard: int) -> NDArray[np.void]:
-        """The rows of one shard, dtype ROW, mapped read-only (read into memory where remote). Raises UserError when
-        missing or short."""
+        """The rows of one shard, dtype ROW, memory-mapped read-only (in memory if remote). Raises UserError if the
+        index is missing or incomplete."""
         rows = self._maps.get(shard)
         if rows is None:
             rows = self._maps[shard] = self._load(shard)
@@ -164,7 +163,7 @@ class Dataset:
 
     def _load(self, shard: int) -> NDArray[np.void]:
         path = self.index_path(shard)
-        remedy = f"make it anew with `python -m data_tools index {self.root}`"
+        remedy = f"rebuild it with `python -m data_tools index {self.root}`"
         try:
             rows = load_array(path)
         except FileNotFoundError:
@@ -173,7 +172,7 @@ class Dataset:
             raise UserError(f"{path}: not an index ({error}); {remedy}") from None
         expected = int(self.counts[shard + 1] - self.counts[shard])
         if rows.dtype != ROW or rows.shape != (expected,):
-            raise UserError(f"{path}: {rows.shape} rows where the manifest says {expected}; {remedy}")
+            raise UserError(f"{path}: {rows.shape} rows, but the manifest says {expected}; {remedy}")
         return rows
 
     def locate(self, samples: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -187,12 +186,12 @@ class Dataset:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the side-car columns that `python -m data_tools join` laid beside the tars."""
+        """Names of the side-car columns (see `python -m data_tools join`)."""
         return sorted(self.manifest.get("columns", {}))
 
     def column(self, name: str) -> NDArray[Any] | Strings:
-        """A side-car column, one value a sample in the order of sample numbers: an array [num_samples, ...], mapped, or
-        `Strings`. Raises UserError where there is none or its file cannot be read."""
+        """A side-car column in sample order: a memory-mapped array [num_samples, ...], or `Strings`. Raises UserError
+        if there is none or its file cannot be read."""
         if name not in self.columns:
             raise UserError(f"{self.root}: no side-car column {name!r}; there are: {', '.join(self.columns) or 'none'}")
         entry = self.manifest["columns"][name]
@@ -200,7 +199,7 @@ class Dataset:
         return Strings(values, self._column_file(entry["text"])) if "text" in entry else values
 
     def _column_file(self, file: str) -> NDArray[Any]:
-        path, remedy = f"{self.root}/{file}", "join it again, or `python -m trainer.embed` where that wrote it"
+        path, remedy = f"{self.root}/{file}", "join it again, or run `python -m trainer.embed` again if that wrote it"
         try:
             return load_array(path)
         except FileNotFoundError:
@@ -209,27 +208,27 @@ class Dataset:
             raise UserError(f"{path}: not a column ({error}); {remedy}") from None
 
 
-# NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads are in it (CPython
-# below 3.12).
+# NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads call it (CPython
+# before 3.12).
 _parsing = Lock()
 
 
 def load_array(path: str) -> NDArray[Any]:
-    """A .npy file: mapped where local, read where remote. Raises FileNotFoundError, or ValueError when it is not a
-    whole .npy file."""
+    """The array in a .npy file: memory-mapped if local, read if remote. Raises FileNotFoundError, or ValueError if it
+    is not a complete .npy file."""
     local = "://" not in path
     source: Any = path if local else io.BytesIO(read_bytes(path))
     try:
         with _parsing:
             return np.asanyarray(np.load(source, mmap_mode="r" if local else None, allow_pickle=False))
-    except EOFError:  # NumPy's word for 0 bytes, as a full disk leaves them
+    except EOFError:  # 0 bytes, as a full disk leaves them
         raise ValueError("the file is empty") from None
     except (SyntaxError, TokenError, TypeError, OverflowError) as error:
         raise ValueError(f"a damaged header: {' '.join(str(error).split())}") from None
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole file, local or at an fsspec URL. Raises FileNotFoundError."""
+    """The content of a file, local or at an fsspec URL. Raises FileNotFoundError."""
     if "://" not in path:
         return Path(path).read_bytes()
     with fsspec.open(path, "rb") as file:
@@ -242,9 +241,9 @@ def index_name(tar_name: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name as (key, extension): "a/b.jpg" -> ("a/b", "jpg"). A known last extension ends the key, so that
-    "x.v1.jpg" and "x.v2.jpg" stay two samples; otherwise the key ends at the first dot as in webdataset. Without a dot
-    the extension is empty.
+    """A member's name as (key, extension): "a/b.jpg" -> ("a/b", "jpg"). If the last extension is a known one, the key
+    is all before it, so that "x.v1.jpg" and "x.v2.jpg" are two samples; otherwise the key ends at the first dot, as in
+    webdataset. Without a dot the extension is empty.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, last = base.rpartition(".")
@@ -255,9 +254,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str, dict[str, Member]]]:
-    """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), by the position of their
-    picture. A sample has a picture and a text or json; others are counted in ``problems`` as missing_image or
-    missing_text and left out.
+    """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), ordered by the position of
+    their picture. A sample needs a picture and a text or json; others are added to ``problems`` as missing_image or
+    missing_text.
     """
     open_samples: dict[str, dict[str, Member]] = {}
     closed: list[tuple[str, dict[str, Member]]] = []
@@ -291,8 +290,7 @@ def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str
 
 
 def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[TarProblem]]:
-    """Rows [n] of dtype ROW for any tar, by raw header walk, with pictures hashed; and what is wrong with it. Sizes in
-    pixels stay 0."""
+    """(Rows [n] of dtype ROW, problems) for any tar, from its headers. Pictures are hashed; sizes in pixels stay 0."""
     problems: list[TarProblem] = []
     samples = scan_samples(path, problems)
     rows = np.zeros(len(samples), ROW)
@@ -308,20 +306,19 @@ def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[TarProblem]]:
 
 
 def hash_key(key: str) -> int:
-    """xxh3_64 of a key, as the index holds it."""
+    """xxh3_64 of a key, as in the index."""
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
 
 
 def read_key(descriptor: int, row: np.void) -> str:
-    """The key of one sample, from the headers that stand before its picture in the tar open at ``descriptor``. Where
-    none of them has the key that was indexed, what the nearest one says: that header is damaged, or another than the
-    index means.
+    """The key of one sample, read from the headers before its picture in the tar open at ``descriptor``. If no header
+    has the indexed key (a damaged header, or a tar that the index does not belong to), the key in the nearest one.
     """
     return find_key(descriptor, int(row["image_offset"]), int(row["key_hash"]))
 
 
 def find_key(descriptor: int, image_offset: int, key_hash: int) -> str:
-    """As ``read_key``, by where the picture starts and the hash of its key."""
+    """Like ``read_key``, from the picture's offset and the hash of its key."""
     nearest = ""
     for name in names_before(descriptor, image_offset):
         key = split_name(name)[0]

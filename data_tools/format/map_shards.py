@@ -1,5 +1,4 @@
-"""One function over every shard of a dataset, in several processes: what verify, stats, dedup and filter have in
-common."""
+"""Runs one function over every shard of a dataset in several processes, for verify, stats, dedup and filter."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ R = TypeVar("R")
 
 
 def over_shards(work: Callable[[int], R], num_shards: int, processes: int) -> Iterator[R]:
-    """``work(shard)`` for every shard, in order; errors as of ``run_workers``."""
+    """Yields ``work(shard)`` for every shard, in order. Raises what ``run_workers`` raises."""
     return run_workers(lambda shard, _: work(shard), range(num_shards), processes)
 
 
 class TarReader:
-    """Members of one local tar by their index rows."""
+    """Reads members of one local tar by their index rows."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -37,20 +36,19 @@ class TarReader:
         os.close(self.descriptor)
 
     def read(self, row: np.void, kind: str) -> bytes:
-        """The bytes of a sample's "image", "text" or "json"; b"" where it has none."""
+        """The bytes of a sample's "image", "text" or "json"; b"" if it has none."""
         return os.pread(self.descriptor, int(row[f"{kind}_size"]), int(row[f"{kind}_offset"]))
 
 
 class Place(NamedTuple):
-    """A sample by where it lies."""
+    """The location of a sample."""
 
     shard: int
     row: int
 
 
 def open_local(root: str) -> Dataset:
-    """The dataset in a local folder. Raises UserError for a remote one, whose tars these commands cannot read in
-    place."""
+    """The dataset in a local folder. Raises UserError for a remote one: these commands read tars in place."""
     if "://" in root:
         raise UserError(f"{root}: this command reads local datasets; copy it first")
     return Dataset.open(root)

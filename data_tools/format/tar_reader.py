@@ -1,8 +1,7 @@
-"""Walks the headers of any tar: yields its regular files, notices what is broken and reads on where that is possible.
+"""Walks the headers of any tar: yields its regular files, reports damage and continues behind it where possible.
 
-Python's ``tarfile`` and every streaming reader stop silently at the first bad header or at the first end marker; here a
-bad header, a cut file, a second archive behind the first, links and unsafe names are each a `TarProblem` with an
-offset.
+Python's ``tarfile`` and every streaming reader stop silently at the first bad header or end marker. Here a bad header,
+a cut file, a second archive behind the first, links and unsafe names are each a `TarProblem` with an offset.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ BLOCK = 512
 _ZERO = bytes(BLOCK)
 _WINDOW = 1 << 20
 _MAX_META = 1 << 20
-"""Longest pax or long-name record that is read: a forged size must not cost memory."""
+"""Largest pax or long-name record that is read: a forged size must not cost memory."""
 
 
 class Member(NamedTuple):
-    """A regular file in a tar; ``offset`` and ``size`` are of its data, in bytes."""
+    """A regular file in a tar; ``offset`` and ``size`` of its data are in bytes."""
 
     name: str
     offset: int
@@ -30,8 +29,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarProblem:
-    """Something wrong in a tar at byte ``offset``. ``reason`` is one word, ``name`` the member or sample concerned
-    where known."""
+    """Damage in a tar at byte ``offset``. ``reason`` is a key of REASONS; ``name`` is the affected member or sample, if
+    known."""
 
     offset: int
     reason: str
@@ -39,8 +38,8 @@ class TarProblem:
 
 
 def walk(path: str | Path, problems: list[TarProblem]) -> Iterator[Member]:
-    """The regular files of a tar in order; what is wrong is appended to ``problems``. Raises OSError if the file cannot
-    be read."""
+    """Yields the regular files of a tar in order and appends what is wrong to ``problems``. Raises OSError if the file
+    cannot be read."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _Walk(descriptor, os.fstat(descriptor).st_size, problems).members()
@@ -112,7 +111,7 @@ class _Walk:
         return os.pread(self.descriptor, min(size, _MAX_META), offset).decode("utf-8", "surrogateescape")
 
     def _skip_zeros(self, at: int) -> int:
-        """The next block that is not zero, or the end of the file."""
+        """Offset of the next block that is not zero, or the end of the file."""
         while at < self.length:
             window = os.pread(self.descriptor, _WINDOW, at)
             rest = window.lstrip(b"\0")
@@ -122,7 +121,7 @@ class _Walk:
         return self.length
 
     def _next_header(self, at: int) -> int:
-        """The next block that is surely a header (magic and checksum), or an end marker, or the end of the file."""
+        """Offset of the next header (its magic and checksum are right) or end marker, or the end of the file."""
         while at < self.length:
             window = os.pread(self.descriptor, _WINDOW, at)
             found = window.find(b"ustar")
@@ -136,21 +135,18 @@ class _Walk:
 
 
 def names_before(descriptor: int, offset: int) -> Iterator[str]:
-    """What the member whose data stand at ``offset`` may be called: by its header, then by each long-name or pax record
-    in front of it.
+    """Possible names of the member whose data start at ``offset``: from its header, then from each long-name or pax
+    record before it.
 
-    Stepping back is cheap but may be led astray by data that look like a header: the caller knows the name when it sees
-    it.
+    Reading backwards is cheap, but data that look like a header can mislead it: the caller must recognise the name.
     """
     yield _parse_name(os.pread(descriptor, BLOCK, offset - BLOCK))
-    for reach in (16 * BLOCK, 2 * _MAX_META):  # records are short as a rule
+    for reach in (16 * BLOCK, 2 * _MAX_META):  # most records are short
         yield from _names_in(os.pread(descriptor, min(reach, offset - BLOCK), max(0, offset - BLOCK - reach)))
 
 
 def _names_in(before: bytes) -> Iterator[str]:
-    ends = {
-        len(before)
-    }  # where a record must end to belong to the member: at its header, or at the next of its records
+    ends = {len(before)}  # a record belongs to the member if it ends at its header, or at the next of its records
     for at in range(len(before) - BLOCK, -1, -BLOCK):
         header = before[at : at + BLOCK]
         kind = header[156:157]

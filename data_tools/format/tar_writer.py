@@ -1,7 +1,7 @@
-"""Writes ustar archives fast: headers of our own, data gathered into large ``writev`` calls, hashed on the way.
+"""Writes ustar archives fast: minimal headers, data gathered into large ``writev`` calls and hashed on the way.
 
-Python's ``tarfile`` spends most of its time building headers. Names are short, sizes are known and nothing else varies
-(no time, owner or mode), so that the same samples give the same bytes on every machine.
+Python's ``tarfile`` spends most of its time building headers. Here names are short, sizes are known and nothing else
+varies (no time, owner or mode), so the same samples give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TarWriter:
         return offset
 
     def _flush(self) -> None:
-        # Small members are joined first: one copy costs less than hashing and writing them piece by piece.
+        # Joining small members first costs one copy, less than hashing and writing them one by one.
         buffers = [b"".join(self._pending)] if self._pending_bytes < len(self._pending) * 65536 else self._pending
         for buffer in buffers:
             self._hash.update(buffer)
@@ -84,5 +84,5 @@ class TarWriter:
         self.digest = self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Closes the file without ending the archive: its samples are not wanted."""
+        """Closes the file without completing the archive."""
         os.close(self._descriptor)

@@ -1,7 +1,7 @@
-"""A view: a folder with a manifest and indexes whose rows point into the tars of another dataset. No picture is copied.
+"""Views: folders with a manifest and indexes whose rows point into the tars of another dataset. No picture is copied.
 
-The loader reads a view like any dataset. `filter` and `dedup` make them; the dataset they came from must stay where it
-is.
+The loader reads a view like any dataset. `filter` and `dedup` write views; the dataset that a view points to must stay
+where it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from data_tools.sources.base import hash_text
 
 
 def open_view(root: str, dataset: Dataset) -> Output:
-    """A new, empty place for a view. Raises UserError when something is there."""
+    """Creates an empty folder for a view. Raises UserError if it is not empty."""
     output = Output(root)
     if output.is_remote:
-        raise UserError(f"{root}: a view lies in a local folder, beside its dataset")
+        raise UserError(f"{root}: a view is written to a local folder; name one")
     if Path(root).exists() and any(Path(root).iterdir()):
         raise UserError(f"{root}: not empty; choose another folder, or remove this one")
     assert not dataset.is_remote
@@ -35,7 +35,7 @@ def write_view(output: Output, dataset: Dataset, keep: NDArray[np.bool_], made_b
     """Writes the samples of ``dataset`` where ``keep`` [num_samples] is True, side-car columns too, and returns the
     manifest."""
     if not keep.any():
-        raise UserError(f"{dataset.root}: no sample is left; nothing was written")
+        raise UserError(f"{dataset.root}: no sample meets the conditions; nothing was written")
     output.start()
     shards = []
     for number, entry in enumerate(dataset.manifest["shards"]):
@@ -56,7 +56,7 @@ def write_view(output: Output, dataset: Dataset, keep: NDArray[np.bool_], made_b
         "view": {"of": os.path.relpath(dataset.root, output.root), **made_by},
     }
     if dataset.columns:
-        # An entry may say more than what the values are: who made them stays true of a part of them.
+        # An entry also says what made the values, which holds for a subset too.
         manifest["columns"] = {
             name: {
                 **dataset.manifest["columns"][name],

@@ -1,4 +1,4 @@
-"""Tables of commands: the help that lists them, and the nearest name for one that does not exist."""
+"""Tables of commands: the help that lists them, and a suggestion for a mistyped name."""
 
 from __future__ import annotations
 

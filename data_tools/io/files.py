@@ -1,10 +1,10 @@
-"""Atomic writes: a file gets its final name when all of it is on the disk, whatever dies in between.
+"""Atomic writes: a file gets its final name only when all of it is on the disk, even if the process is killed.
 
     write_atomic(run / "recipe.yaml", text)
-    with atomic_file(path) as file:                       # or piece by piece
+    with atomic_file(path) as file:                       # in pieces
         np.save(file, rows)
 
-The temporary file lies beside the final one as ``.NAME.*.tmp``; only a killed process leaves it behind.
+The temporary file is ``.NAME.*.tmp`` beside the final one; only a killed process leaves it behind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which becomes ``path`` at the end of the block; an exception leaves ``path`` as it
-    was. Any number of processes may write the same path at once: the last one wins."""
+    """Opens a binary file that becomes ``path`` at the end of the block; after an exception ``path`` is unchanged.
+    Several processes may write the same path at once: the last one wins."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with synced_file(temporary) as file:
         yield file
@@ -35,7 +35,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, on the disk at the end of the block and removed by an exception."""
+    """Opens a binary file that is synced to disk at the end of the block, and removed after an exception."""
     try:
         with open(path, "wb") as file:
             yield file
@@ -53,7 +53,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes new names in a folder last through a power cut."""
+    """Syncs a folder, so that new names in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

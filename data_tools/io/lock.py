@@ -23,9 +23,8 @@ POLL = 0.1
 class FileLock:
     """An exclusive lock on the file ``path``, which is created. Released by ``close`` and by the end of the process.
 
-    With ``inherited``, forked children hold it too and it lasts until the last of them ends, and threads exclude each
-    other (flock); else it belongs to this process alone (POSIX record lock). Raises OSError where the file cannot be
-    opened.
+    With ``inherited`` (flock), forked children share the lock until the last of them ends, and threads exclude each
+    other; otherwise (POSIX record lock) it belongs to this process only. Raises OSError if the file cannot be opened.
     """
 
     def __init__(self, path: str | Path, inherited: bool = True) -> None:
@@ -35,8 +34,8 @@ class FileLock:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def acquire(self, timeout: float = math.inf, on_wait: Callable[[], None] | None = None) -> bool:
-        """Tries for ``timeout`` seconds; ``on_wait`` is called once where the lock is held by another process. Returns
-        whether this process may go on: it has the lock, or the file system has no locks (``supported`` is False)."""
+        """Tries for ``timeout`` seconds; calls ``on_wait`` once if another process holds the lock. Returns whether this
+        process may go on: it has the lock, or the file system has no locks (``supported`` is False)."""
         deadline = time.monotonic() + timeout
         if self._try():
             return True

@@ -1,5 +1,5 @@
-"""Where shards go: a local folder, by rename, or any fsspec URL, by upload of finished files. A final name is always a
-whole file."""
+"""Where shards are written: a local folder (finished by rename) or any fsspec URL (finished files are uploaded). A file
+under its final name is always complete."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from data_tools.io.lock import FileLock
 from data_tools.io.remote import require_backend
 
 PATIENCE = 10.0
-"""Seconds to wait for the children of a killed run to end."""
+"""Seconds to wait for the child processes of a killed run to end."""
 PARTS = ".parts"
-"""Folder of what is not finished: shards being written, and a record of each finished one until the manifest holds them
+"""Folder of unfinished work: shards being written, and a record of each finished one until the manifest has them
 all."""
 
 
@@ -46,54 +46,51 @@ class Output:
 
     @property
     def _fs(self) -> Any:
-        # Asked for anew each time: fsspec keeps one for each process, and those of a parent do not work in its
-        # children.
+        # Not kept: fsspec caches one per process, and a parent's does not work in its children.
         return fsspec.core.url_to_fs(self.root)[0]
 
     def _reach(self) -> None:
-        """A first look at the remote place, before anything is made for it."""
+        """Fails early if the remote folder cannot be reached."""
         try:
             self._fs.info(self._base)
         except FileNotFoundError:
             return
-        except Exception as error:  # each backend has its own: botocore's, gcsfs' HttpError are no OSErrors
+        except Exception as error:  # each backend raises its own: botocore's and gcsfs' are not OSErrors
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"{self.root}: cannot be reached ({said}); look at the address, the credentials and the network"
+                f"{self.root}: cannot be reached ({said}); check the address, the credentials and the network"
             ) from error
 
     def start(self) -> None:
-        """Makes the folders."""
+        """Creates the folders."""
         make_folder(self.scratch)
 
     @contextmanager
     def locked(self, task: str) -> Iterator[None]:
-        """Keeps a second run of the same task away for as long as this process or a child of it lives.
+        """Excludes a second run of the same task while this process or a child of it is alive.
 
-        A killed run's children notice within a sample or two; they are waited for, so that nobody writes the same file
-        twice.
+        Waits for the children of a killed run, which end within a sample or two, so that no file has two writers.
         """
         if self.is_remote:
             yield
             return
         with FileLock(self.scratch / f"lock-{task}") as lock:
             if not lock.acquire(PATIENCE):
-                raise UserError(f"{self.root}: another run is writing here; wait for it or end it")
+                raise UserError(f"{self.root}: another run is writing here; wait for it or stop it")
             if not lock.supported:
                 print(f"{self.root}: this file system has no locks; do not start the same task twice", file=sys.stderr)
             yield
 
     def take_back(self) -> bool:
-        """Removes the shards that a local run has begun here, if it wrote no sample and is not at it any more; says
-        whether that was so.
+        """Removes the shards that a local run began here, if it wrote no sample and has ended; returns whether it did.
 
-        Never of a remote place, which has no locks that would tell.
+        Does nothing for a remote folder: without locks nobody can tell whether the run has ended.
         """
         if self.is_remote:
             return False
         empty = [
             path for path in Path(self.root).glob("*.tar") if path.stat().st_size == 2 * BLOCK
-        ]  # its end marker alone
+        ]  # a tar with only its end marker
         records = [self.scratch / f"{path.name}.json" for path in empty]
         if set(Path(self.root).glob("*.tar")) - set(empty) or set(self.scratch.glob("*.json")) - set(records):
             return False
@@ -106,7 +103,7 @@ class Output:
         return True
 
     def size(self, name: str) -> int | None:
-        """Bytes of a finished file, None where there is none."""
+        """Bytes of a finished file; None if there is none."""
         try:
             return (
                 int(self._fs.info(f"{self._base}/{name}")["size"])
@@ -124,7 +121,7 @@ class Output:
         return data.decode()
 
     def read_json(self, name: str) -> Any | None:
-        """A finished JSON file, None where there is none. Raises UserError when it is damaged."""
+        """The content of a finished JSON file; None if there is none. Raises UserError if it is damaged."""
         try:
             text = self.read_text(name)
         except FileNotFoundError:
@@ -135,7 +132,7 @@ class Output:
             raise UserError(f"{self.root}/{name}: not readable as JSON ({error}); remove it and run again") from None
 
     def publish(self, name: str, local: Path) -> None:
-        """Gives a finished and synced file its name, at once and as a whole."""
+        """Moves a finished and synced file to its final name, atomically."""
         if self.is_remote:
             self._fs.makedirs(os.path.dirname(f"{self._base}/{name}"), exist_ok=True)
             self._fs.put_file(str(local), f"{self._base}/{name}")
@@ -144,7 +141,7 @@ class Output:
         publish(local, Path(self.root, name))
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file, complete under its name or not there."""
+        """Writes a small file atomically."""
         local = self.scratch / f"{name.replace('/', '-')}.{uuid.uuid4().hex}.tmp"
         with synced_file(local) as file:
             file.write(data)
@@ -164,19 +161,19 @@ class Output:
             return
 
     def finish(self) -> None:
-        """Removes everything that was needed only while shards were being written."""
+        """Removes what is only needed while shards are being written."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self.is_remote and self._fs.exists(f"{self._base}/{PARTS}"):
             self._fs.rm(f"{self._base}/{PARTS}", recursive=True)
 
 
 def json_text(value: Any) -> str:
-    """A JSON file's content: the same value gives the same text."""
+    """The content of a JSON file; equal values give equal text."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def refuse_file(path: str | Path) -> None:
-    """Raises UserError where a file stands in the place of a folder, or of one above it."""
+    """Raises UserError if ``path``, or a folder above it, is a file."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(
@@ -185,7 +182,7 @@ def refuse_file(path: str | Path) -> None:
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder, made where it is not there."""
+    """Creates the folder if it is missing and returns it."""
     refuse_file(path)
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)

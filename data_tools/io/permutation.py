@@ -1,12 +1,12 @@
-"""Keyed permutations of ``range(size)``: any part is computed on demand, nothing is stored and nothing is sorted.
+"""Keyed permutations of ``range(size)``: any part is computed on demand, without storing or sorting anything.
 
     shuffle = Permutation(size=1_000_000_000, key=7)
     shuffle(np.arange(4096))                              # the first 4096 of the permuted order
 
-A Feistel network over the next power of two, walked until it falls inside the range (Black and Rogaway, "Ciphers with
-Arbitrary Finite Domains", CT-RSA 2002). Integer arithmetic alone, so no library release changes an order. The order of
-samples in training and in shards depends on these numbers: changing them changes runs that resume, and shards'
-bytes (then raise ``LAYOUT`` of data_tools/sharding/plan.py).
+A Feistel network over the next power of two, applied until the result is inside the range (cycle walking: Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). It uses integer arithmetic only, so no library release
+changes an order. The order of samples in training and in shards depends on it: a change breaks runs that resume, and
+changes the bytes of shards (then raise ``LAYOUT`` in data_tools/sharding/plan.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-ROUNDS = 6  # even, so that halves of unequal width end where they began
+ROUNDS = 6  # even, so that halves of unequal width are back in their places at the end
 
 
 def scramble(words: Words) -> Words:

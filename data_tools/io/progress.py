@@ -1,4 +1,4 @@
-"""Progress of long work: one line that is redrawn in place on a terminal, and a plain line every few seconds elsewhere.
+"""Progress of long work: one line, redrawn in place on a terminal and printed every few seconds elsewhere.
 
 with Progress(total=num_samples, unit="samples") as progress:
     for batch in batches:
@@ -20,8 +20,8 @@ REDRAW_SECONDS = 0.2
 
 
 class StatusLine:
-    """Shows the newest state of something on ``stream`` (stderr): every 0.2 s in place on a terminal, every ``seconds``
-    as a line elsewhere."""
+    """Shows the latest state on ``stream`` (stderr): redrawn every 0.2 s on a terminal, printed as a line every
+    ``seconds`` elsewhere."""
 
     def __init__(self, seconds: float, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -31,8 +31,8 @@ class StatusLine:
         self._open = False
 
     def show(self, render: Callable[[int | None], str], last: bool = False) -> None:
-        """Shows ``render(width)`` when it is time, or when it is the ``last``. ``width`` is the columns there are, None
-        where there is no terminal."""
+        """Shows ``render(width)`` if it is due, or if it is the ``last``. ``width`` is the terminal's number of
+        columns, None without a terminal."""
         now = time.monotonic()
         if now < self._next and not last:
             return
@@ -46,7 +46,7 @@ class StatusLine:
         self._stream.flush()
 
     def close(self) -> None:
-        """Ends the line, which stays on the terminal."""
+        """Ends the line and leaves it on the terminal."""
         if self._open:
             self._stream.write("\n")
             self._stream.flush()
@@ -54,19 +54,19 @@ class StatusLine:
 
 
 class Progress:
-    """Counts to ``total`` and shows the rate of the last half minute or so and the time left; ``done`` units were done
-    before. ``rate_unit`` is what the rate counts, ``unit`` unless given."""
+    """Counts to ``total`` and shows the rate over the last half minute or so and the time left. ``done`` units were
+    finished by an earlier run; ``rate_unit`` is the unit of the rate if it is not ``unit``."""
 
     def __init__(self, total: int, done: int = 0, unit: str = "rows", rate_unit: str = "", quiet: bool = False) -> None:
         self.total, self.done, self.seen = total, done, 0
-        """``seen`` counts the units of this run."""
+        """``seen``: units finished by this run."""
         self.unit, self.rate_unit = unit, rate_unit or unit
         self.started = time.monotonic()
         self._status = None if quiet else StatusLine(seconds=5.0)
         self._recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=120)
 
     def add(self, units: int) -> None:
-        """``units`` more are done."""
+        """Counts ``units`` more."""
         self.seen += units
         now = time.monotonic()
         self._recent.append((now, self.seen))
@@ -74,7 +74,7 @@ class Progress:
             self._status.show(lambda _: self.line(now))
 
     def line(self, now: float) -> str:
-        """The state as text."""
+        """The progress line."""
         start, seen = self._recent[0]
         rate = (self.seen - seen) / max(now - start, 1e-3)
         left = f"ETA {duration(max(self.total - self.done - self.seen, 0) / rate)}" if rate > 0 else "ETA ?"
@@ -85,11 +85,11 @@ class Progress:
         return [position, f"{rate:,.0f} {self.rate_unit}/s", *self.details()]
 
     def details(self) -> list[str]:
-        """What else there is to say, between the rate and the time left."""
+        """Further fields of the line, between the rate and the time left."""
         return []
 
     def close(self) -> None:
-        """The last line: the rate and the duration of this run as a whole."""
+        """Shows the last line: rate and duration of the whole run."""
         if self._status is not None:
             seconds = max(time.monotonic() - self.started, 1e-3)
             text = " | ".join([*self._facts(self.seen / seconds), duration(seconds)])

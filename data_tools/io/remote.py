@@ -1,4 +1,4 @@
-"""URLs: what fsspec lacks to open one, in one line."""
+"""Checks that fsspec can open a URL, with a one-line remedy where it cannot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from data_tools.io.errors import UserError
 
 
 def require_backend(url: str) -> None:
-    """Raises UserError where no installed package opens URLs of this protocol, or none is known."""
+    """Raises UserError if no installed package opens URLs of this protocol, or the protocol is unknown."""
     for part in url.split("::"):  # of a chain such as simplecache::s3://bucket/key
         protocol = part.split("://")[0]
         try:
             fsspec.get_filesystem_class(protocol)
         except ValueError:
             raise UserError(
-                f"{url}: unknown protocol {protocol}://; known are s3://, gs://, hf://, https:// and others of fsspec"
+                f"{url}: unknown protocol {protocol}://; fsspec knows s3://, gs://, hf://, https:// and others"
             ) from None
         except ImportError as error:
             package = (
@@ -25,4 +25,4 @@ def require_backend(url: str) -> None:
                 else "fsspec"
             )
             remedy = f": pip install {package}" if package != "fsspec" else ""
-            raise UserError(f"{url}: a package for {protocol}:// is not installed ({error}){remedy}") from None
+            raise UserError(f"{url}: the package for {protocol}:// is not installed ({error}){remedy}") from None

@@ -1,10 +1,10 @@
-"""One function over many items in forked processes: what ``shard``, ``verify``, ``stats``, ``dedup``, ``filter`` and
-``glyphs`` have in common.
+"""Runs one function over many items in forked processes, for ``shard``, ``verify``, ``stats``, ``dedup``, ``filter``
+and ``glyphs``.
 
     for result in run_workers(lambda item, send: work(item), items, processes=8): ...
 
-Training has a pool of its own (trainer/data/workers.py): its tasks never end, are given out a bounded number ahead, and
-a worker that hangs must be named. Both use ``ignore_signals`` and ``how_it_ended``.
+Training has its own pool (trainer/data/workers.py): its tasks never end, are handed out a bounded number ahead, and a
+worker that hangs must be named. Both use ``ignore_signals`` and ``how_it_ended``.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ Send = Callable[[Any], None]
 def run_workers(
     work: Callable[[T, Send], R], items: Sequence[T], processes: int, on_message: Send = lambda _: None
 ) -> Iterator[R]:
-    """``work(item, send)`` for every item; yields the results in the order of ``items``, which workers may run ahead
-    of.
+    """Calls ``work(item, send)`` for every item and yields the results in the order of ``items``.
 
-    What ``work`` sends reaches ``on_message`` in this process at once; it may raise to end the run. Results and
-    messages are pickled. With one process everything runs here. Raises UserError where ``work`` does, where it has an
-    OSError (a full disk, a lost mount), and where a worker is killed; RuntimeError with the worker's traceback for
-    other errors.
+    What ``work`` sends is passed to ``on_message`` in this process at once; ``on_message`` may raise to end the run.
+    Results and messages are pickled. With one process everything runs here. Raises UserError if ``work`` raises it, if
+    ``work`` raises OSError (a full disk, a lost mount), or if a worker is killed; RuntimeError with the worker's
+    traceback for other errors.
     """
     processes = min(processes, len(items))
     if processes <= 1:
         for item in items:
             yield work(item, on_message)
         return
-    # fork: what ``work`` refers to is shared, not copied
+    # fork: objects that ``work`` refers to are shared, not copied
     context = multiprocessing.get_context("fork")
     turn = context.Value("q", 0)
     workers: dict[Connection, multiprocessing.context.ForkProcess] = {}
@@ -89,11 +88,11 @@ def _results(working: dict[Connection, multiprocessing.context.ForkProcess], on_
 
 
 def _serve(work: Callable[[Any, Send], Any], items: Sequence[Any], turn: Any, pipe: Connection, parent: int) -> None:
-    """The life of a worker process: takes the next item until there is none; never returns."""
+    """The main loop of a worker process: takes the next item until there is none. Never returns."""
     ignore_signals()
 
     def send(kind: str, value: Any) -> None:
-        if os.getppid() != parent:  # the run was killed: nobody may go on writing
+        if os.getppid() != parent:  # the run was killed: stop writing
             os._exit(1)
         pipe.send((kind, value))
 
@@ -114,12 +113,12 @@ def _serve(work: Callable[[Any, Send], Any], items: Sequence[Any], turn: Any, pi
         send("failure", traceback.format_exc())
     finally:
         pipe.close()
-        os._exit(0)  # no atexit handlers of the parent
+        os._exit(0)  # without the parent's atexit handlers
 
 
 def ignore_signals() -> None:
-    """In a worker: queues, Ctrl-C and closing terminals signal whole process trees; the parent decides when a worker
-    ends, and ends it with SIGKILL."""
+    """Has a worker ignore signals: schedulers, Ctrl-C and closing terminals signal whole process trees, but the parent
+    decides when a worker ends (with SIGKILL)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,5 +1,4 @@
-"""Captions as models can use them: UTF-8, one line, no control characters, of bounded length. Scripts, direction marks
-and emoji stay."""
+"""Cleans captions: UTF-8, one line, no control characters, bounded length. Scripts, direction marks and emoji stay."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ _UNWANTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufff9-\ufffb\ufff
 
 
 def clean(text: str, max_length: int) -> tuple[str, bool]:
-    """(The cleaned caption of at most ``max_length`` characters, whether it was cut). Cut between words where there is
-    a space."""
-    # No caption needs more than this many raw characters, and cleaning a megabyte of them costs time.
+    """(The cleaned caption of at most ``max_length`` characters, whether it was cut). Cuts between words if there is a
+    space."""
+    # Enough raw characters for any caption: cleaning a megabyte would cost time.
     text = " ".join(_UNWANTED.sub(" ", text[: 8 * max_length]).split())
     if len(text) <= max_length:
         return text, False
@@ -25,8 +24,8 @@ def clean(text: str, max_length: int) -> tuple[str, bool]:
 
 
 def clean_all(values: list[Any], max_length: int) -> tuple[list[str], bool]:
-    """(The captions of one picture, cleaned, without empty and repeated ones, whether any was cut). Raises Reject when
-    none is left: ``caption_missing`` when all were null, else ``caption_empty``."""
+    """(The cleaned captions of one picture without empty and repeated ones, whether any was cut). Raises Reject if none
+    is left: ``caption_missing`` if all were null, else ``caption_empty``."""
     given = [value for value in values if value is not None]
     if not given:
         raise Reject("caption_missing")

@@ -1,7 +1,7 @@
-"""A rough guess at a caption's language: its script, and for Latin letters its commonest small words.
+"""Guesses a caption's language: from its script, and for Latin letters from its most common function words.
 
-Made for an overview of a dataset, where thousands of captions average out; short captions without small words are
-"latin, unclear".
+Meant for an overview of a dataset, where errors average out over thousands of captions; short captions without function
+words are "latin, unclear".
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Why a sample is left out: one word, the same in ``rejects.jsonl``, in the manifest and on the progress line."""
+"""Reasons for leaving a sample out: one word each, in ``rejects.jsonl``, the manifest and the progress line."""
 
 from __future__ import annotations
 
 REASONS = {
     "row_malformed": "not a row of the table (a carriage return outside of quotes; JSON that is not an object)",
-    "not_utf8": "a row, caption or .json that is not UTF-8 (for a table say --encoding cp1252 or another)",
-    "not_json": "a row or .json that is broken JSON, or nested too deep",
+    "not_utf8": "a row, caption or .json that is not UTF-8 (for a table try --encoding cp1252 or another)",
+    "not_json": "a row or .json that is invalid JSON, or nested too deep",
     "wrong_fields": "more or fewer fields in the row than columns in the header (an unquoted delimiter perhaps)",
     "image_missing": "no picture is named, or a caption has no picture beside it",
     "image_type": "the picture's column holds neither bytes nor the name of a file",
@@ -17,7 +17,7 @@ REASONS = {
     "empty_file": "the picture has 0 bytes",
     "html": "the file holds a web page, not a picture",
     "svg": "the file holds vector graphics",
-    "unknown_format": "the file is no picture that is known here",
+    "unknown_format": "the file is not a picture in a known format",
     "truncated": "the picture ends too early",
     "corrupt": "the picture is damaged: a checksum or its compressed data is wrong",
     "pixel_format": "pixels that have no defined brightness: float or 32-bit integers",
@@ -25,17 +25,17 @@ REASONS = {
     "too_small": "a side is below --min-side",
     "too_elongated": "the longer side is more than --max-aspect times the shorter one",
     "caption_missing": "no caption, or null",
-    "caption_type": "the caption's column holds no text",
-    "caption_empty": "nothing is left of the caption once it is cleaned",
+    "caption_type": "the caption's column does not hold text",
+    "caption_empty": "the caption is empty after cleaning",
     "missing_text": "a picture in a tar without its text",
     "missing_image": "a text in a tar without its picture",
     "duplicate_key": "a second member of the same name in a tar (both are kept where both are whole)",
-    "bad_header": "a damaged header in a tar; reading goes on at the next whole one",
+    "bad_header": "a damaged header in a tar; reading continues at the next intact one",
     "cut_in_member": "the tar ends inside a member",
-    "no_end_marker": "the tar ends without its end marker: it was cut",
+    "no_end_marker": "the tar has no end marker: it was cut off",
     "concatenated": "a second archive follows in the same tar; it is read too",
     "link": "a link in a tar: never followed",
-    "special_file": "a device or pipe in a tar: never made",
+    "special_file": "a device or pipe in a tar: never created",
     "unsafe_name": "a name in a tar that points outside (absolute, or with ..)",
     "too_large": "a member of 4 GiB or more in a tar, or a caption or .json of more than 16 MiB in an archive",
     "encrypted": "the member of a zip is encrypted: unpack it with its password",
@@ -43,12 +43,12 @@ REASONS = {
     "zip_damaged": "the member of a zip is damaged: its header, length or checksum is wrong",
     "zip_bomb": "the member of a zip unpacks to more than its directory says",
 }
-"""Every reason that can stand in ``rejects.jsonl``."""
+"""Every reason in ``rejects.jsonl``, with its explanation."""
 
 
 class Reject(Exception):
-    """One sample cannot be used. Not an error of the run: the writer records the reason and goes on. ``path`` was
-    looked for, or says what was found, if anything."""
+    """A sample that cannot be used. Not an error of the run: the writer records the reason and continues. ``path`` is
+    the path that was not found, or describes what was found instead."""
 
     def __init__(self, reason: str, path: str | None = None) -> None:
         assert reason in REASONS, reason
@@ -57,10 +57,10 @@ class Reject(Exception):
 
 
 def fault_of(error: ValueError) -> str:
-    """The reason for text that could not be decoded or is no JSON."""
+    """The reason for text that could not be decoded or is not JSON."""
     return "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
 
 
 def explain(reason: str, path: str | None) -> str:
-    """The reason in words, in one line, with the path that was looked for."""
+    """The explanation of a reason in one line, with the path."""
     return f"{REASONS[reason]}: {' '.join(path.split())[:200]}" if path else REASONS[reason]

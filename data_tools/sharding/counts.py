@@ -1,4 +1,4 @@
-"""Counting what happens to rows, and passing it on a few times a second."""
+"""Counts what happens to rows and reports it a few times a second."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class Tally:
 
     images: int = 0
     bytes: int = 0
-    """Read, before any change."""
+    """Bytes of pictures as read."""
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
-    """What was left out, as in rejects.jsonl, each with the "path" that was looked for, if any."""
+    """Rows that were left out, as in rejects.jsonl, each with the "path" that was not found, if any."""
 
 
 class Reporter:
-    """Gathers a worker's counts."""
+    """Accumulates a worker's counts."""
 
     def __init__(self, send: Callable[[Tally], None]) -> None:
         self._send = send
         self._tally, self._rows, self._sent = Tally(), 0, time.monotonic()
 
     def image(self, num_bytes: int) -> None:
-        """A sample was written."""
+        """Counts a written sample."""
         self._tally.images += 1
         self._tally.bytes += num_bytes
         self._tick()
 
     def reject(self, line: dict[str, str], path: str | None) -> None:
-        """A row was left out: what rejects.jsonl says of it, and the path that was looked for."""
+        """Counts a row that was left out: its line of rejects.jsonl, and the path that was not found."""
         self._tally.rejected[line["reason"]] += 1
         self._tally.examples.append({**line, "path": path} if path else line)
         self._tick()
@@ -48,6 +48,6 @@ class Reporter:
             self.flush()
 
     def flush(self) -> None:
-        """Sends what has gathered."""
+        """Sends the counts since the last report."""
         self._send(self._tally)
         self._tally, self._rows, self._sent = Tally(), 0, time.monotonic()

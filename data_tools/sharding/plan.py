@@ -1,9 +1,7 @@
-"""What a run will write, decided before anything is written: the order of rows, the shard each row goes to, and a hash
-of all of it.
+"""The plan of a run, made before anything is written: the order of rows, the shard of each row, and a hash of it all.
 
-Two runs with one plan hash write the same bytes, whatever the number of processes or tasks. Which rows go to which
-shard depends on the input alone, so that shards are independent: a rejected row makes its shard shorter and moves no
-other row.
+Runs with the same plan hash write the same bytes, with any number of processes or tasks. The shard of a row depends on
+the input only, so shards are independent: a rejected row makes its own shard shorter and moves no other row.
 """
 
 from __future__ import annotations
@@ -20,26 +18,26 @@ from data_tools.sources import Source, SourceOptions
 from data_tools.sources.base import hash_text
 
 LAYOUT = 3
-"""Raised whenever the same input and options would give other bytes than before."""
+"""Increase it whenever the same input and options would give other bytes than before."""
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Everything that decides bytes; all of it is in the plan hash."""
+    """Every option that decides the bytes written; all are part of the plan hash."""
 
     source: SourceOptions = field(default_factory=SourceOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
     shard_size: int = 5000
-    """Input rows a shard."""
+    """Input rows per shard."""
     seed: int = 0
     shuffle: bool = True
     """False keeps the order of the input."""
     max_caption: int = 4096
-    """Characters of a caption that are kept."""
+    """Captions are cut after this many characters."""
 
 
 class ShardPlan:
-    """A source, the options, and what follows from them."""
+    """A source, the options, and the order of rows that follows from them."""
 
     def __init__(self, source: Source, options: ShardOptions, image_root: str, name: str) -> None:
         self.source, self.options, self.image_root, self.name = source, options, image_root, name
@@ -56,12 +54,11 @@ class ShardPlan:
         return f"{shard:05d}.tar"
 
     def key(self, row: int) -> str:
-        """The key of an input row: its number, so that it is short, unique and without dots whatever the file was
-        called."""
+        """The key of an input row: its number, which is short, unique and without dots, unlike file names."""
         return f"{row:0{self._key_digits}d}"
 
     def rows_of(self, shard: int) -> NDArray[np.int64]:
-        """The numbers of the input rows that shard holds, in their order."""
+        """The numbers of the input rows in a shard, in shard order."""
         start = shard * self.options.shard_size
         positions = np.arange(start, min(start + self.options.shard_size, self.num_rows))
         if not self.options.shuffle:
@@ -77,7 +74,7 @@ class ShardPlan:
         return np.concatenate(parts)
 
     def describe(self) -> dict[str, Any]:
-        """What ``plan.json`` holds: enough to refuse other options and to say which."""
+        """The content of ``plan.json``: enough to detect other options and to name them."""
         return {
             "plan": self.hash,
             "shards": self.num_shards,
@@ -89,8 +86,8 @@ class ShardPlan:
 
 
 def _windows(blocks: list[int], options: ShardOptions) -> list[list[tuple[int, int]]]:
-    """The blocks in permuted order, gathered into windows of at least a shard's rows, as (first row, rows): a block
-    that must be read as a whole is then read for few shards, and every shard mixes several blocks."""
+    """The blocks in permuted order, grouped into windows of at least one shard's rows, as (first row, rows). A block
+    that must be read as a whole is then read for few shards only, and every shard mixes several blocks."""
     starts = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
     windows: list[list[tuple[int, int]]] = [[]]
     held = 0
@@ -104,7 +101,7 @@ def _windows(blocks: list[int], options: ShardOptions) -> list[list[tuple[int, i
 
 
 def _spread(blocks: list[tuple[int, int]], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places inside a window -> numbers of rows in the input."""
+    """Positions in a window -> row numbers of the input."""
     edges = np.concatenate([[0], np.cumsum([size for _, size in blocks])])
     which = np.searchsorted(edges, places, side="right") - 1
     return np.array([first for first, _ in blocks], np.int64)[which] + places - edges[which]

@@ -1,4 +1,4 @@
-"""Progress of ``shard``: rows of all workers, bytes read and what is left out."""
+"""Progress of ``shard``: rows of all workers, bytes read, and rows left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ShardProgress(Progress):
         self.bytes = 0
         self.rejected: Counter[str] = Counter()
         self.examples: list[dict[str, str]] = []
-        """The first ones that were left out."""
+        """The first rows that were left out."""
 
     def add_tally(self, tally: Tally) -> None:
         """Adds a worker's report."""
@@ -30,7 +30,7 @@ class ShardProgress(Progress):
         self.add(tally.images + tally.rejected.total())
 
     def details(self) -> list[str]:
-        """Bytes read a second since the run began, and the commonest reasons for rejects."""
+        """Bytes read per second since the run began, and the most common reasons for rejects."""
         parts = [f"{human_bytes(self.bytes / max(time.monotonic() - self.started, 1e-3))}/s"]
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common(4))

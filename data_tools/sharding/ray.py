@@ -1,5 +1,5 @@
-"""Shards through a Ray cluster: the same tasks as `shard --task i/n`, scheduled by Ray, then merged. Ray is optional:
-pip install ray."""
+"""Shards on a Ray cluster: the tasks of `shard --task i/n`, scheduled by Ray, then merged. Ray is optional: pip install
+ray."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ _PATHS = ("pairs", "out", "images")
 
 
 def shard_on_ray(arguments: argparse.Namespace) -> None:
-    """Runs ``arguments.ray`` tasks of one process each and waits for all. PAIRS and OUT must be where every node sees
-    them.
+    """Runs ``arguments.ray`` tasks of one process each and waits for all. Every node must see PAIRS and OUT.
 
-    Connects to the cluster that RAY_ADDRESS names, or to the one this machine belongs to, or starts one on this
-    machine.
+    Connects to the cluster in RAY_ADDRESS, else to the one that this machine belongs to, else starts one here.
     """
     try:
         import ray
@@ -32,7 +30,7 @@ def shard_on_ray(arguments: argparse.Namespace) -> None:
     if not ray.is_initialized():
         ray.init(runtime_env={"py_modules": [str(Path(__file__).parents[1])]}, log_to_driver=False)
     count = arguments.ray
-    # Tasks start in a folder of their own.
+    # Ray starts tasks in another working directory.
     places = {
         name: os.path.abspath(path)
         for name, path in vars(arguments).items()
@@ -52,7 +50,7 @@ def shard_on_ray(arguments: argparse.Namespace) -> None:
 
 
 def _task(run: Any, settings: dict[str, Any]) -> str | None:
-    """One task; what the user can mend comes back as a line, not as Ray's traceback."""
+    """Runs one task; a UserError is returned as text, because Ray would wrap it in a traceback."""
     try:
         run(argparse.Namespace(**settings))
     except UserError as error:

@@ -1,6 +1,7 @@
-"""Writes the shards of a plan in several processes. Shards depend on nothing but the plan, so any worker may write any.
+"""Writes the shards of a plan in several processes. A shard depends on the plan only, so any worker may write any
+shard.
 
-Workers look for their parent whenever they report, a few times a second: a killed run leaves nobody writing.
+Workers check that their parent is alive when they report, a few times a second, so a killed run stops writing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from data_tools.sharding.write_shard import write_shard
 def write_shards(
     plan: ShardPlan, output: Output, shards: list[int], processes: int, strict: bool, on_tally: Callable[[Tally], None]
 ) -> None:
-    """Writes all ``shards``. ``on_tally`` hears what happened and may raise to end the run; unfinished shards are then
-    dropped.
+    """Writes all ``shards``. ``on_tally`` receives the counts and may raise to end the run, which drops unfinished
+    shards.
 
-    Raises UserError at the first reject when ``strict``; else as ``run_workers``.
+    Raises UserError at the first reject if ``strict``, and what ``run_workers`` raises.
     """
 
     def work(shard: int, send: Send) -> None:

@@ -1,5 +1,4 @@
-"""Writes one shard of a plan: reads its rows, checks them, and leaves a tar, an index and a record of what was left
-out."""
+"""Writes one shard of a plan: reads and checks its rows, writes a tar, an index and a record of the rows left out."""
 
 from __future__ import annotations
 
@@ -23,14 +22,13 @@ from data_tools.sharding.plan import ShardPlan
 from data_tools.sources.base import Row, Stored, read_image
 
 RESERVED = ("captions", "sample")
-"""Names in the .json member that are ours; a column of the same name is stored as column_NAME."""
+"""Reserved names in the .json member; an input column of that name is stored as column_NAME."""
 
 
 def write_shard(
     plan: ShardPlan, output: Output, shard: int, reporter: Reporter, strict: bool = False
 ) -> dict[str, Any]:
-    """Writes shard number ``shard`` and returns its record. Raises UserError at the first row left out when
-    ``strict``."""
+    """Writes shard number ``shard`` and returns its record. Raises UserError at the first reject if ``strict``."""
     name = plan.shard_name(shard)
     numbers = plan.rows_of(shard)
     local = output.scratch / f"{name}.tmp"
@@ -46,7 +44,7 @@ def write_shard(
             except Reject as reject:
                 if strict:
                     words = explain(reject.reason, reject.path)
-                    raise UserError(f"{row.source}: {words} ({reject.reason}; --strict ends at the first)") from None
+                    raise UserError(f"{row.source}: {words} ({reject.reason}; --strict stops at the first)") from None
                 rejects.append({"key": key, "reason": reject.reason, "source": row.source})
                 reporter.reject(rejects[-1], reject.path)
             else:
@@ -71,7 +69,7 @@ def _publish(
     rejects: list[dict[str, Any]],
     max_captions: int,
 ) -> dict[str, Any]:
-    """Tar, then index, then the record: where the record is, the others are whole."""
+    """Publishes the tar, then the index, then the record: if the record exists, the others are complete."""
     local_index = output.scratch / f"{index_name(name)}.tmp"
     with synced_file(local_index) as file:
         np.save(file, index, allow_pickle=False)
@@ -84,8 +82,8 @@ def _publish(
 
 
 def _write_sample(plan: ShardPlan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
-    """(Its index row, number of captions, bytes read). Everything that can be rejected is, before anything is
-    written."""
+    """(Its index row, number of captions, bytes read). All checks that may reject the row come before the first
+    write."""
     if row.fault is not None:
         raise Reject(row.fault, row.detail)
     captions, cut = clean_all(list(row.captions), plan.options.max_caption)

@@ -32,15 +32,15 @@ _SUFFIXES = {
 _TEXT = ("csv", "tsv", "jsonl")
 _ARCHIVES = ("zip", "tar", "tgz", "tzst", "tbz2")
 _FIRST = 20
-"""Rows that are looked at before a run begins: a mistake in a column's name shows there."""
+"""Rows that are checked before a run begins, to find a wrong column early."""
 
 
 _NO_ROWS = {
-    "csv": "a header line and no rows below it; for a table without a header say --columns A,B,...",
+    "csv": "a header line and no rows below it; for a table without a header use --columns A,B,...",
     "jsonl": "no line with anything in it",
     "parquet": "a table without rows",
     "arrow": "a table without rows",
-    "tars": "no whole sample in it: a picture with KEY.txt or KEY.json",
+    "tars": "no complete sample in it: a picture with KEY.txt or KEY.json",
     "zip": "no pictures in it",
     "folder": "no pictures in it, nor in the folders below",
     "coco": 'its list of "images" is empty',
@@ -48,11 +48,11 @@ _NO_ROWS = {
 
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
-    """The reader of an input, opened and counted. Raises UserError naming what is missing, the input that has no rows,
-    or what its first rows show to be the wrong column."""
+    """The reader of an input, opened and counted. Raises UserError if the input is missing, has no rows, or if its
+    first rows show that a column is the wrong one."""
     if "://" in path:
         raise UserError(
-            f"{path}: the input is read from local files; copy it here first (its pictures may stay: --images URL)"
+            f"{path}: the input must be local; copy it here first (its pictures may stay remote: --images URL)"
         )
     paths, inner = [Path(path)], ""
     if not paths[0].exists():
@@ -82,8 +82,8 @@ def _inside_archive(path: Path) -> tuple[Path, str]:
 
 
 def _check_first(path: str, kind: str, source: Source, options: SourceOptions) -> None:
-    """Raises UserError where the first rows say that a column is of another kind than the options take it for, or that
-    the pictures are on the web; says so where captions are numbers."""
+    """Raises UserError if the first rows show that a column does not have the expected kind of values, or that pictures
+    are on the web; warns if captions are numbers."""
     rows = list(islice(source.rows(np.arange(min(_FIRST, sum(source.blocks)))), _FIRST))
     told = next((row for row in rows if row.image or row.fault in ("caption_type", "image_type")), None)
     if told and told.fault:
@@ -110,7 +110,7 @@ def _is_number(text: str) -> bool:
 
 
 def _hint(path: Path, source: Source) -> str:
-    """What an input without rows may be instead."""
+    """A hint what an input without rows may be."""
     if path.is_dir():
         tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower().lstrip(".") in _SUFFIXES)
         return (
@@ -143,7 +143,7 @@ def _open(path: str, paths: list[Path], kind: str, options: SourceOptions, inner
     if paths[0].is_dir() and kind not in ("folder", "arrow"):
         raise UserError(f"{path}: a folder; name the {kind} file in it")
     if paths[0].is_file() and kind == "folder":
-        raise UserError(f"{path}: a file, not a folder of pictures; leave --input folder out")
+        raise UserError(f"{path}: a file, not a folder of pictures; remove --input folder")
     return _open_one(paths[0], kind, options)
 
 
@@ -209,9 +209,9 @@ def guess_kind(path: Path) -> str:
         if suffix == "txt":
             raise UserError(list_of_addresses(path))
         if suffix in ("xlsx", "xls", "ods"):
-            raise UserError(f"{path}: a spreadsheet; save it as CSV (in Excel: CSV UTF-8) and shard that")
+            raise UserError(f"{path}: a spreadsheet; save it as CSV (in Excel: CSV UTF-8) and shard the CSV file")
         if kind is None or (kind not in (*_TEXT, "tars") and stem_of(path) != path.name):
-            raise UserError(f"{path}: the kind of input cannot be told from its name; say --input {'|'.join(KINDS)}")
+            raise UserError(f"{path}: its name does not tell the kind of input; add --input {'|'.join(KINDS)}")
         return kind
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
@@ -222,7 +222,7 @@ def guess_kind(path: Path) -> str:
         if next(path.glob(pattern), None):
             return kind
     tables = [table for table in path.glob("*.parquet") if table.name != "metadata.parquet"]
-    # img2dataset's "files" output has a folder of pictures for every Parquet file of results.
+    # img2dataset's "files" output has a folder of pictures beside every Parquet file of results.
     if tables and not all(table.with_suffix("").is_dir() for table in tables):
         return "parquet"
     return "folder"

@@ -1,4 +1,4 @@
-"""Parquet files, read by row group, and Hugging Face datasets on disk (Arrow files), read in place."""
+"""Parquet files, read by row group, and Hugging Face datasets on disk (Arrow files), memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CACHE_BYTES = 512 << 20
 
 
 class ParquetSource:
-    """One or several Parquet files of one schema. A row group is a block: it is read as a whole, for one shard or a
-    few."""
+    """One or several Parquet files of one schema. A row group is a block: it is read as a whole, for one or a few
+    shards."""
 
     def __init__(self, paths: list[Path], options: SourceOptions, caption_names: tuple[str, ...] = ()) -> None:
         self.paths, self.options = paths, options
@@ -72,13 +72,13 @@ class ParquetSource:
             yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self._make, self._labels)
 
     def _read(self, block: int) -> pa.Table:
-        # A shard smaller than a row group comes back for the same one: keep the last, unless it holds pictures.
+        # A shard smaller than a row group reads the same group again: keep the last one, unless it has pictures.
         if self._cached is None or self._cached[0] != block:
             file, group = self._groups[block]
             with _explained(self.paths[file]):
                 table = pq.ParquetFile(self.paths[file]).read_row_group(group, use_threads=False)
             if table.num_rows != self.blocks[block]:
-                raise UserError(f"{self.paths[file]}: another number of rows than its footer says; fetch it again")
+                raise UserError(f"{self.paths[file]}: its number of rows differs from its footer's; fetch it again")
             if table.nbytes > _CACHE_BYTES:
                 return table
             self._cached = (block, table)
@@ -86,8 +86,7 @@ class ParquetSource:
 
 
 class ArrowSource:
-    """A folder written by ``Dataset.save_to_disk`` of Hugging Face datasets, or single Arrow files; mapped, not
-    read."""
+    """A folder written by ``Dataset.save_to_disk`` of Hugging Face datasets, or single Arrow files; memory-mapped."""
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.options = path, options
@@ -119,13 +118,13 @@ def _files_of(folder: Path) -> list[Path]:
         state = json.loads((folder / "state.json").read_bytes())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/state.json: not that of a Hugging Face dataset ({error!r}); save it again") from None
+        raise UserError(
+            f"{folder}/state.json: not the state of a Hugging Face dataset ({error!r}); save it again"
+        ) from None
     if not names:
         raise UserError(f"{folder}: a dataset without files; save it again")
     if state.get("_indices_data_files"):
-        raise UserError(
-            f"{folder}: holds a selection of rows; write it out with dataset.flatten_indices() before save_to_disk"
-        )
+        raise UserError(f"{folder}: a selection of rows; call dataset.flatten_indices() before save_to_disk")
     return [folder / name for name in names]
 
 
@@ -139,17 +138,17 @@ def _map(path: Path) -> pa.Table:
 
 
 class Labels(NamedTuple):
-    """The one column of numbers that Hugging Face's features call a ClassLabel."""
+    """The only column of type ClassLabel (numbers with names) in Hugging Face's features."""
 
     column: str
     names: list[str]
 
     def added(self, columns: list[str]) -> list[str]:
-        """The columns that its rows have besides."""
+        """The columns that it adds to rows."""
         return [name for name in ("cls", "class") if self.names and name not in columns]
 
     def of(self, record: dict[str, Any]) -> dict[str, Any]:
-        """``cls`` and ``class`` of a record, as far as it has them not."""
+        """``cls`` and ``class`` of a record, unless it has columns of these names."""
         number = record.get(self.column)
         known = isinstance(number, int) and 0 <= number < len(self.names)
         found = {"cls": number, "class": self.names[int(number or 0)]} if known else {"cls": None, "class": None}
@@ -157,8 +156,7 @@ class Labels(NamedTuple):
 
 
 def class_labels(schema: pa.Schema) -> Labels:
-    """The labels that the schema's "huggingface" metadata name; none where there are none, or several columns of
-    them."""
+    """The labels in the schema's "huggingface" metadata; none if there are none, or several such columns."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         found = [
@@ -172,7 +170,7 @@ def class_labels(schema: pa.Schema) -> Labels:
 
 
 def arrow_row(table: pa.Table, place: int, source: str, make: RowMaker, labels: Labels) -> Row:
-    """One row of an Arrow table. Columns that hold bytes have no place in a .json member and are left out of it."""
+    """One row of an Arrow table. Columns of bytes are left out of the .json member."""
     record = {name: python_value(column[place]) for name, column in zip(table.column_names, table.columns, strict=True)}
     if not labels.names:
         return make(source, record)
@@ -181,8 +179,8 @@ def arrow_row(table: pa.Table, place: int, source: str, make: RowMaker, labels: 
 
 
 def python_value(scalar: pa.Scalar) -> Any:
-    """The value as Python has it: times as text, as Python's own are shorter than nanoseconds and the year 9999; None
-    for what is damaged."""
+    """The value as a Python object: times as text, because Python's have no nanoseconds and end with the year 9999;
+    None if it is damaged."""
     try:
         if type(scalar) in (pa.StringScalar, pa.Int64Scalar, pa.BinaryScalar, pa.DoubleScalar):
             return scalar.as_py()
@@ -193,7 +191,7 @@ def python_value(scalar: pa.Scalar) -> Any:
 
 @lru_cache(maxsize=1024)
 def _as_text(kind: pa.DataType) -> pa.DataType | None:
-    """The type with text in the place of dates and times, at any depth; None where it has none."""
+    """The type with text in place of dates and times, at any depth; None if it has neither."""
     if pa.types.is_interval(kind):
         return None
     if pa.types.is_temporal(kind):
@@ -211,7 +209,7 @@ def _as_text(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _movable(table: pa.Table) -> pa.Table:
-    """The table without the types whose rows Arrow cannot gather yet: views and run-end encoding."""
+    """The table without types that Arrow cannot take rows of yet: views and run-end encoding."""
     for number, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
             text = pa.types.is_string_view(column.type)

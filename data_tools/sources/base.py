@@ -1,4 +1,4 @@
-"""What every input looks like to the writer: numbered rows that can be read in any order."""
+"""The interface of inputs: numbered rows that can be read in any order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WEB = re.compile(r"(^|::)https?://", re.IGNORECASE)
 
 
 class Problem(NamedTuple):
-    """Something left out while the input was listed."""
+    """An item that was left out while the input was listed."""
 
     key: str
     reason: str
@@ -33,44 +33,44 @@ class Problem(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A picture inside an archive, read when it is needed."""
+    """A picture inside an archive, read on demand."""
 
     name: str
     read: Callable[[int], bytes]
-    """The picture's bytes, at most that many. Raises Reject."""
+    """``read(limit)``: the picture's bytes. Raises Reject if there are more than ``limit``."""
 
 
 @dataclass(slots=True)
 class Row:
-    """One picture with its captions, not yet looked at."""
+    """One picture with its captions, not checked yet."""
 
     source: str
-    """Where it stands in the input: "pairs.csv:17", "00003.tar:000030017"."""
+    """Its place in the input: "pairs.csv:17", "00003.tar:000030017"."""
     image: str | bytes | Stored | None
-    """A path or URL, the picture itself, or where it lies in an archive."""
+    """A path or URL, the bytes, or a place in an archive."""
     captions: Sequence[str | None]
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column, for the .json member."""
     fault: str | None = None
-    """Why this row cannot be used, where that is clear already."""
+    """Why this row cannot be used, if that is known already."""
     detail: str | None = None
-    """What was found instead, in words."""
+    """What was found instead, for people."""
 
 
 class Source(Protocol):
-    """An input, opened and counted. Rows are numbered 0 .. num_rows - 1 as they stand in it."""
+    """An input, opened and counted. Rows are numbered 0 .. num_rows - 1 in the order of the input."""
 
     blocks: list[int]
-    """Rows in each part that must be read as a whole (a Parquet row group); one number where any row can be read
-    alone."""
+    """Rows in each part that must be read as a whole (a Parquet row group); a single number if any row can be read by
+    itself."""
     columns: list[str]
-    """Names of all columns, as far as they are known beforehand."""
+    """Names of all columns, as far as known before reading."""
     problems: list[Problem]
     classes: list[str]
-    """Names of the classes that "cls" in a row's columns counts, where the input has classes."""
+    """Class names, indexed by "cls" of a row's columns, if the input has classes."""
 
     def fingerprint(self) -> str:
-        """Changes whenever a row may have; part of the plan hash."""
+        """Changes whenever a row may have changed; part of the plan hash."""
         ...
 
     def rows(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
@@ -83,26 +83,26 @@ class SourceOptions:
     """How an input is read; part of the plan hash."""
 
     image: str | None = None
-    """Column of the picture: a path, a URL that fsspec opens, or the bytes themselves."""
+    """Column of the picture: a path, a URL that fsspec opens, or bytes."""
     captions: tuple[str, ...] = ()
-    """Columns of captions, in this order; a column may hold a list."""
+    """Columns of captions, in order; a value may be a list."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a table without a header line."""
     quotes: bool = True
     """Whether double quotes enclose fields of a CSV or TSV file."""
     images: str | None = None
-    """Folder or URL that relative paths start from; by default that of the file they stand in."""
+    """Folder or URL that relative paths start from; by default the folder of the table."""
     templates: tuple[str, ...] = ()
-    """Captions to make: texts in which {NAME} stands for a column, or {class} for the folder of a picture."""
+    """Caption templates, in which {NAME} is a column and {class} the folder of a picture."""
     delimiter: str | None = None
-    """Of a CSV or TSV file; found by looking where it is None."""
+    """Of a CSV or TSV file; None detects it."""
     encoding: str | None = None
-    """Of a CSV, TSV or JSONL file; UTF-8, or UTF-16 by its mark, where it is None."""
+    """Of a CSV, TSV or JSONL file; None: UTF-8, or UTF-16 if the file has its byte-order mark."""
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises UserError, naming the columns there are, when the picture's or a caption's is not among them, or a name is
-    there twice. A name with dots may reach into a column."""
+    """Raises UserError, with the names of all columns, if the picture's or a caption's column is missing or two columns
+    have one name. A name with dots may reach into a column."""
     known = ", ".join(columns)
     if options.image is None:
         raise UserError(f"{place}: say which column holds the picture: --image COLUMN; there are: {known}")
@@ -117,7 +117,7 @@ def require_columns(place: str, columns: list[str], options: SourceOptions) -> N
 
 
 def with_caption(options: SourceOptions, columns: Sequence[str], names: tuple[str, ...]) -> SourceOptions:
-    """The options with the first of ``names`` that is a column as caption, where they name none."""
+    """The options; if they name no caption, with the first of ``names`` that is a column."""
     found = next((name for name in names if name in columns), None)
     return options if options.captions or options.templates or not found else replace(options, captions=(found,))
 
@@ -128,31 +128,31 @@ def fields_of(template: str) -> list[str]:
 
 
 def replace_fields(template: str, values: dict[str, str]) -> str:
-    """The template with its names replaced; ``values`` holds all of them."""
+    """The template with its names replaced by ``values``, which must have all of them."""
     return _FIELD.sub(lambda found: values[found[1]], template)
 
 
 def has_column(columns: Sequence[str], name: str) -> bool:
-    """Whether ``name`` is a column, or reaches into one."""
+    """Whether ``name`` is a column or reaches into one."""
     steps = name.split(".")
     return any(".".join(steps[:count]) in columns for count in range(len(steps), 0, -1))
 
 
 def refuse_twice(place: str, columns: list[str]) -> None:
-    """Raises UserError for a name of two columns, of which one would be lost. Those without a name are a spreadsheet's
-    empty ones."""
+    """Raises UserError if two columns have one name, since one would be lost. Empty columns of spreadsheets have no
+    name and are ignored."""
     for name, count in Counter(columns).items():
         if name and count > 1:
             raise UserError(f"{place}: {count} columns are called {name!r}; rename or remove all but one")
 
 
 def is_web_address(image: object) -> bool:
-    """Whether a table asks for something to be fetched from the web: this machine does not do that for a stranger."""
+    """Whether a table names a picture on the web. These are never fetched: tables are not trusted."""
     return isinstance(image, str) and "://" in image and _WEB.search(image) is not None
 
 
 def read_image(row: Row, root: str, max_bytes: int) -> bytes:
-    """The bytes of a row's picture; relative paths start at ``root``. Raises Reject."""
+    """The bytes of a row's picture; relative paths start from ``root``. Raises Reject."""
     image = row.image
     if isinstance(image, Stored):
         return image.read(max_bytes)
@@ -176,7 +176,7 @@ def read_image(row: Row, root: str, max_bytes: int) -> bytes:
                 data = _read_all(file, max_bytes)
     except FileNotFoundError:
         raise Reject("file_missing", path) from None
-    except ImportError:  # not the row's fault, and the next one would have it too
+    except ImportError:  # every row would fail: end the run
         require_backend(path)
         raise
     except (OSError, ValueError):  # ValueError: a path with a NUL character
@@ -194,14 +194,14 @@ def _read_all(file: Any, max_bytes: int) -> bytes:
 
 
 def read_pieces(path: str | Path) -> Iterator[bytes]:
-    """A file in pieces of a few megabytes."""
+    """Yields a file in pieces of a few megabytes."""
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(4 << 20):
             yield piece
 
 
 def hash_file(path: str | Path) -> str:
-    """xxh3_128 of a file, read in pieces."""
+    """xxh3_128 of a file."""
     digest = xxhash.xxh3_128()
     for piece in read_pieces(path):
         digest.update(piece)
@@ -209,5 +209,5 @@ def hash_file(path: str | Path) -> str:
 
 
 def hash_text(*parts: Any) -> str:
-    """xxh3_128 of anything that JSON can say."""
+    """xxh3_128 of any JSON values."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode())

@@ -1,4 +1,4 @@
-"""How a table is written, found by looking at its start: the encoding, and what stands between its fields."""
+"""Detects a table's encoding and delimiter from its first lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from data_tools.io.errors import UserError
 from data_tools.sources.base import SourceOptions, fields_of, has_column
 
 DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}
-"""Tried in this order; the first is taken where nothing speaks for another."""
+"""Tried in this order; the first one wins a tie."""
 _SAMPLE = 1 << 18
 _ROWS = 50
 _SEPARATOR = re.compile(r'"?sep=(.)"?\r?\Z')
 """A first line that Excel writes and reads."""
-_MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
+_MARKS = {  # byte-order marks, longest first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8",
@@ -27,18 +27,18 @@ _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _MOST_BAD = 0.1
-"""Share of rows that are not UTF-8 from which the file is taken to be in another encoding."""
+"""If more than this share of rows is not UTF-8, the file is in another encoding."""
 
 
 class Dialect(NamedTuple):
-    """What stands between fields, and whether the first line says so and nothing else."""
+    """The delimiter, and whether the first line is only a "sep=" line that names it."""
 
     delimiter: str
     has_separator_line: bool = False
 
 
 def check_options(options: SourceOptions) -> None:
-    """Raises UserError for a delimiter or an encoding that cannot be one."""
+    """Raises UserError for an invalid delimiter or encoding."""
     if options.delimiter is not None and (len(options.delimiter) != 1 or options.delimiter in '"\r\n'):
         raise UserError(f"--delimiter: {options.delimiter!r} is not one character such as ';' (tab is for tabs)")
     if options.encoding is not None:
@@ -50,8 +50,8 @@ def check_options(options: SourceOptions) -> None:
 
 
 def find_encoding(path: Path, options: SourceOptions) -> tuple[str, int]:
-    """(Encoding, bytes of the mark in front). A mark or NUL bytes at every other place are certain; else --encoding is
-    believed, and UTF-8 without it."""
+    """(Encoding, bytes of the byte-order mark). A mark, or NULs in every other byte, decides; otherwise it is
+    --encoding, or UTF-8."""
     with open(path, "rb") as file:
         head = file.read(64)
     for mark, encoding in _MARKS.items():
@@ -66,8 +66,8 @@ def find_encoding(path: Path, options: SourceOptions) -> tuple[str, int]:
 
 
 def find_dialect(path: Path, start: int, kind: str, options: SourceOptions) -> Dialect:
-    """The delimiter of the table whose text starts at byte ``start``: what --delimiter or a "sep=" line says, else the
-    one that splits its first rows into the named columns, else into equally many fields."""
+    """The delimiter of the table whose text starts at byte ``start``: from --delimiter or a "sep=" line, else the one
+    that splits the first rows into the named columns, else into equally many fields."""
     with open(path, "rb") as file:
         file.seek(start)
         raw = file.read(_SAMPLE)
@@ -84,7 +84,7 @@ def find_dialect(path: Path, start: int, kind: str, options: SourceOptions) -> D
 
 
 def _score(text: str, whole: bool, delimiter: str, options: SourceOptions) -> tuple[bool, float]:
-    """(Whether the named columns are there, the share of rows as wide as the first where that has several fields)."""
+    """(Whether the named columns are found, the share of rows with as many fields as the first, if it has several)."""
     rows: list[list[str]] = []
     try:
         for row in read_fields(io.StringIO(text, newline=""), delimiter, options.quotes):
@@ -106,8 +106,8 @@ def _score(text: str, whole: bool, delimiter: str, options: SourceOptions) -> tu
 
 
 def refuse_other_encoding(path: Path, text: Path) -> None:
-    """Raises UserError where too many of the first lines of the file ``text`` are not UTF-8 to be single accidents:
-    which 8-bit encoding it is cannot be told from the bytes, and a wrong guess changes captions without a word."""
+    """Raises UserError if many of the first lines of the file ``text`` are not UTF-8. Which 8-bit encoding it is cannot
+    be told from the bytes, and a wrong guess would silently change captions."""
     with open(text, "rb") as file:
         raw = file.read(_SAMPLE)
     lines = [line for line in raw.split(b"\n")[:1000] if line]
@@ -120,7 +120,7 @@ def refuse_other_encoding(path: Path, text: Path) -> None:
             bad += 1
     if bad > _MOST_BAD * len(lines):
         raise UserError(
-            f"{path}: {bad} of the first {len(lines)} lines are not UTF-8; say --encoding cp1252 (Excel in Western "
+            f"{path}: {bad} of the first {len(lines)} lines are not UTF-8; add --encoding cp1252 (Excel in Western "
             f"Europe; cp1250 in Central Europe, cp1251 in Cyrillic, shift_jis, gb18030 ...)"
         )
 

@@ -1,4 +1,4 @@
-"""Pictures with captions beside them or in folders of classes, and COCO's captions file."""
+"""Pictures with caption files beside them, pictures in class folders, and COCO's captions file."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 
 
 def is_pair_part(name: str) -> bool:
-    """Whether a file is a picture, or what may stand beside one, by its name."""
+    """Whether a file is a picture, or may belong to one, by its name."""
     return name.rpartition(".")[2].lower() in (*IMAGE_FORMATS, *_SIDE)
 
 
 class FolderSource:
-    """Pictures anywhere in a tree, each with NAME.txt (its caption), NAME.json (columns, "caption" among them) or both;
-    with a template, also pictures in folders that say what they show: cats/1.jpg."""
+    """Pictures anywhere in a tree, each with NAME.txt (its caption), NAME.json (columns, such as "caption") or both.
+    With a template also pictures without either, whose folder is their class: cats/1.jpg."""
 
     def __init__(self, tree: Tree, options: SourceOptions) -> None:
         self.tree, self.options = tree, options
         if options.image is not None:
             raise UserError(
-                f"{tree.path}: --image names a column of a table, and this is a folder of pictures; leave it out, or "
+                f"{tree.path}: --image names a column of a table, but this is a folder of pictures; remove it, or "
                 f"name the table"
             )
         names = [name for name in tree.names if is_pair_part(name)]
@@ -49,7 +49,7 @@ class FolderSource:
         elif self._images and not self._sides:
             raise UserError(
                 f"{tree.path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
-                f"the table; if folders are classes (cats/1.jpg) say --caption-template 'a photo of a {{class}}'"
+                f"the table; if folders are classes (cats/1.jpg) add --caption-template 'a photo of a {{class}}'"
             )
         self.classes = [_spaced(name) for name in self._folders]
         if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
@@ -117,29 +117,29 @@ class FolderSource:
 
 
 def _folder_of(name: str) -> str:
-    """The folder that a picture lies in: photos/cats/1.jpg -> cats."""
+    """The folder of a picture: photos/cats/1.jpg -> cats."""
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
 def _spaced(name: str) -> str:
-    """A folder's name as words: golden_retriever -> golden retriever."""
+    """A folder name as words: golden_retriever -> golden retriever."""
     return " ".join(name.replace("_", " ").split()) or name
 
 
 def refuse_splits(tree: Tree, names: list[str]) -> None:
-    """Raises UserError where ``names`` lie in several splits: nobody wants to train on the test pictures."""
+    """Raises UserError if ``names`` are in several splits: test pictures must not get into training by accident."""
     found = sorted({part for name in names for part in name.split("/")[:-1] if part.lower() in SPLITS})
     if len(found) > 1:
         example = next(name for name in names if found[0] in name.split("/")[:-1])
         place = example[: example.index(f"{found[0]}/") + len(found[0])]
-        raise UserError(f"{tree.path}: holds several splits ({', '.join(found)}); name one: {tree.path}/{place}")
+        raise UserError(f"{tree.path}: has several splits ({', '.join(found)}); name one: {tree.path}/{place}")
 
 
 _COCO = SourceOptions("image", ("caption",))
 
 
 class CocoSource:
-    """COCO's captions JSON: one row a picture, with all its captions. Paths start at ``--images``."""
+    """COCO's captions JSON: one row per picture, with all its captions. Paths start from ``--images``."""
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.options = path, options
@@ -147,12 +147,12 @@ class CocoSource:
         self.columns = ["image_id"]
         self.classes: list[str] = []
         if options.captions or options.templates:
-            raise UserError(f"{path}: --caption names a column of a table, and this is COCO captions; leave it out")
+            raise UserError(f"{path}: --caption names a column of a table, but this is COCO captions; remove it")
         try:
             tree = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: not readable as JSON ({error}); for one JSON object a line say --input jsonl"
+                f"{path}: not readable as JSON ({error}); for one JSON object per line use --input jsonl"
             ) from None
         if (
             not isinstance(tree, dict)
@@ -160,7 +160,7 @@ class CocoSource:
             or not isinstance(tree.get("annotations"), list)
         ):
             raise UserError(
-                f'{path}: not COCO captions, which have "images" and "annotations"; for one JSON object a line say '
+                f'{path}: not COCO captions, which have "images" and "annotations"; for one JSON object per line use '
                 f"--input jsonl"
             )
         captions: dict[Any, list[Any]] = defaultdict(list)
@@ -187,8 +187,8 @@ class CocoSource:
 
 
 def _objects(path: Path, tree: dict[str, Any], key: str, name: str) -> list[dict[str, Any]]:
-    """The objects in a list of COCO's. Raises UserError for anything else in it, and for an id that cannot be one."""
+    """The objects in a list of a COCO file. Raises UserError for anything else, and for an invalid id."""
     for number, item in enumerate(tree[key]):
         if not isinstance(item, dict) or isinstance(item.get(name), (list, dict)):
-            raise UserError(f"{path}: item {number} of {key!r} is no object with {name!r} as COCO has it")
+            raise UserError(f"{path}: item {number} of {key!r} is not an object with {name!r}, as in COCO")
     return list(tree[key])

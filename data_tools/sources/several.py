@@ -1,5 +1,5 @@
-"""Several tables as one, and tables that lie with the pictures they name: Hugging Face's imagefolder (metadata.jsonl,
-.csv or .parquet), or one table in an archive."""
+"""Several tables as one input, and tables inside a tree of pictures: Hugging Face's imagefolder (metadata.jsonl, .csv
+or .parquet), or one table in an archive."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from data_tools.sources.trees import FolderTree, Tree
 
 TABLES = ("csv", "tsv", "jsonl", "parquet")
 CAPTIONS = ("text", "caption")
-"""Columns that hold the captions of an imagefolder where --caption names none."""
+"""Caption columns of an imagefolder if --caption is not given."""
 
 
 class Several:
-    """Sources of one kind, one behind the other."""
+    """Sources of one kind, concatenated."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
@@ -50,7 +50,7 @@ class Several:
 
 
 class MetadataSource(Several):
-    """Tables in a tree of pictures. Paths start at each table's folder, or at --images there."""
+    """Tables in a tree of pictures. Paths start from each table's folder, or from --images in the tree."""
 
     def __init__(self, tree: Tree, names: list[str], options: SourceOptions, open_table: Callable[..., Source]) -> None:
         refuse_splits(tree, names)
@@ -76,7 +76,7 @@ class MetadataSource(Several):
         if not isinstance(row.image, str) or not row.image or "://" in row.image:
             return row
         folder = posixpath.dirname(self._names[source])
-        if isinstance(self.tree, FolderTree):  # files are looked for when they are read, at --images where it is given
+        if isinstance(self.tree, FolderTree):  # files are opened when read, below --images if given
             row.image = row.image if self._images else posixpath.join(folder, row.image)
             return row
         name = posixpath.normpath(posixpath.join(folder, self._images or "", row.image.replace("\\", "/")))
@@ -87,20 +87,17 @@ class MetadataSource(Several):
 
 
 def tables_in(tree: Tree, options: SourceOptions) -> list[str]:
-    """The tables to read with the pictures of ``tree``: every metadata.*, else with --image the only table of an
-    archive."""
+    """The tables in ``tree``: every metadata.*, or with --image the only table of an archive."""
     tables = [name for name in tree.names if name.rpartition(".")[2].lower() in TABLES]
     metadata = [name for name in tables if is_metadata(name)]
     if metadata or options.image is None or isinstance(tree, FolderTree):
         return metadata
     if len(tables) > 1:
-        raise UserError(
-            f"{tree.path}: holds {len(tables)} tables ({', '.join(tables[:3])} ...); unpack it and name one"
-        )
+        raise UserError(f"{tree.path}: has {len(tables)} tables ({', '.join(tables[:3])} ...); unpack it and name one")
     return tables
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a file is the table of an imagefolder, by its name."""
+    """Whether a file name is that of an imagefolder's table."""
     stem, _, suffix = Path(name).name.lower().partition(".")
     return stem == "metadata" and suffix in TABLES

@@ -1,7 +1,7 @@
-"""CSV, TSV and JSONL: text files of one row a line, read by position.
+"""CSV, TSV and JSONL: text files of one row per line, read at any position.
 
-Where each row starts is found once (8 bytes a row); workers then read any row without holding the file in memory.
-Quoted fields may hold line breaks, so a file with quotes is split by the ``csv`` module itself, not by its line breaks.
+The offsets of all rows are found once (8 bytes per row); workers then read any row without the file in memory. Quoted
+fields may contain line breaks, so a file with quotes is split by the ``csv`` module, not at its line breaks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from data_tools.sources.dialect import (
 from data_tools.sources.unpacked import Copy, transcode, unpack
 from data_tools.sources.values import RowMaker
 
-csv.field_size_limit(2**31 - 1)  # a caption of a megabyte is the caption cleaner's business
+csv.field_size_limit(2**31 - 1)  # long captions are cut later
 _MAX_LINES = 10_000
-"""A quoted field that runs over more lines than this was surely never meant to be one."""
+"""A quoted field over more lines than this is a stray quote."""
 
 
 class TableSource:
@@ -61,7 +61,7 @@ class TableSource:
         self.blocks = [len(self._starts) - 1]
 
     def _open(self) -> int:
-        """Finds or makes the file whose bytes are UTF-8, ``_text``, and returns where its text starts."""
+        """Sets ``_text``, a file in UTF-8 (the table, or a copy), and returns the offset of its text."""
         self._text = self.path
         if copy := unpack(self.path):
             self._copies.append(copy)
@@ -96,7 +96,7 @@ class TableSource:
             yield make(source, record)
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
-        """The row, or the reason why it is none."""
+        """The row, or the reason why it is rejected."""
         try:
             text = raw.decode("utf-8")
             if self.kind == "jsonl":
@@ -124,8 +124,8 @@ class TableSource:
         return {**self.__dict__, "_file": None}
 
     def _split(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(Where each row starts, with the end of the last [n + 1]; the line it starts on, counted from 1 [n]), blank
-        lines left out."""
+        """(Offset of each row, and the end of the last one [n + 1]; number of its first line, from 1 [n]), without
+        blank lines."""
         size = self._text.stat().st_size
         if size <= start:
             raise UserError(f"{self.path}: the file is empty")
@@ -139,7 +139,7 @@ class TableSource:
         data = self._map()
         short = np.flatnonzero(np.diff(edges) <= 2)
         blank = short[[not data[int(edges[i]) : int(edges[i + 1])].strip() for i in short]] if short.size else short
-        # A blank line joins the row before it, where both parsers ignore it; blank lines at the top join nothing.
+        # A blank line becomes part of the row before it, where both parsers ignore it; leading ones are dropped.
         keep = np.ones(len(begins), bool)
         keep[blank] = False
         keep[0] &= not self._dialect.has_separator_line
@@ -149,18 +149,16 @@ class TableSource:
         return self._map().find(b'"') >= 0
 
     def _quoted_rows(self) -> NDArray[np.int64]:
-        """The number of the line that each row starts on, counted from 0."""
+        """The number of each row's first line, from 0."""
         starts, last = [], 0
         with open(self._text, encoding="utf-8-sig", errors="replace", newline="\n") as file:
             reader = self._reader(file)
             while True:
-                with suppress(
-                    csv.Error
-                ):  # this row is malformed, which `_parse` will say; the reader goes on behind it
+                with suppress(csv.Error):  # `_parse` will reject this malformed row; the reader continues behind it
                     if next(reader, None) is None:
                         break
                 if reader.line_num - last > _MAX_LINES:
-                    remedy = "--no-quotes reads quotes as letters"
+                    remedy = "--no-quotes reads quotes as ordinary characters"
                     raise UserError(
                         f"{self.path}: a quote opened on line {last + 1} is not closed for {_MAX_LINES} lines; {remedy}"
                     )
@@ -175,7 +173,7 @@ class TableSource:
         if self.options.columns:
             return list(self.options.columns)
         if len(starts) < 2:
-            raise UserError(f"{self.path}: no line with anything in it")
+            raise UserError(f"{self.path}: all lines are blank")
         raw = self._map()[int(starts[0]) : int(starts[1])]
         try:
             return next(self._reader([raw.decode("utf-8")]))
@@ -189,7 +187,7 @@ class TableSource:
 
 
 def _line_ends(path: Path, size: int) -> NDArray[np.int64]:
-    """The offset behind every line break, and the size of the file where it does not end in one."""
+    """The offset after every line break, and the size of the file if it does not end in one."""
     found, offset = [], 0
     with open(path, "rb") as file:
         while piece := file.read(16 << 20):

@@ -1,4 +1,4 @@
-"""Webdataset tars of any maker (img2dataset's output too), read by position after one walk over their headers."""
+"""Webdataset tars of any tool (such as img2dataset), read at any position after one walk over their headers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ _SEVERAL, _ONE = RowMaker(SourceOptions(captions=("captions",))), RowMaker(Sourc
 
 
 class TarSource:
-    """Samples of one or several tars. Whatever is broken in them is a problem with its offset; whole samples behind it
-    are read."""
+    """Samples of one or several tars. Damage is reported with its offset; intact samples behind it are read."""
 
     def __init__(self, paths: list[Path], options: SourceOptions, kept: Any = None) -> None:
         self.paths, self.options, self._kept = paths, options, kept  # ``kept``: temporary files among the paths
@@ -84,7 +83,8 @@ class TarSource:
             yield row
 
     def _row(self, source: str, record: dict[str, Any], texts: list[str]) -> Row:
-        """The captions are the columns named by --caption, else the list that `shard` writes, else the text."""
+        """The row of a sample. Its captions: the columns in --caption, else the list that `shard` writes, else the
+        text."""
         record.pop("sample", None)
         if self.options.captions or self.options.templates:
             return self._make(source, record)
@@ -98,8 +98,7 @@ class TarSource:
         return row
 
     def _open(self, tar: int) -> int:
-        # Descriptors stay open: a permuted order returns to every tar. Thousands of tars are more than most limits
-        # allow.
+        # Descriptors stay open, because a permuted order comes back to every tar, up to a number that limits allow.
         descriptor = self._descriptors.get(tar)
         if descriptor is None:
             if len(self._descriptors) >= 200:

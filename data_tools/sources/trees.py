@@ -1,5 +1,5 @@
-"""Files by name, wherever they lie: in a folder, in one or several zip archives, or in tars. Archives are not unpacked:
-their directories are read once and any member is read at its place, by any number of processes at a time."""
+"""Files by name in a folder, in one or several zip archives, or in tars. Archives are not unpacked: their directories
+are read once, then any member is read in place, by several processes at a time."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from data_tools.samples.reject import Reject
 from data_tools.sources.base import Problem, Stored, hash_text
 
 SIDE_LIMIT = 16 << 20
-"""Bytes of a caption or .json in an archive: they are in memory as a whole."""
+"""Largest caption or .json in an archive, which are read into memory."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 0x1 | 0x40
 
 
 class Tree(Protocol):
-    """Files by relative name."""
+    """A set of files by relative name."""
 
     path: Path
     problems: list[Problem]
     names: list[str]
-    """Sorted; without hidden files."""
+    """Sorted, without hidden files."""
 
     def fingerprint(self) -> str:
-        """Changes whenever a file may have."""
+        """Changes whenever a file may have changed."""
         ...
 
     def picture(self, name: str) -> str | Stored:
-        """What a `Row` holds for the picture of this name."""
+        """The ``image`` of a `Row` for the picture of this name."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A caption, .json or table. Raises Reject when it is damaged or larger than SIDE_LIMIT."""
+        """The bytes of a caption, .json or table. Raises Reject if it is damaged or larger than SIDE_LIMIT."""
         ...
 
     def local(self, name: str) -> tuple[Path, Any]:
-        """(A local file with the content of ``name``, what to keep for as long as it is used)."""
+        """(A local file with the content of ``name``, an object to keep while the file is used)."""
         ...
 
 
 class FolderTree:
-    """The files below a folder. Links to folders are not followed."""
+    """The files below a folder, without following links to folders."""
 
     def __init__(self, path: Path, wanted: Callable[[str], bool]) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class FolderTree:
 
 
 class _Archives:
-    """What zips and tars have in common: members by name, descriptors opened in each process when they are needed."""
+    """The base of zips and tars: members by name, descriptors opened in each process on demand."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.path, self.paths = paths[0].parent if len(paths) > 1 else paths[0], paths
@@ -99,8 +99,8 @@ class _Archives:
         return descriptor
 
     def _set(self, members: list[tuple[str, int]]) -> list[int]:
-        """Takes (name, archive) of all members; their places in the order of ``names``. Where two archives hold one
-        name, each archive's names get its own in front."""
+        """Sets ``names`` from (name, archive) of all members and returns the order. If two archives have one name, all
+        names are prefixed with their archive's."""
         if len({name for name, _ in members}) < len(members) and len(self.paths) > 1:
             members = [(f"{self.paths[archive].name}/{name}", archive) for name, archive in members]
         order = sorted(range(len(members)), key=lambda number: members[number][0])
@@ -122,7 +122,7 @@ class _Archives:
         return self.member(name, SIDE_LIMIT, "too_large")
 
     def member(self, name: str, limit: int, reason: str) -> bytes:
-        """The bytes of a member. Raises Reject(reason) when there are more than ``limit``."""
+        """The bytes of a member. Raises Reject(reason) if there are more than ``limit``."""
         raise NotImplementedError
 
     def local(self, name: str) -> tuple[Path, Any]:
@@ -143,7 +143,7 @@ _MEMBER = np.dtype(
 
 
 class ZipTree(_Archives):
-    """Members of zip archives by their central directories."""
+    """Members of zip archives, from their central directories."""
 
     def __init__(self, paths: list[Path], wanted: Callable[[str], bool], inner: str = "") -> None:
         super().__init__(paths)
@@ -187,11 +187,13 @@ def _directory(path: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             return [info for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OverflowError, OSError) as error:
-        raise UserError(f"{path}: not readable as a zip ({error}); fetch it again, or unpack what can be") from None
+        raise UserError(
+            f"{path}: not readable as a zip ({error}); fetch it again, or unpack what can be unpacked"
+        ) from None
 
 
 def _expand(raw: bytes, method: int, size: int, name: str) -> bytes:
-    """The member unpacked, of which never more than a byte beyond ``size`` is made."""
+    """The member decompressed, at most one byte more than ``size``."""
     stream: Any
     if method == zipfile.ZIP_STORED:
         data = raw
@@ -213,7 +215,7 @@ def _expand(raw: bytes, method: int, size: int, name: str) -> bytes:
 
 
 def _lzma(raw: bytes) -> lzma.LZMADecompressor:
-    """The decoder that a member's first bytes ask for, with a dictionary of at most 64 MiB."""
+    """The decoder described by a member's first bytes, with a dictionary of at most 64 MiB."""
     properties, dictionary = raw[4], int.from_bytes(raw[5:9], "little")
     rest, lc = divmod(properties, 9)
     pb, lp = divmod(rest, 5)
@@ -228,7 +230,7 @@ def _lzma(raw: bytes) -> lzma.LZMADecompressor:
 
 
 class TarTree(_Archives):
-    """Members of tars, by one walk over their headers."""
+    """Members of tars, from one walk over their headers."""
 
     def __init__(self, paths: list[Path], wanted: Callable[[str], bool], inner: str = "", kept: Any = None) -> None:
         super().__init__(paths)
@@ -259,10 +261,10 @@ class TarTree(_Archives):
 
 
 def _below(name: str, inner: str) -> str:
-    """The name as it is below the folder ``inner`` of the archive; empty where it is not."""
+    """The name relative to the folder ``inner`` of the archive; empty if it is not inside."""
     return name[len(inner) :] if name.startswith(inner) else ""
 
 
 def hidden(name: str) -> bool:
-    """Whether a file is what systems leave behind: .DS_Store, ._1.jpg, __MACOSX/."""
+    """Whether a file is a hidden or system file: .DS_Store, ._1.jpg, __MACOSX/."""
     return name.startswith("__MACOSX/") or name.rpartition("/")[2].startswith(".")

@@ -1,9 +1,9 @@
-"""Temporary copies of files that cannot be read by position as they are: compressed ones, and tables in UTF-16 or
-another encoding.
+"""Temporary copies of files that cannot be read at any position: compressed files, and tables in UTF-16 or other
+encodings.
 
-Decided by measurement: gunzip with writing runs at 180 MB a processor second, the strict check of JPEGs at 70, so that
-unpacking once is affordable, while reading the stream anew for every shard is not. The copy lies in TMPDIR and goes
-away with the process.
+Measured: gunzip and writing run at 180 MB per processor second, the strict check of JPEGs at 70, so unpacking once is
+affordable, while decompressing the stream again for every shard is not. The copy is in TMPDIR and is removed with the
+process.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from data_tools.io.errors import UserError
 
 _PIECE = 4 << 20
 _RESERVE = 1 << 30
-"""Bytes that stay free where copies are written: a small file may unpack to any size."""
+"""Bytes to keep free on the disk of the copies: a small file may unpack to any size."""
 _MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}
 SUFFIXES = {"gz": "", "zst": "", "bz2": "", "xz": "", "tgz": "tar", "tzst": "tar", "tbz2": "tar"}
-"""Suffix of a compressed file -> the suffix that it stands for besides."""
+"""Suffix of a compressed file -> the suffix of the file inside, if it implies one."""
 
 
 class Copy:
-    """A temporary file of this name, in a folder of its own that is removed with this object."""
+    """A temporary file in its own folder, which is removed with this object."""
 
     def __init__(self, name: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ringlip-")
@@ -50,30 +50,30 @@ class Copy:
         self.file.write(piece)
 
     def close(self) -> Path:
-        """Ends the writing and returns where the copy is."""
+        """Closes the file and returns its path."""
         self.file.close()
         return self.path
 
 
 def stem_of(path: Path) -> str:
-    """The name without what says that the file is compressed: pairs.csv.gz -> pairs.csv, pets.tgz -> pets.tar."""
+    """The name without its compression suffix: pairs.csv.gz -> pairs.csv, pets.tgz -> pets.tar."""
     inner = SUFFIXES.get(path.suffix.lower().lstrip("."))
     return path.name if inner is None else f"{path.stem}.{inner}".rstrip(".")
 
 
 def compression(path: Path) -> str | None:
-    """How a file is compressed, by its first bytes."""
+    """The compression of a file, from its first bytes."""
     with open(path, "rb") as file:
         head = file.read(6)
     return next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), None)
 
 
 def unpack(path: Path) -> Copy | None:
-    """A copy of a compressed file as it was before; None where it is not compressed. Raises UserError."""
+    """A decompressed copy of a file; None if it is not compressed. Raises UserError."""
     kind = compression(path)
     if kind is None:
         return None
-    if kind == "xz":  # its format lets a file ask for gigabytes of memory
+    if kind == "xz":  # an xz file may demand gigabytes of memory
         raise UserError(f"{path}: compressed with xz; unpack it first: xz -dk {path}")
     copy = Copy(stem_of(path))
     print(f"{path}: unpacking to {copy.path.parent}, as its samples are read in any order", file=sys.stderr, flush=True)
@@ -115,8 +115,8 @@ codecs.register_error("ringlip-mark", _mark)
 
 
 def transcode(path: Path, encoding: str) -> Copy:
-    """A UTF-8 copy of a text file. What cannot be decoded becomes a byte that is not UTF-8, so that its row is
-    named."""
+    """A UTF-8 copy of a text file. What cannot be decoded becomes an invalid byte, so that its row is rejected by
+    name."""
     copy = Copy(path.name)
     decoder = codecs.getincrementaldecoder(encoding)("ringlip-mark")
     with open(path, "rb") as file:

@@ -1,9 +1,9 @@
-"""What a column may hold: one record of any table becomes a `Row`.
+"""Converts a record of any table to a `Row`.
 
 A picture is bytes, a path, a URL, base64, a ``data:`` URL, or Hugging Face's {"bytes", "path"}. A caption is text or a
 list of texts. A name with dots reaches into structs, maps, lists and JSON texts: ``d.en``, ``images.0``,
-``sentences.raw`` (of every item of a list). Every other column is kept for the .json member, as far as JSON can hold
-it.
+``sentences.raw`` (of every item of a list). All other columns go to the .json member, as far as JSON can represent
+them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from data_tools.samples.reject import Reject
 from data_tools.sources.base import Row, SourceOptions, fields_of, replace_fields
 
 MAX_DEPTH = 100
-"""Levels of lists and structs; deeper ones would end the interpreter's stack."""
+"""Deepest nesting of lists and structs; more could exhaust the interpreter's stack."""
 _SIMPLE = (str, int, bool, type(None))
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*\Z")
 _PICTURES = ("/9j/", "_9j_", "iVBO", "UklG", "R0lG", "Qk", "SUkq", "TU0A", "AAAA", "/0//")
-"""How base64 of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 starts. No path of 64 letters without a dot
-does."""
+"""The first characters of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 in base64. A path of 64 characters
+without a dot hardly starts with them."""
 
 
 class RowMaker:
-    """Makes rows of records as the options say; what is the same for every row is done once."""
+    """Makes rows from records as the options say; prepares once what is the same for every row."""
 
     def __init__(self, options: SourceOptions) -> None:
         self._options = options
@@ -39,8 +39,8 @@ class RowMaker:
         self._caption = options.captions[0] if len(options.captions) == 1 and not options.templates else None
 
     def __call__(self, where: str, record: dict[str, Any], names: dict[str, Any] | None = None) -> Row:
-        """The row of a record that was found at ``where``. ``names`` are texts for the templates that differ from the
-        record's values: the class names of numbered labels."""
+        """The row of a record found at ``where``. ``names`` override the record's values in templates: the class names
+        of numeric labels."""
         try:
             image = picture_of(self._image, reach(record, self._image)) if self._image else None
             caption = record.get(self._caption) if self._caption is not None else None
@@ -52,7 +52,7 @@ class RowMaker:
                 if value.__class__ in _SIMPLE or (value.__class__ is float and math.isfinite(value)):
                     columns[name] = value
                 else:
-                    with suppress(Unfit):  # such a column is left out
+                    with suppress(Unfit):  # leaves the column out
                         columns[name] = plain(value)
         except Reject as reject:
             return Row(where, None, [], fault=reject.reason, detail=reject.path)
@@ -67,7 +67,7 @@ def to_row(where: str, record: dict[str, Any], options: SourceOptions, names: di
 def captions_of(
     record: dict[str, Any], options: SourceOptions, names: dict[str, Any] | None = None
 ) -> list[str | None]:
-    """The texts of the caption columns, then one for each template. Raises Reject for a value that is no text."""
+    """The texts of the caption columns, then one per template. Raises Reject for a value that is not text."""
     captions: list[str | None] = []
     for name in options.captions:
         value = reach(record, name)
@@ -92,7 +92,7 @@ def _text(name: str, value: Any) -> str | None:
         raise Reject("caption_type", f"column {name!r} holds structs with the fields {fields}; {remedy}")
     kind = _kind(value)
     template = f"--caption-template 'a photo, {name} {{{name}}}'"
-    raise Reject("caption_type", f"column {name!r} holds {kind}, not text; to make captions of it say {template}")
+    raise Reject("caption_type", f"column {name!r} holds {kind}, not text; to make captions from it use {template}")
 
 
 def _kind(value: Any) -> str:
@@ -107,11 +107,11 @@ def _kind(value: Any) -> str:
 
 
 _SPECIAL = (*_PICTURES, "d", "D")
-"""How a text starts that may be more than a path."""
+"""First characters of a text that may be a picture instead of a path."""
 
 
 def picture_of(name: str, value: Any) -> str | bytes | None:
-    """The picture in a column: its bytes, or a path or URL. Raises Reject for what is neither."""
+    """The picture in a column: its bytes, or a path or URL. Raises Reject for anything else."""
     if isinstance(value, dict):
         if not value.keys() & {"bytes", "path"}:
             fields = ", ".join(map(str, value))
@@ -125,7 +125,7 @@ def picture_of(name: str, value: Any) -> str | bytes | None:
     if isinstance(value, list):
         raise Reject("image_type", f"column {name!r} holds lists; --image {name}.0 takes the first of each")
     if not isinstance(value, str):
-        raise Reject("image_type", f"column {name!r} holds {_kind(value)}, which name no picture")
+        raise Reject("image_type", f"column {name!r} holds {_kind(value)}, not pictures or paths")
     if value[:5].lower() == "data:":
         return _data_url(value)
     if value.startswith(_PICTURES) and _BASE64.match(value):
@@ -142,7 +142,7 @@ def _data_url(url: str) -> bytes:
 
 
 def _base64(text: str) -> bytes:
-    """Both alphabets, with or without padding and line breaks."""
+    """Decodes base64 in either alphabet, with or without padding and line breaks."""
     digits = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     try:
         return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
@@ -151,8 +151,8 @@ def _base64(text: str) -> bytes:
 
 
 def reach(record: dict[str, Any], name: str) -> Any:
-    """The value of a column, or inside one: a whole name first, then step by step at its dots. None where there is
-    nothing."""
+    """The value of a column, or inside one: the whole name is tried first, then the parts between its dots. None if
+    there is no such value."""
     if name in record or "." not in name:
         return record.get(name)
     head, _, rest = name.partition(".")
@@ -189,7 +189,7 @@ def _parsed(text: str) -> Any:
 
 
 def fill(template: str, record: dict[str, Any]) -> str | None:
-    """``template`` with every {NAME} replaced by that column's text; None where one of them is null."""
+    """``template`` with every {NAME} replaced by that column's text; None if one of them is null."""
     values = {}
     for name in fields_of(template):
         value = reach(record, name)
@@ -202,17 +202,17 @@ def fill(template: str, record: dict[str, Any]) -> str | None:
 
 
 def is_map(value: Any) -> bool:
-    """Whether ``value`` is Arrow's map with names as keys: a list of (key, value)."""
+    """Whether ``value`` is an Arrow map with text keys: a list of (key, value)."""
     return isinstance(value, list) and bool(value) and all(type(i) is tuple and isinstance(i[0], str) for i in value)
 
 
 class Unfit(Exception):
-    """A value that has no place in JSON: bytes, or too many levels."""
+    """A value that JSON cannot represent: bytes, or too deep nesting."""
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """``value`` as strict JSON can hold it: NaN and infinities become null, maps objects, and dates, decimals and other
-    objects their text. Raises Unfit."""
+    """``value`` as strict JSON: NaN and infinities become null, maps objects; dates, decimals and other objects become
+    text. Raises Unfit."""
     if value.__class__ in _SIMPLE:
         return value
     if isinstance(value, float):

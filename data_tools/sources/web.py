@@ -1,4 +1,4 @@
-"""Pictures on the web are not fetched here: a line names the command that does, and how to take what it writes.
+"""Pictures on the web are not fetched here: an error names the command that does, and how to shard its output.
 
 Fetching well means retries, limits for each host, opt-out headers (X-Robots-Tag: noai), DNS at scale and no private
 addresses. img2dataset does that and is maintained; its output is an input of `shard`.
@@ -13,20 +13,20 @@ _FORMATS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "parquet": "parquet"}
 
 
 def fetch_first(path: Path, kind: str, image: str, caption: str, example: str) -> str:
-    """The line for a table whose ``image`` column holds web addresses such as ``example``."""
+    """The error for a table whose ``image`` column holds web addresses such as ``example``."""
     if kind not in _FORMATS:
         return (
             f"{path}: its pictures are web addresses ({example[:100]}); write the table as Parquet "
-            f"(dataset.to_parquet) and shard that: the next line will say how to fetch them"
+            f"(dataset.to_parquet) and shard that: its error will say how to fetch them"
         )
     return f"{path}: its pictures are web addresses ({example[:100]}); {_command(path, _FORMATS[kind], image, caption)}"
 
 
 def list_of_addresses(path: Path) -> str:
-    """The line for a text file, which may be a list of addresses: nothing can be learnt from pictures without texts."""
+    """The error for a text file, which may be a list of addresses: pictures without texts cannot be used."""
     command = _command(Path("pairs.csv"), "csv", "url", "caption")
     return (
-        f"{path}: a text file; for a table say --input csv|tsv|jsonl. A list of web addresses has no captions: write a "
+        f"{path}: a text file; for a table add --input csv|tsv|jsonl. A list of web addresses has no captions: write a "
         f"table pairs.csv with the columns url and caption, then {command}"
     )
 
