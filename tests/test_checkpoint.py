@@ -42,7 +42,7 @@ from trainer.core.distributed import rank, world_size
 from trainer.core.types import RunFailed, UserError
 from trainer.engine import EngineSettings, build_engine, state
 from trainer.losses import QueueLoss
-from trainer.optim import Guard, OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, Guard, build_optimizer
 from trainer.step import train_step
 
 
@@ -203,7 +203,7 @@ class Run:
 
     def __init__(self, run_dir: Path, stage: int, micro_batch: int, dropout: float, seed: int = 0) -> None:
         # eps is large: AdamW at 1e-8 divides rounding by rounding where a gradient is mathematically zero (key biases).
-        optim = OptimSettings(lr=3e-3, eps=1e-4, warmup=0)
+        optim = AdamWSettings(lr=3e-3, eps=1e-4, warmup=0)
         model = tiny_model("clip", seed=seed, layers=1, dropout=dropout)
         config = (
             run_dir / f"zero{stage}-of-rank-{rank()}.json"

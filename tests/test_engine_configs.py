@@ -22,11 +22,11 @@ from tests.support.tiny_models import tiny_model
 from trainer.engine import EngineSettings, build_engine
 from trainer.engine.ds_config import FOLDER
 from trainer.models.adapt.recompute import recompute
-from trainer.optim import OptimSettings, build_optimizer, learning_rate
+from trainer.optim import AdamWSettings, build_optimizer, learning_rate
 from trainer.step import train_step
 
 ROWS, STEPS, CLIP = 8, 3, 0.5
-OPTIM = OptimSettings(
+OPTIM = AdamWSettings(
     lr=1e-2, weight_decay=0.1, eps=1e-3, warmup=0, clip=CLIP
 )  # eps: AdamW else makes steps of mere rounding
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -96,11 +96,10 @@ def snapshot(
     announced = layout(engine)
     tensors = {(name, kind): tensor.clone() for name, kind, tensor in read_state(engine, bucket_bytes)}
     if rank() == 0:
-        assert list(tensors) == [(name, kind) for name, (_, kinds) in announced.items() for kind in kinds]
-        assert all(
-            tuple(tensors[name, kind].shape) == shape for name, (shape, kinds) in announced.items() for kind in kinds
-        )
-    return {name: kinds for name, (_, kinds) in announced.items()}, steps(engine), tensors
+        shapes = {(name, kind): tuple(tensor.shape) for (name, kind), tensor in tensors.items()}
+        wanted = {(name, kind): shape for name, kinds in announced.items() for kind, shape in kinds.items()}
+        assert list(shapes.items()) == list(wanted.items())
+    return {name: list(kinds) for name, kinds in announced.items()}, steps(engine), tensors
 
 
 class Layout(NamedTuple):

@@ -10,28 +10,28 @@ from torch import nn
 
 from tests.support.tiny_models import tiny_model
 from trainer.core.types import UserError
-from trainer.optim import Guard, OptimSettings, SpikeSettings, build_optimizer, learning_rate, scale_ceiling
+from trainer.optim import AdamWSettings, Guard, SpikeSettings, build_optimizer, learning_rate, scale_ceiling
 
 
 def test_rate_warms_up_and_follows_a_cosine() -> None:
-    settings = OptimSettings(lr=2.0, warmup=0.1)
+    settings = AdamWSettings(lr=2.0, warmup=0.1)
     rates = [learning_rate(settings, seen, 1000) for seen in (0, 50, 100, 550, 1000, 2000)]
     assert rates == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0, 0.0], abs=1e-12)
 
 
 def test_rate_with_warmup_in_samples_and_a_floor() -> None:
-    settings = OptimSettings(lr=1.0, warmup=200, final=0.1)
+    settings = AdamWSettings(lr=1.0, warmup=200, final=0.1)
     assert learning_rate(settings, 100, 1000) == 0.5
     assert learning_rate(settings, 1000, 1000) == pytest.approx(0.1)
     assert learning_rate(settings, 600, 1000) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(OptimSettings(lr=1.0, warmup=0, schedule="constant"), 999, 1000) == 1.0
-    assert learning_rate(OptimSettings(lr=1.0, warmup=5000), 1000, 1000) == 0.2  # a run shorter than its warm-up
+    assert learning_rate(AdamWSettings(lr=1.0, warmup=0, schedule="constant"), 999, 1000) == 1.0
+    assert learning_rate(AdamWSettings(lr=1.0, warmup=5000), 1000, 1000) == 0.2  # a run shorter than its warm-up
 
 
 def test_vectors_scale_and_bias_are_not_decayed() -> None:
     model = tiny_model()
     next(model.towers.vision_model.parameters()).requires_grad_(False)
-    decayed, plain = build_optimizer(model, OptimSettings(weight_decay=0.3)).param_groups
+    decayed, plain = build_optimizer(model, AdamWSettings(weight_decay=0.3)).param_groups
     assert decayed["weight_decay"] == 0.3
     assert plain["weight_decay"] == 0
     assert decayed["betas"] == (0.9, 0.95)
@@ -43,11 +43,11 @@ def test_vectors_scale_and_bias_are_not_decayed() -> None:
 
 def test_nothing_to_train_is_said() -> None:
     with pytest.raises(UserError, match="every parameter is locked"):
-        build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimSettings())
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), AdamWSettings())
 
 
 def guard(action: str = "skip", **more: int) -> Guard:
-    return Guard(OptimSettings(spike=SpikeSettings(action=action, factor=10, window=20), **more))  # type: ignore[arg-type]
+    return Guard(AdamWSettings(spike=SpikeSettings(action=action, factor=10, window=20), **more))  # type: ignore[arg-type]
 
 
 def test_spikes_are_told_from_the_norms_before_them() -> None:
@@ -100,10 +100,10 @@ def test_a_resumed_guard_judges_alike() -> None:
 
 
 def test_ceiling_is_never_below_the_start() -> None:
-    assert scale_ceiling(OptimSettings(), 5.0) is None
-    assert scale_ceiling(OptimSettings(max_scale=100), 10.0) == 100
+    assert scale_ceiling(AdamWSettings(), 5.0) is None
+    assert scale_ceiling(AdamWSettings(max_scale=100), 10.0) == 100
     so400m = math.exp(4.7215)
-    assert scale_ceiling(OptimSettings(max_scale=100), so400m) == so400m
+    assert scale_ceiling(AdamWSettings(max_scale=100), so400m) == so400m
 
 
 def test_fused_adamw_is_adamw() -> None:
@@ -111,7 +111,7 @@ def test_fused_adamw_is_adamw() -> None:
     weight, gradient = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     layer = nn.Linear(3, 5, bias=False).double()
     layer.weight.data.copy_(weight)
-    optimizer = build_optimizer(layer, OptimSettings(lr=0.1, weight_decay=0.2, eps=1e-6))
+    optimizer = build_optimizer(layer, AdamWSettings(lr=0.1, weight_decay=0.2, eps=1e-6))
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in (1, 2):
         layer.weight.grad = gradient * step

@@ -14,7 +14,7 @@ from tests.support.dense_step import Case, GatheredSigmoid, captured, global_bat
 from tests.support.forked_ranks import run_ranks
 from trainer.core import distributed
 from trainer.core.types import Embeddings, UserError
-from trainer.optim import Guard, OptimSettings, SpikeSettings, build_optimizer
+from trainer.optim import AdamWSettings, Guard, SpikeSettings, build_optimizer
 from trainer.step import StepResult, train_step
 
 
@@ -38,7 +38,7 @@ def train(
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Plain gradient descent, so that weights show every gradient that was used; a step for each of ``troubles``."""
     engine = Case(stage=stage, offload=offload).engine(lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
-    guard = Guard(OptimSettings(spike=SpikeSettings(action="skip", window=10), max_bad_steps=2))
+    guard = Guard(AdamWSettings(spike=SpikeSettings(action="skip", window=10), max_bad_steps=2))
     results = []
     for seed, trouble in enumerate(troubles):
         loss = Troubled()
@@ -104,7 +104,7 @@ def test_a_run_that_diverged_ends_on_all_ranks() -> None:
 
 def clipped(stage: int, clip: float, spike_limit: bool) -> tuple[StepResult, dict[str, Tensor]]:
     engine = Case(stage=stage).engine(clip=clip)
-    guard = Guard(OptimSettings(spike=SpikeSettings(action="clip", factor=2, window=1)))
+    guard = Guard(AdamWSettings(spike=SpikeSettings(action="clip", factor=2, window=1)))
     if spike_limit:
         guard.judge(0.01)
     return train_step(engine, local_slice(global_batch(16)), GatheredSigmoid(), 4, guard=guard), captured(engine)
@@ -163,4 +163,4 @@ def test_the_rate_is_the_one_that_was_set(stage: int) -> None:
 
 def test_adamw_comes_from_the_recipe() -> None:
     model = Case().model()
-    assert isinstance(build_optimizer(model, OptimSettings()), torch.optim.AdamW)
+    assert isinstance(build_optimizer(model, AdamWSettings()), torch.optim.AdamW)

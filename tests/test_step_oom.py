@@ -28,7 +28,7 @@ from trainer.engine import EngineSettings, build_engine
 from trainer.losses import SigmoidLoss
 from trainer.losses.tiles import Pairs
 from trainer.models.adapt.lock import LockSettings
-from trainer.optim import OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, build_optimizer
 from trainer.step import train_step
 
 ROWS = 16
@@ -307,7 +307,7 @@ def peak_with_lock(locked: bool) -> tuple[int, int]:
     model = tiny_model("siglip", layers=4, width=128, lock=LockSettings(image=locked))
     size = sum(p.nbytes for name, p in model.named_parameters() if "vision" in name)
     engine = build_engine(
-        model, build_optimizer(model, OptimSettings()), EngineSettings(ds_config="zero0", precision="fp32")
+        model, build_optimizer(model, AdamWSettings()), EngineSettings(ds_config="zero0", precision="fp32")
     )
     train_step(engine, tiny_batch(8), LinearLoss())
     with TensorMemory() as memory:

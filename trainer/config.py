@@ -26,7 +26,7 @@ from trainer.evals import EvalSettings
 from trainer.losses import LossSettings, SigmoidSettings
 from trainer.metrics import LogSettings
 from trainer.models import ModelSettings
-from trainer.optim import OptimSettings
+from trainer.optim import AdamWSettings, OptimSettings
 from trainer.step import BatchSettings
 
 
@@ -64,8 +64,8 @@ class Recipe(Settings):
     "A teacher to learn from beside the pairs; null: none."
     batch: BatchSettings
     "Global batch and micro-batch."
-    optim: OptimSettings = OptimSettings()
-    "AdamW, its schedule, clipping and what happens at gradient spikes."
+    optim: OptimSettings = AdamWSettings()
+    "The optimizer, its schedule, clipping and what happens at gradient spikes."
     engine: EngineSettings = EngineSettings()
     "DeepSpeed: which ds_config, which precision."
     checkpoint: Annotated[CheckpointSettings, OPERATIONAL] = CheckpointSettings()

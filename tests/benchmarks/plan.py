@@ -31,7 +31,7 @@ from trainer.engine import EngineSettings
 from trainer.engine.engine import Engine, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
-from trainer.optim import OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, build_optimizer
 from trainer.plan.memory import Job, Peak, forecast
 from trainer.plan.profile import Survey, look
 from trainer.plan.search import zero_section
@@ -140,7 +140,7 @@ def train_three_steps(setting: Setting) -> Engine:
     allocator.install()
     model = build(setting.settings())
     engine_settings = EngineSettings(ds_config=setting.ds_config, precision=setting.precision)  # type: ignore[arg-type]
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
+    engine = build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0)
     del model
     batch, loss = batch_of(setting), SigmoidLoss()
     for _ in range(3):

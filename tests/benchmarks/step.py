@@ -36,7 +36,7 @@ from trainer.core.types import Batch, Embeddings
 from trainer.engine import Engine, EngineSettings, build_engine
 from trainer.losses import SigmoidLoss
 from trainer.models import ModelSettings, build
-from trainer.optim import OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, build_optimizer
 from trainer.step import train_step
 
 TOKENS, SIDE = 16, 32
@@ -108,7 +108,7 @@ Times = dict[str, tuple[list[float], list[float], int]]
 def measure(rows: int, micro_batches: int, rounds: int, ds_config: str) -> Times:
     """On one rank: contender -> (processor seconds, wall seconds, peak bytes) of steps on ``rows`` local pairs."""
     built = model()
-    optimizer = build_optimizer(built, OptimSettings(lr=1e-4))
+    optimizer = build_optimizer(built, AdamWSettings(lr=1e-4))
     engine = build_engine(built, optimizer, EngineSettings(ds_config=ds_config, precision="fp32"))
     batch, micro_batch = data(rows), rows // micro_batches
     found: Times = {}

@@ -17,7 +17,7 @@ from trainer.core.types import Batch
 from trainer.engine import EngineSettings, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
-from trainer.optim import OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, build_optimizer
 from trainer.plan.memory import Job, forecast
 from trainer.plan.model_shapes import KNOWN, stand_in
 from trainer.plan.profile import look
@@ -43,7 +43,7 @@ def peak_of_training(settings: ModelSettings, rows: int, micro_batch: int, ds_co
     """Largest memory of tensors in the third step."""
     engine_settings = EngineSettings(ds_config=ds_config, precision=precision)  # type: ignore[arg-type]
     model = build(settings)
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
+    engine = build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0)
     batch, loss = batch_for(model, rows), SigmoidLoss()
     del model
     for _ in range(2):
@@ -97,7 +97,7 @@ def under_a_limit() -> Measured:
     total = torch.cuda.get_device_properties(0).total_memory
     model = build(settings)
     engine_settings = EngineSettings(ds_config="zero1", precision="bf16")
-    engine = build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0)
+    engine = build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0)
     batch = batch_for(model, 64)
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:

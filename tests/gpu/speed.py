@@ -22,7 +22,7 @@ from trainer.core.types import Embeddings
 from trainer.engine import EngineSettings, build_engine
 from trainer.losses import SigmoidLoss
 from trainer.models import DualEncoder, ModelSettings, build
-from trainer.optim import OptimSettings, build_optimizer
+from trainer.optim import AdamWSettings, build_optimizer
 from trainer.plan.model_shapes import KNOWN, stand_in
 from trainer.step import train_step
 
@@ -120,7 +120,7 @@ def vit_base(dry: bool, precision: str) -> tuple[Any, DualEncoder]:
         with stand_in(ModelSettings(path=name), KNOWN[name]) as known:
             model = build(ModelSettings(config=KNOWN[name], tokenizer=known.path))
     engine_settings = EngineSettings(ds_config="zero0", precision=precision)  # type: ignore[arg-type]
-    return build_engine(model, build_optimizer(model, OptimSettings()), engine_settings, clip=1.0), model
+    return build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0), model
 
 
 def towers(dry: bool, rows: int, micro_batch: int) -> Measured:

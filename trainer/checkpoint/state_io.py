@@ -67,11 +67,11 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
     layout = state.layout(engine.ds_engine)
     entries = {
         MODEL: [_entry(name, tensor) for name, tensor in buffers.items()]
-        + [Entry(name, torch.float32, shape) for name, (shape, _) in layout.items()],
+        + [Entry(name, torch.float32, kinds[WEIGHT]) for name, kinds in layout.items()],
         OPTIMIZER: [
             Entry(f"{name}.{kind}", torch.float32, shape)
-            for name, (shape, kinds) in layout.items()
-            for kind in kinds
+            for name, kinds in layout.items()
+            for kind, shape in kinds.items()
             if kind != WEIGHT
         ],
     }
@@ -80,7 +80,7 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
     facts = {
         "samples_seen": samples_seen,
         "extra": extra,
-        "kinds": {name: kinds for name, (_, kinds) in layout.items()},
+        "kinds": {name: list(kinds) for name, kinds in layout.items()},
         "steps": state.steps(engine.ds_engine),
         "made_by": {"ranks": distributed.world_size(), "zero_stage": engine.zero_stage, "torch": torch.__version__},
     }
@@ -288,7 +288,7 @@ def _entry(name: str, tensor: Tensor) -> Entry:
 
 
 def _shapes(engine: Any, state: Any) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (shape, _) in state.layout(engine.ds_engine).items()}
+    return {name: kinds[WEIGHT] for name, kinds in state.layout(engine.ds_engine).items()}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

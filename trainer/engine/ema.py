@@ -4,7 +4,7 @@ while.
     average_weights(ds_engine, 0.999)                   # after each step
     with averaged(ds_engine): ...  # forward computes with the average; afterwards with the weights, bit for bit
 
-It lies among the optimizer's moments, cut up as they are (trainer/engine/state.py).
+It lies among the optimizer's moments, cut up as they are (trainer/engine/fragments.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from trainer.core.distributed import device, world_size
-from trainer.engine.state import BUCKET_BYTES, Fragment, buckets, fragments, write_model_copy
+from trainer.core.partitioned import Dense, PartitionedOptimizer
+from trainer.engine.fragments import BUCKET_BYTES, Fragment, buckets, fragments, write_model_copy
 from trainer.engine.state_names import AVERAGE, WEIGHT
 
 
@@ -27,22 +28,20 @@ def average_weights(engine: Any, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * weight, on what this rank holds; the first call, after the first update, takes
     the weights as they are. ``decay`` 0 drops the average. No communication.
     """
-    done: set[int] = set()  # at ZeRO 1 to 3 many parameters share a flat partition
     for fragment in fragments(engine):
-        if fragment.optimizer is None or id(fragment.master) in done:
-            continue
-        done.add(id(fragment.master))
         # A parameter that has had no gradient yet has no state, and must not get one: the optimizer makes its moments
         # where there is none.
-        state = fragment.optimizer.state.get(fragment.master)
+        state = fragment.state
         if not state:
             continue
         if not decay:
             state.pop(AVERAGE, None)
-        elif AVERAGE not in state:
+        elif AVERAGE in state:
+            fragment.read(AVERAGE).lerp_(fragment.read(WEIGHT), 1 - decay)
+        elif isinstance(fragment.optimizer, PartitionedOptimizer):
+            state[AVERAGE] = Dense(fragment.read(WEIGHT).clone())
+        else:  # at ZeRO 1 to 3 many parameters share a flat partition: the average of all of it
             state[AVERAGE] = fragment.master.detach().clone()
-        else:
-            state[AVERAGE].lerp_(fragment.master.detach(), 1 - decay)
 
 
 @contextmanager
@@ -73,12 +72,11 @@ def _show(engine: Any, pieces: list[Fragment], kind: str) -> None:
             weight.copy_(average)
             average.copy_(kept)
     apart = [piece for piece in pieces if piece.master is not piece.parameter]
-    for bucket in buckets(apart, {piece.name: [kind] for piece in apart}, BUCKET_BYTES):
+    for bucket in buckets(apart, {piece.name: {kind: piece.shape} for piece in apart}, BUCKET_BYTES):
         buffer = torch.zeros(sum(span.numel for span in bucket), dtype=torch.float32, device=device())
         parts = buffer.split([span.numel for span in bucket])
         for span, part in zip(bucket, parts, strict=True):
-            local, there = span.here(span.piece.read(kind), part)
-            there.copy_(local)
+            span.gather(part)
         if world_size() > 1:  # as integers: all but one addend are 0, so the bits arrive as they are
             dist.all_reduce(buffer.view(torch.int32))
         for span, part in zip(bucket, parts, strict=True):

@@ -34,9 +34,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer.core import collectives, distributed
+from trainer.core.partitioned import PartitionedOptimizer
 from trainer.core.types import Embeddings, UserError
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load, reduces_early
 from trainer.engine.ema import average_weights, averaged
+from trainer.engine.fragments import Fragment, fragments
 from trainer.engine.precision import (
     DTYPES,
     LossScale,
@@ -45,7 +47,6 @@ from trainer.engine.precision import (
     keep_float32,
     require_float32,
 )
-from trainer.engine.state import Fragment, fragments
 from trainer.engine.state_names import WEIGHT
 
 logger = logging.getLogger(__name__)
@@ -290,6 +291,9 @@ def build_engine(
         raise UserError(
             f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
         ) from error
+    if isinstance(optimizer, PartitionedOptimizer):
+        pieces = [piece for piece in fragments(ds_engine) if piece.optimizer is not None]
+        optimizer.locate(pieces, partitioned=config["zero_optimization"]["stage"] > 0)
     return Engine(ds_engine, config, loss_scale)
 
 

@@ -1,0 +1,42 @@
+"""Optimizers, the rate as a function of the samples seen, and the guard that decides what becomes of a bad gradient.
+
+optimizer = build_optimizer(model, settings)
+rate = learning_rate(settings, samples_seen, total_samples)
+verdict = guard.judge(norm)                # "step" | "skip" | "clip"
+
+A recipe's ``optim:`` section chooses by ``name``. All are exact at every ZeRO stage, on any number of ranks, offloaded or
+not: one that needs more of a tensor than this rank has (trainer/core/partitioned.py) asks the other ranks for it.
+"""
+
+from trainer.optim.build import build_optimizer, matrices, moment_bytes
+from trainer.optim.guard import Guard, Verdict
+from trainer.optim.settings import (
+    AdafactorSettings,
+    AdamWSettings,
+    LambSettings,
+    LionSettings,
+    MuonSettings,
+    OptimizerSettings,
+    OptimSettings,
+    SpikeSettings,
+    learning_rate,
+    scale_ceiling,
+)
+
+__all__ = [
+    "AdafactorSettings",
+    "AdamWSettings",
+    "Guard",
+    "LambSettings",
+    "LionSettings",
+    "MuonSettings",
+    "OptimSettings",
+    "OptimizerSettings",
+    "SpikeSettings",
+    "Verdict",
+    "build_optimizer",
+    "learning_rate",
+    "matrices",
+    "moment_bytes",
+    "scale_ceiling",
+]

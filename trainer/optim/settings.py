@@ -1,0 +1,157 @@
+"""``optim:`` of a recipe: which optimizer, its rate as a function of the samples seen, and limits.
+
+optimizer = build_optimizer(model, settings)
+rate = learning_rate(settings, samples_seen, total_samples)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.core.settings import Settings
+from trainer.optim.moments import Format
+
+
+class SpikeSettings(Settings):
+    """What to do with a step whose gradient norm leaps out of those before it."""
+
+    action: Literal["count", "skip", "clip"] = "count"
+    "count only reports it; skip leaves the weights as they are; clip scales the gradient down to the limit."
+    factor: float = Field(default=10.0, gt=1)
+    "A spike is a norm above this many times the median of the last `window` steps."
+    window: int = Field(default=100, ge=1)
+    "Steps whose norms are remembered; nothing counts as a spike before a tenth of them are known."
+
+
+class OptimizerSettings(Settings):
+    """What all optimizers share: rate, schedule, clipping, averaging and what happens at gradient spikes."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    "Peak learning rate."
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay of matrices, a step: this times the rate; vectors (norms, biases), the scale and the bias
+    are never decayed. CLIP: 0.2. SigLIP's 1e-4 is not multiplied by its rate of 1e-3: that is 0.1 here."""
+    warmup: float = Field(default=0.05, ge=0)
+    "Linear warm-up: a fraction of the run below 1, else a number of samples."
+    schedule: Literal["cosine", "constant"] = "cosine"
+    "What follows the warm-up: cosine decay to `final`, or the peak rate."
+    final: float = Field(default=0.0, ge=0, le=1)
+    "Fraction of the peak rate at the end of a cosine."
+    clip: float = Field(default=1.0, ge=0)
+    "Largest norm of the global gradient; 0 switches clipping off."
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay a step of a running average of the weights, kept in float32 beside the optimizer's moments (4 bytes a
+    trained parameter) and in every checkpoint. Evaluations during training are of it ("weights": "ema" in log.jsonl),
+    as with `evaluate --ema` and `export --ema`; `evaluate` without --ema scores the weights themselves. 0: none; 0.999
+    averages about the last thousand steps."""
+    spike: SpikeSettings = SpikeSettings()
+    "Gradient-norm spikes."
+    max_bad_steps: int = Field(default=10, ge=1)
+    "Steps in a row with a loss or gradient that is not finite (each is skipped) before the run ends."
+    max_scale: float | None = Field(default=None, gt=0)
+    """Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no
+    ceiling."""
+
+
+class AdamWSettings(OptimizerSettings):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    "First-moment decay."
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Second-moment decay; at large batch 0.999 forgets a gradient spike too slowly and training diverges (SigLIP,
+    arXiv 2303.15343, 4.6)."""
+    eps: float = Field(default=1e-8, gt=0)
+    "Added to the root of the second moment."
+    moments: Format = "float32"
+    """What the two moments are kept in: 8 bytes a trained parameter, in bfloat16 4 (rounded stochastically), in int8
+    2.03 (blocks of 256 elements, Dettmers et al., arXiv 2110.02861; parameters under 4,096 elements stay float32)."""
+
+
+class AdafactorSettings(OptimizerSettings):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) as big_vision trains SigLIP with it: about 2 bytes a trained
+    parameter."""
+
+    name: Literal["adafactor"] = "adafactor"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    "Decay of the momentum of updates."
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    "Cap of the second-moment decay, which is 1 - step^-0.8 below it."
+    eps: float = Field(default=1e-30, gt=0)
+    "Added to the square of the gradient."
+    moments: Format = "bfloat16"
+    "What the momentum is kept in: 2 bytes a trained parameter in bfloat16; second moments are float32 and tiny."
+
+
+class LionSettings(OptimizerSettings):
+    """Lion (Chen et al., arXiv 2302.06675): the sign of a momentum. 4 bytes a trained parameter. Every element moves by
+    the rate itself: take a third to a tenth of AdamW's optim.lr, and as many times its optim.weight_decay."""
+
+    name: Literal["lion"] = "lion"
+    lr: float = Field(default=1e-4, gt=0)
+    "Peak learning rate."
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    "Weight of the momentum in the update."
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    "Decay of the momentum."
+    moments: Format = "float32"
+    "What the momentum is kept in; see adamw."
+
+
+class MuonSettings(OptimizerSettings):
+    """Muon (https://kellerjordan.github.io/posts/muon) for the matrices, at AdamW's rate and decay (arXiv 2502.16982);
+    AdamW for embeddings, convolutions, vectors, scale and bias. 4 bytes an element of a matrix, 8 elsewhere."""
+
+    name: Literal["muon"] = "muon"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    "Of the matrices (Nesterov's)."
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    "First-moment decay of the other parameters."
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    "Second-moment decay of the other parameters."
+    eps: float = Field(default=1e-8, gt=0)
+    "Added to the root of the second moment of the other parameters."
+
+
+class LambSettings(OptimizerSettings):
+    """LAMB (You et al., arXiv 1904.00962): AdamW whose step on a tensor is scaled to the tensor's norm."""
+
+    name: Literal["lamb"] = "lamb"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    "First-moment decay."
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    "Second-moment decay."
+    eps: float = Field(default=1e-6, gt=0)
+    "Added to the root of the second moment."
+    moments: Format = "float32"
+    "What the two moments are kept in; see adamw."
+
+
+OptimSettings = Annotated[
+    AdamWSettings | AdafactorSettings | LionSettings | MuonSettings | LambSettings,
+    Field(discriminator="name"),
+]
+
+
+def learning_rate(settings: OptimizerSettings, samples_seen: int, total_samples: int) -> float:
+    """The rate of the step that begins after ``samples_seen`` of ``total_samples``: pure, so a resumed run cannot
+    differ."""
+    warmup = settings.warmup * total_samples if settings.warmup < 1 else settings.warmup
+    if samples_seen < warmup:
+        return settings.lr * samples_seen / warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = min(1.0, (samples_seen - warmup) / max(1.0, total_samples - warmup))
+    return settings.lr * (settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def scale_ceiling(settings: OptimizerSettings, start_scale: float) -> float | None:
+    """The largest scale t the loss may see: the recipe's, but never below what the model starts at.
+
+    SigLIP So400m ships logit_scale 4.72, above CLIP's ln 100: a fixed clamp would change the model at step 1.
+    """
+    return None if settings.max_scale is None else max(settings.max_scale, start_scale)
