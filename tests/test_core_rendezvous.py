@@ -50,8 +50,8 @@ def test_all_ranks_meet() -> None:
 
 def test_missing_ranks_are_named_with_their_nodes(capfd: pytest.CaptureFixture[str]) -> None:
     answers = meeting([0, 2], 5, 3)
-    assert "2 of 5 ranks have come" in answers[0]
-    assert "awaited: rank 1 of node-a, rank 3-4 of node-b." in answers[0]
+    assert "2 of 5 ranks have connected" in answers[0]
+    assert "missing: rank 1 of node-a, rank 3-4 of node-b." in answers[0]
     assert "rank 0 names them" in answers[2]
     assert "waiting: " in capfd.readouterr().err  # before the timeout
 
@@ -59,4 +59,4 @@ def test_missing_ranks_are_named_with_their_nodes(capfd: pytest.CaptureFixture[s
 def test_an_address_where_nobody_listens_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     answers = meeting([1], 2, 3)
     assert "rank 1 on" in answers[1]
-    assert "finds no rank 0 at 127.0.0.1:" in capfd.readouterr().err
+    assert "cannot reach rank 0 at 127.0.0.1:" in capfd.readouterr().err

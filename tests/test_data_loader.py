@@ -248,7 +248,7 @@ def test_an_empty_path_and_a_wrong_one_are_told_apart(tmp_path: Path) -> None:
         loader([])
     with pytest.raises(UserError, match="no-such-folder: no such file"):
         loader(tmp_path / "no-such-folder")
-    with pytest.raises(UserError, match="no samples in it"):
+    with pytest.raises(UserError, match="has no samples"):
         loader(write_shards(tmp_path / "empty", [0]))
 
 

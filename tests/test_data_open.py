@@ -53,7 +53,7 @@ def test_tars_without_an_index_give_the_same_batches(
     indexed = global_batches(write_shards(tmp_path / "indexed", [9, 8]), 4, world=2)
     for _ in range(2):
         assert same(global_batches(tmp_path / "bare", 4, world=2, **cache), indexed)
-    assert capfd.readouterr().err.count("has no index: making one for 2 tars by reading each tar once") == 1
+    assert capfd.readouterr().err.count("has no index: building one for 2 tars by reading each tar once") == 1
     (tmp_path / "bare" / "00001.tar").unlink()
     write_tar(tmp_path / "bare" / "00001.tar", {"x": sample(77)})  # another file under the same name: scanned again
     assert len(take(loader(tmp_path / "bare", batch=10, **cache), 1)[0].ids.unique()) == 10
@@ -78,7 +78,7 @@ def test_problems_in_tars_of_others_are_said(
     partial: Members = {"png": encode(picture(1))}
     write_tar(tmp_path / "some.tar", {"a": sample(0), "b": partial, "c": sample(2)})
     assert sorted(take(loader(tmp_path / "some.tar", batch=2, **cache), 1)[0].ids.tolist()) == [0, 1]
-    assert "problems in its tars, what is whole is used: missing_text 1" in capfd.readouterr().err
+    assert "its tars have problems, their whole samples are used: missing_text 1" in capfd.readouterr().err
 
 
 def test_names_that_leave_the_folder_and_links_are_not_followed(tmp_path: Path, cache: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def test_a_cache_too_small_for_remote_tars_without_an_index_is_refused(
         info = memory.info
         monkeypatch.setattr(memory, "info", lambda self, path, **options: {**info(self, path, **options), "size": None})
     for _ in range(2):
-        with pytest.raises(UserError, match=r"data.cache_limit: .* hold less than two windows of 2 shards"):
+        with pytest.raises(UserError, match=r"data.cache_limit: .* is less than two windows of 2 shards"):
             loader(url, window=2, cache_limit=2.5 * one / 2**30, **cache)
     assert len(take(loader(url, window=2, cache_limit=4.5 * one / 2**30, **cache), 1)[0].ids) == 12
 
@@ -172,7 +172,7 @@ def test_evaluation_reads_remote_shards(tmp_path: Path, cache: dict[str, Any]) -
 def test_remote_mistakes_are_named(tmp_path: Path, cache: dict[str, Any]) -> None:
     folder = write_shards(tmp_path / "local", [6] * 4)
     url = remote_copy(folder)
-    with pytest.raises(UserError, match=r"data.cache_limit: .* hold less than two windows of 2 shards"):
+    with pytest.raises(UserError, match=r"data.cache_limit: .* is less than two windows of 2 shards"):
         loader(url, window=2, cache_limit=1e-9, **cache)
     fsspec.filesystem("memory").rm_file(f"{url.removeprefix('memory:/')}/00002.tar")
     with pytest.raises(UserError, match=r"00002\.tar: no such file; upload it"):
@@ -296,7 +296,7 @@ def test_the_least_recently_used_shard_goes_first_and_stays_readable(tmp_path: P
         third = cache.fetch("memory://lru/c.tar")
         assert os.path.exists(first) and os.path.exists(third) and not os.path.exists(second)
         assert reading.read() == b"b" * 100
-    with pytest.raises(UserError, match=r"above data.cache_limit"):
+    with pytest.raises(UserError, match=r"exceed data.cache_limit"):
         ShardCache(str(tmp_path / "tiny"), limit=50).fetch("memory://lru/a.tar")
 
 

@@ -104,7 +104,7 @@ def test_weights_share_an_epoch_out_exactly() -> None:
 
 
 def test_impossible_mixtures_are_refused() -> None:
-    with pytest.raises(UserError, match="every source has a weight"):
+    with pytest.raises(UserError, match="give every source a weight"):
         draws_per_epoch([1, 1], [1.0, None], [1, 1])
-    with pytest.raises(UserError, match="source 1 would give no pair"):
+    with pytest.raises(UserError, match="would draw no pair from source 1"):
         draws_per_epoch([10, 10], [1.0, 1e-9], [1, 1])

@@ -275,7 +275,7 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
     ("options", "says"),
     [
         (["--batch-size", "0"], "at least one sample at once"),
-        (["--data", "{world}/recipe.yaml"], "is a file that is no tar"),
+        (["--data", "{world}/recipe.yaml"], "is a file that is not a tar"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options: list[str], says: str) -> None:

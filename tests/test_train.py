@@ -186,7 +186,7 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
             "'data.train': /tmp/pairs.csv is a table of pairs, and shards are read: make them with",
         ),
         (["data.train=[{path: /tmp/pairs.csv}]"], "'data.train.0.path': /tmp/pairs.csv is a table of pairs"),
-        (["data.validation={recipe}"], "'data.validation': {recipe} is a file that is no tar"),
+        (["data.validation={recipe}"], "'data.validation': {recipe} is a file that is not a tar"),
         (["eval.data=s3://bucket/pairs.parquet"], "eval.data: s3://bucket/pairs.parquet is a table of pairs"),
         (["data.train=[{path: a, wight: 3}]"], "unknown key 'data.train.0.wight'; did you mean 'weight'?"),
         (["data.workers=foo"], "'data.workers': Input should be a valid integer, unable"),

@@ -20,7 +20,7 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks when it is true on one: how ranks agree on out-of-memory, a signal or a bad gradient."""
+    """True on all ranks if ``flag`` is true on any: how ranks agree on out-of-memory, a signal or a bad gradient."""
     if world_size() == 1:
         return flag
     votes = torch.tensor([float(flag)], device=device())
@@ -29,7 +29,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def stack_over_ranks(mine: torch.Tensor) -> torch.Tensor:
-    """[world, *mine.shape]: the tensors of all ranks, which must be of one shape and dtype, in rank order."""
+    """[world, *mine.shape]: the tensors of all ranks, of equal shape and dtype, in rank order."""
     if world_size() == 1:
         return mine[None]
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
@@ -47,8 +47,9 @@ def mean_over_ranks(values: list[float]) -> list[float]:
 
 
 def on_main(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """Rank 0's answer on every rank; its UserError, or OSError as a RunFailed, is raised on every rank, so that none
-    waits for another. Of a bug rank 0 tells the traceback, and the others that they lost it.
+    """Calls ``work`` on rank 0 and returns its result on every rank. Its UserError, or its OSError as a RunFailed, is
+    raised on every rank, so that none waits for rank 0. After any other exception rank 0 raises it and the others raise
+    PeerLost.
     """
     answer: dict[str, Any] = {}
     bug: Exception | None = None
@@ -70,7 +71,7 @@ def on_main(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def share(value: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's dict on every rank, as JSON."""
+    """Sends rank 0's dict to every rank, as JSON."""
     if world_size() == 1:
         return value
     text = json.dumps(value).encode() if is_main() else b""

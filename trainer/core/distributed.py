@@ -1,4 +1,4 @@
-"""Who am I among the ranks: the same answer under deepspeed, torchrun, accelerate, Slurm and Open MPI, or in one plain
+"""Process-group setup and rank queries, alike under deepspeed, torchrun, accelerate, Slurm, Open MPI and in one plain
 process."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from data_tools.io.errors import run_command
 from trainer.core.rendezvous import meeting
 from trainer.core.types import UserError
 
-# deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK themselves; these launchers use names of their
-# own. A variable that only a started task has comes first: an interactive Slurm shell has the others too.
+# deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK; these launchers use names of their own. The
+# marker is a variable that only a launched task has: an interactive Slurm shell has the others too.
 FOREIGN_LAUNCHERS = (
     ("SLURM_STEP_ID", {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}),
     (
@@ -36,11 +36,10 @@ FOREIGN_LAUNCHERS = (
     ),
 )
 RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-"""torchrun and accelerate; deepspeed; Slurm; Open MPI."""
+"""Ranks per node, as set by torchrun and accelerate; deepspeed; Slurm; Open MPI."""
 
 _launchers: tuple[int, ...] = ()
-"""Process ids of what started this rank, and of the `deepspeed` command above that; none for a plain process, which
-nobody watches over."""
+"""Process ids of the launcher of this rank and of the `deepspeed` command above it; empty for a plain process."""
 
 
 _local_rank: int | None = None
@@ -49,10 +48,10 @@ _local_rank: int | None = None
 
 @contextmanager
 def process_group(timeout_seconds: float = 600.0) -> Iterator[None]:
-    """Joins the process group and, after success, leaves it in order.
+    """Joins the process group and, after success, destroys it.
 
-    After an error on several GPUs the process prints it and ends here, with its exit code: destroying the group would
-    make NCCL wait for kernels that never end, because the peers they talk to wait for this rank.
+    After an error on several GPUs the process prints the error and exits here: destroying the group would make NCCL
+    wait for kernels that never finish, because their peers wait for this rank.
     """
     init(timeout_seconds)
     try:
@@ -82,11 +81,10 @@ def _end(error: BaseException) -> NoReturn:
 
 
 def init(timeout_seconds: float = 600.0) -> None:
-    """Joins the process group (nccl on GPUs, gloo on CPUs); one plain process becomes a group of one. Safe to call
-    again.
+    """Joins the process group (nccl on GPUs, gloo on CPUs); a plain process becomes a group of one. Safe to call again.
 
-    A peer that hangs ends the run after ``timeout_seconds``, so that no collective waits for ever. Groups that are made
-    later (DeepSpeed makes its own) have the same timeout. Raises UserError where a rank has no GPU of its own.
+    If a peer hangs, the run ends after ``timeout_seconds`` instead of waiting forever. Groups that are created later
+    (DeepSpeed creates its own) get the same timeout. Raises UserError if two ranks share a GPU.
     """
     if dist.is_initialized():
         return
@@ -109,8 +107,8 @@ def init(timeout_seconds: float = 600.0) -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"RANK is set but {', '.join(missing)} not: start through deepspeed or torchrun, or export the address "
-            f"of rank 0"
+            f"RANK is set, but {', '.join(missing)} is not: start with deepspeed or torchrun, or export the address of "
+            f"rank 0"
         )
     with meeting(timeout) as (store, rank, world):
         store.set_timeout(timeout)
@@ -130,18 +128,17 @@ def _adopt_foreign_launcher() -> None:
 
 
 def let_segments_grow() -> None:
-    """Has torch's allocator map more memory onto a segment instead of adding one: micro-batches of unlike sizes and a
-    step's phases would else leave gaps that nothing fits. What the user has set stays."""
+    """Enables expandable segments in torch's allocator, unless the user has configured it: micro-batches of different
+    sizes and the phases of a step would otherwise fragment memory."""
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def tell_deepspeed_the_gpu() -> None:
-    """Makes LOCAL_RANK the index of this rank's GPU, which DeepSpeed takes it for.
+    """Sets LOCAL_RANK to the index of this rank's GPU, because DeepSpeed uses it as that.
 
-    The two differ where the launcher shows each rank its own GPU alone. ``local_rank`` still answers with the
-    launcher's number.
+    They differ if the launcher shows each rank only its own GPU. ``local_rank`` still returns the launcher's number.
     """
     global _local_rank
     _local_rank = local_rank()
@@ -151,7 +148,7 @@ def tell_deepspeed_the_gpu() -> None:
 
 
 def check_one_gpu_each(store: dist.Store, rank: int, world: int, gpu: str) -> None:
-    """Raises UserError on all ranks when two of them have the same ``gpu`` (its node and identity): NCCL would only say
+    """Raises UserError on all ranks if two of them have the same ``gpu`` (its node and UUID); NCCL would only report
     "Duplicate GPU"."""
     first = store.compare_set(f"gpu of {gpu}", "", str(rank)).decode()
     if first != str(rank):
@@ -174,14 +171,13 @@ def _gpu_uuid() -> str:
 
 
 def orphaned() -> bool:
-    """True when the launcher that started this rank is gone: whoever starts the job again would find it still
-    running."""
+    """Whether the launcher of this rank is gone: the rank must end too, or a restarted job would find it running."""
     return bool(_launchers) and _those_above()[: len(_launchers)] != _launchers
 
 
 def _those_above() -> tuple[int, ...]:
-    """The parent, and its own where that is the command `deepspeed`: it dies of a signal without a word to the launcher
-    below it."""
+    """The parent process, and its parent if that is the `deepspeed` command, which may be killed without ending the
+    launcher below it."""
     try:
         parent = psutil.Process(os.getppid())
         above = parent.parent()
@@ -193,43 +189,43 @@ def _those_above() -> tuple[int, ...]:
 
 
 def rank() -> int:
-    """This process among all; 0 when there is no process group."""
+    """Global rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together; 1 when there is no process group."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """This process among those of its node."""
+    """Rank within this node."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _local_rank is None else _local_rank
 
 
 def ranks_here() -> int | None:
-    """How many processes this node has; None where no launcher says so (one plain process, or one started by hand)."""
+    """Number of ranks on this node; None if no launcher says (a plain process, or ranks started by hand)."""
     return next((int(os.environ[name]) for name in RANKS_HERE if os.environ.get(name, "").isdigit()), None)
 
 
 def is_main() -> bool:
-    """True on the one rank that prints and writes shared files."""
+    """Whether this is rank 0, which prints and writes shared files."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     return torch.device("cuda", gpu_index()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """``tensor``, which lies in ordinary memory, on ``where``; the host goes on while it is copied to a GPU."""
+    """Copies ``tensor``, in pageable host memory, to ``where``; asynchronously if that is a GPU."""
     return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 def gpu_index() -> int:
-    """Which of the GPUs that this rank sees is its own: the only one where the launcher shows each rank one (srun
-    --gpus-per-task=1), else that of its local rank."""
+    """Index of this rank's GPU among those that it sees: 0 if the launcher shows each rank one (srun
+    --gpus-per-task=1), else its local rank."""
     visible, mine = torch.cuda.device_count(), local_rank()
     if visible == 1:
         return 0
@@ -247,8 +243,8 @@ def cores() -> int:
 
 
 def per_rank(batch_size: int, ranks: int) -> int:
-    """Pairs of a global batch on each rank. Raises UserError naming the nearest sizes that all can take an equal part
-    of."""
+    """Pairs of a global batch on each rank. If they do not divide evenly, raises UserError with the nearest sizes that
+    do."""
     if batch_size < 1 or batch_size % ranks:
         lower = batch_size // ranks * ranks
         nearest = f"{lower} or {lower + ranks}" if lower > 0 else str(lower + ranks)
@@ -257,6 +253,6 @@ def per_rank(batch_size: int, ranks: int) -> int:
 
 
 def shutdown() -> None:
-    """Leaves the process group; without this gloo complains at exit."""
+    """Destroys the process group; without this gloo warns at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a run tells its user: the standard library's logger ``trainer``, on one rank and to stderr.
+"""Messages of a run: the standard library's logger ``trainer``, printed to stderr on one rank.
 
     logging.getLogger("trainer").setLevel(logging.WARNING)      # from Python: warnings only
     logging.getLogger("trainer").propagate = True               # to the handlers of the root logger too
@@ -22,14 +22,14 @@ def _from_this_rank(record: logging.LogRecord) -> bool:
         case "every rank":
             return True
         case "every node":
-            from trainer.core import distributed  # not above: `ringlip --help` does without torch
+            from trainer.core import distributed  # here, because `ringlip --help` need not import torch
 
             return distributed.local_rank() == 0
     return os.environ.get("RANK", "0") == "0"
 
 
 class _Terminal(logging.Handler):
-    """Writes to ``sys.stderr`` as it is now, over the progress line where one is shown."""
+    """Prints to the current ``sys.stderr``, over a progress line if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -41,7 +41,7 @@ class _Terminal(logging.Handler):
 
 
 def to_the_terminal() -> None:
-    """Has the package's messages printed; what the user has set on the logger stays. Safe to call again."""
+    """Prints the package's messages, unless the user has configured the logger already. Safe to call again."""
     logger = logging.getLogger("trainer")
     if not logger.handlers:
         handler = _Terminal()

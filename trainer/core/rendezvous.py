@@ -1,4 +1,4 @@
-"""Ranks meet at rank 0's address. Who keeps the others waiting is printed after seconds, not after the timeout.
+"""Rendezvous at rank 0's address. Missing ranks are named after seconds, not only after the timeout.
 
 store, rank, world = meet(timedelta(minutes=10))      # RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 FIRST_LINE = 10.0
-"""Seconds of waiting before the first line."""
+"""Seconds to wait before the first message."""
 NEXT_LINES = 60.0
 HOSTS = "RINGLIP_HOSTS"
 """Names of the nodes with their numbers of ranks, "node-a:8 node-b:8", in the order of ranks (launch/multinode.sh)."""
@@ -31,9 +31,9 @@ HOSTS = "RINGLIP_HOSTS"
 
 @contextmanager
 def meeting(timeout: timedelta) -> Iterator[tuple[dist.Store, int, int]]:
-    """Gives (store, rank, world size); within, the process group is made, which waits for every rank.
+    """Yields (store, rank, world size); the block creates the process group, which waits for every rank.
 
-    Raises RunFailed that names the ranks which do not come, or the address at which nobody answers.
+    Raises RunFailed that names the missing ranks, or the address at which rank 0 does not answer.
     """
     arrivals = _Arrivals(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
     arrivals.start()
@@ -42,7 +42,7 @@ def meeting(timeout: timedelta) -> Iterator[tuple[dist.Store, int, int]]:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise RunFailed(
-                f"port {arrivals.port} of {arrivals.host} is taken: end the ranks of an earlier start if some are "
+                f"port {arrivals.port} of {arrivals.host} is in use: stop the ranks of an earlier start if some are "
                 "left, "
                 "or take another (deepspeed --master_port N, torchrun --master-port N)"
             ) from error
@@ -54,7 +54,7 @@ def meeting(timeout: timedelta) -> Iterator[tuple[dist.Store, int, int]]:
 
 
 class _Arrivals(threading.Thread):
-    """Beside the rendezvous: leaves this rank's name at rank 0 and prints who is awaited."""
+    """Runs during the rendezvous: registers this rank at rank 0 and prints which ranks are missing."""
 
     def __init__(self, rank: int, world: int, timeout: timedelta) -> None:
         super().__init__(name="rendezvous", daemon=True)
@@ -75,7 +75,7 @@ class _Arrivals(threading.Thread):
                 self._print(self.unreachable())
 
     def _connect(self) -> None:
-        # The same server as the rendezvous's own: multi_tenant shares it. torchrun's agents run one themselves.
+        # multi_tenant shares the rendezvous's own server. torchrun's agents run one themselves.
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             store = dist.TCPStore(
@@ -83,7 +83,7 @@ class _Arrivals(threading.Thread):
             )
             store.set(f"arrived/{self.rank}", socket.gethostname())
         except dist.DistError:
-            return  # the rendezvous itself fails too, and says why
+            return  # the rendezvous fails too, and reports why
         self.store = store
         self.connected.set()
 
@@ -91,31 +91,32 @@ class _Arrivals(threading.Thread):
         self.done.set()
 
     def unreachable(self) -> str:
-        """What a rank says that finds nobody at rank 0's address."""
+        """The message of a rank that cannot reach rank 0."""
         return (
-            f"rank {self.rank} on {socket.gethostname()} finds no rank 0 at {self.host}:{self.port}: is the first node "
+            f"rank {self.rank} on {socket.gethostname()} cannot reach rank 0 at {self.host}:{self.port}: is the first "
+            "node "
             "up, "
             "its name right and the port open?"
         )
 
     def incomplete(self) -> str:
-        """What rank 0 says while ranks are missing: who is here, who is not."""
+        """The message of rank 0 while ranks are missing: how many have connected, which are missing."""
         if self.rank or self.store is None:
-            return f"rank {self.rank} on {socket.gethostname()} waited in vain for the other ranks; rank 0 names them"
+            return f"rank {self.rank} on {socket.gethostname()}: other ranks are missing; rank 0 names them"
         hosts = {rank: self._host(rank) for rank in range(self.world)}
         here = {rank: host for rank, host in hosts.items() if host}
         missing = [rank for rank, host in hosts.items() if not host]
         if not missing:
             return (
-                f"all {self.world} ranks have come to {self.host}:{self.port}, but they do not all reach each other: "
+                f"all {self.world} ranks have connected to {self.host}:{self.port}, but not all to each other: "
                 "let "
                 "the nodes connect to each other on all ports"
             )
         names = _names_of_nodes()
-        awaited = [f"{_spans(ranks)}{f' of {node}' if node else ''}" for node, ranks in _by_node(missing, names)]
+        missing_by_node = [f"{_spans(ranks)}{f' of {node}' if node else ''}" for node, ranks in _by_node(missing, names)]
         return (
-            f"{len(here)} of {self.world} ranks have come to {self.host}:{self.port} (from "
-            f"{', '.join(sorted(set(here.values())))}); awaited: rank {', rank '.join(awaited)}. Look at the output of "
+            f"{len(here)} of {self.world} ranks have connected to {self.host}:{self.port} (from "
+            f"{', '.join(sorted(set(here.values())))}); missing: rank {', rank '.join(missing_by_node)}. Look at the output of "
             f"those nodes; `python -m trainer.doctor --hostfile F` checks them"
         )
 
@@ -129,7 +130,7 @@ class _Arrivals(threading.Thread):
 
 
 def _names_of_nodes() -> list[str]:
-    """The node of each rank, where the launch script has told."""
+    """The node of each rank, if the launch script has set HOSTS."""
     names: list[str] = []
     for entry in os.environ.get(HOSTS, "").split():
         name, _, slots = entry.rpartition(":")

@@ -1,4 +1,4 @@
-"""Typed settings: a YAML section is a frozen class that stands beside the component it sets.
+"""Typed settings: a YAML section is a frozen class, defined beside the component that it configures.
 
     class OptimSettings(Settings):
         beta2: float = 0.95
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 OPERATIONAL = "operational"
-"""Marks a key or section (``Annotated[int, OPERATIONAL]``) that changes what a run costs, keeps or prints, and nothing
-of what it learns."""
+"""Marks a key or section (``Annotated[int, OPERATIONAL]``) that changes what a run costs, keeps or prints, but not what
+it learns."""
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, documented by attribute docstrings, closed to unknown keys."""
+    """Base of every section: frozen, documented by attribute docstrings, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -64,7 +64,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _default_variants(cls, tree: Any) -> Any:
-        """A section with variants that does not say which it is, is the default one."""
+        """A section with variants but without ``name:`` is the default variant."""
         if not isinstance(tree, dict):
             return tree
         named = {
@@ -79,12 +79,12 @@ class Settings(BaseModel):
 
 @cache
 def warn_renamed(text: str) -> None:
-    """Tells the new name of a setting, once a process and on one rank of each node."""
+    """Warns of the old name of a setting, once per process and on one rank of each node."""
     logger.warning("%s; the old name will be removed in the next release", text, extra=EVERY_NODE)
 
 
 KIND = re.compile(r"str|int|constrained-int|float|bool|(list|literal|function-\w+)\[.*\]")
-"""What pydantic puts into a path for the kinds of value that a key may have."""
+"""Path elements that pydantic adds for the type of a value."""
 S = TypeVar("S", bound=Settings)
 
 
@@ -95,23 +95,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         folder = shipped("recipes")
         names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"{path}: no such recipe; {names} come with RingLIP, in {folder}")
+        raise UserError(f"{path}: no such recipe; RingLIP ships {names}, in {folder}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict | None):
-        raise UserError(f"{path}: a recipe is a mapping of sections, this file holds a {type(tree).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping of sections, but this file is a {type(tree).__name__}")
     return tree or {}
 
 
 def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """A copy of ``tree`` with ``section.key=value`` assignments laid over it; values are read as YAML."""
+    """A copy of ``tree`` with ``section.key=value`` assignments applied; values are parsed as YAML."""
     result = _copy(tree)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
-            raise UserError(f"{assignment!r}: an override is written section.key=value")
+            raise UserError(f"{assignment!r}: write an override as section.key=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -122,7 +122,7 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             child = node.setdefault(parent, {})
             if isinstance(child, list):
                 start = path[: path.index(f"{parent}.") + len(parent)]
-                raise UserError(f"{path}: {start!r} is a list, which is written whole: {as_list(start, {key: value})}")
+                raise UserError(f"{path}: {start!r} is a list; give all of it: {as_list(start, {key: value})}")
             if not isinstance(child, dict):
                 raise UserError(f"{path}: {parent!r} is a value, not a section")
             node = child
@@ -131,7 +131,7 @@ def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def as_list(path: str, item: dict[str, Any]) -> str:
-    """The override that gives a list of one section."""
+    """The override for a list of one section."""
     return (
         f"{path}={shlex.quote(yaml.safe_dump([item], default_flow_style=True, width=1000, allow_unicode=True).strip())}"
     )
@@ -142,7 +142,7 @@ def _copy(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(cls: type[S], tree: dict[str, Any], source: str) -> S:
-    """``tree`` as a ``cls``; raises UserError with one line for each mistake, naming ``source`` and the dotted key."""
+    """``tree`` as a ``cls``; raises UserError with one line per mistake, naming ``source`` and the dotted key."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -151,8 +151,8 @@ def parse(cls: type[S], tree: dict[str, Any], source: str) -> S:
 
 
 def _lines(cls: type[Settings], items: list[Any]) -> list[str]:
-    """One line a mistake. Of a value that may be of several kinds (``str | list``) pydantic tells what each of them
-    misses."""
+    """One line per mistake. For a value of several possible types (``str | list``) pydantic reports an error for each
+    type."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for item in items:
         kinds = [place for place, part in enumerate(item["loc"]) if KIND.fullmatch(str(part))]
@@ -161,7 +161,7 @@ def _lines(cls: type[Settings], items: list[Any]) -> list[str]:
     for where, group in groups.items():
         inside = [
             item for item in group if len(item["loc"]) > len(where) + 1
-        ]  # the kind that was meant: it fits but for these
+        ]  # the type that was meant: it fits except for these
         if inside or len(group) == 1:
             lines += [_explain(cls, item) for item in inside or group]
         else:
@@ -170,7 +170,7 @@ def _lines(cls: type[Settings], items: list[Any]) -> list[str]:
 
 
 def _explain(cls: type[Settings], item: Any) -> str:
-    # pydantic puts the tag of a union into the path: leave out what the user did not write.
+    # pydantic puts the tag of a union into the path: remove what the user did not write.
     path, known = _follow(cls, item["loc"])
     dotted = ".".join(path)
     if item["type"] == "extra_forbidden":
@@ -198,7 +198,7 @@ def _explain(cls: type[Settings], item: Any) -> str:
 
 
 def _follow(cls: type[Settings], loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """The path as the user wrote it, and the keys known at its last section."""
+    """The path as the user wrote it, and the known keys of its last section."""
     path: list[str] = []
     variants: list[type[Settings]] = [cls]
     known: list[str] = list(cls.model_fields)
@@ -229,7 +229,8 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:
 
 
 def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "loss.name sigmoid -> softmax" for every key that makes two dumps of ``cls`` learn something else."""
+    """ "loss.name sigmoid -> softmax" for every key that differs between two dumps of ``cls`` and is not
+    OPERATIONAL."""
     found: list[str] = []
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key), now.get(key)
@@ -246,7 +247,7 @@ def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any], pr
 
 
 def describe(cls: type[Settings], prefix: str = "") -> str:
-    """Every key with its type, default and docstring, a line each: the body of ``--help``."""
+    """Every key with its type, default and docstring, one line each: the body of ``--help``."""
     lines = []
     for key, field in cls.model_fields.items():
         nested = list(sections(field.annotation))
@@ -276,7 +277,7 @@ def _tag(variant: type[Settings]) -> str:
 
 
 def check_out(out: Path | None) -> None:
-    """Raises UserError, before the work whose result goes there, where ``--out`` cannot be a file; makes its folder."""
+    """Raises UserError if ``--out`` cannot be written, before the work begins; creates its folder."""
     if out is None:
         return
     if out.is_dir():
@@ -284,6 +285,6 @@ def check_out(out: Path | None) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from None
+        raise UserError(f"--out {out}: its folder cannot be created ({error.strerror}); choose another") from None
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another")

@@ -1,4 +1,4 @@
-"""The folders that come with RingLIP beside its modules: found in an installed package and in a checkout."""
+"""Finds the folders that RingLIP ships beside its modules, in an installed package and in a checkout."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ from data_tools.io.errors import UserError as UserError
 
 
 class RunFailed(UserError):
-    """Something that failed around the run (a worker, a peer, a disk). One line too, but starting the same command
-    again may help."""
+    """A failure of a worker, a peer, a disk, ...: one line too, but starting the same command again may help."""
 
     code = 1
 
@@ -24,17 +23,17 @@ class PeerLost(RuntimeError):
 
 
 class SharedOutOfMemory(torch.OutOfMemoryError):
-    """Some rank ran out of memory in an exchange, which was brought to its end: raised on all ranks, at the same
+    """A rank ran out of memory during an exchange. All ranks complete the exchange, then raise this at the same
     point."""
 
 
 OUT_OF_MEMORY = ("out of memory", "status_alloc_failed", "cudaerrormemoryallocation", "unhandled cuda error")
-"""In what CUDA says where it is not torch's allocator that fails (page-locked host memory, contexts, graphs), what
-cuBLAS, cuDNN and cuSOLVER say of their handles and workspaces, and NCCL of its connections."""
+"""In out-of-memory messages that do not come from torch's allocator: CUDA's (page-locked host memory, contexts,
+graphs), cuBLAS's, cuDNN's and cuSOLVER's (handles, workspaces) and NCCL's (connections)."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this rank ran out of memory, in whatever words; what it heard of another rank does not count."""
+    """Whether ``error`` means that this rank ran out of memory; a report of another rank's does not count."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, PeerLost) else ""
@@ -71,12 +70,12 @@ class Batch(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """What a dual encoder says of a batch, and all that a loss sees.
+    """The output of a dual encoder for a batch, and the whole input of a loss.
 
     ``image`` [b, d] and ``text`` [b, d] are L2-normalised (a tower that was not run gives [0, d]); ``scale`` is the
     factor on cosine similarities *after* the exponential (SigLIP's t = exp(t')) and ``bias`` is added to the logits:
     both one element. ``groups`` [b] int64, where given, marks pairs that must not be each other's negatives.
-    ``teacher``, where given, is what a teacher says of the same pairs, of its own width and without gradient
+    ``teacher``, where given, has a teacher's embeddings of the same pairs, of its own width and without gradient
     (distillation).
     """
 
@@ -98,20 +97,20 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class PrecomputedTower:
-    """A locked tower's embeddings as a column beside the shards, which stand in for its inputs."""
+    """A locked tower's embeddings as a side-car column of the shards, read in place of the tower's inputs."""
 
     side: Literal["image", "text"]
     column: str
     """Name of the column."""
     fingerprint: str
-    """That of the tower that must have made it."""
+    """Of the tower that must have written the column."""
     width: int
     """Numbers in each embedding."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its inputs: made by ``trainer.models``, obeyed by ``trainer.data`` (parts do not import each
+    """The input format of a model: made by ``trainer.models``, used by ``trainer.data`` (parts do not import each
     other)."""
 
     image_size: tuple[int, int]

@@ -1,5 +1,5 @@
-"""Pairs from tar shards to batches: ``build_loader`` is endless and resumable; evaluation reads ``ShardedDataset`` in
-order."""
+"""From tar shards to batches: ``build_loader`` makes an endless, resumable stream; evaluation reads ``ShardedDataset``
+in order."""
 
 from trainer.data.loader import Loader as Loader
 from trainer.data.loader import build_loader as build_loader

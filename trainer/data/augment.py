@@ -1,5 +1,5 @@
-"""Random crops, flips and light colour changes. Every draw comes from (seed, position): ranks and workers never change
-a pixel.
+"""Random crops, flips and light colour changes, drawn from (seed, position): the number of ranks and workers never
+changes a pixel.
 
 Random resized crop as in Inception (arXiv 1409.4842); colour operations are those of RandAugment (arXiv 1909.13719).
 """
@@ -45,7 +45,8 @@ def augment(
 def _crop_box(
     shape: tuple[int, int], settings: AugmentSettings, preprocess: Preprocess, draws: NDArray[np.float64]
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the crop. A side that would leave the picture is cut, instead of drawing again."""
+    """(top, left, height, width) of the crop. A side that would exceed the picture is clipped instead of drawn
+    again."""
     height, width = shape
     least, most = settings.crop_scale
     area = height * width * (least + (most - least) * draws[0])

@@ -1,11 +1,10 @@
-"""The host memory that batches are made in: a fixed number of buffers, each as large as one batch, used again and
-again.
+"""Host memory for batches: a fixed ring of buffers, each as large as one batch.
 
     buffers = BatchBuffers(shapes, number=4, device=0)
-    batch, rows = buffers.take()            # Batch, and its tensors as numpy arrays to be filled
+    batch, rows = buffers.take()            # Batch, and its tensors as numpy arrays to fill
 
-Where there is a GPU the memory is page-locked, so that copies to it are asynchronous. torch's own page-locked memory
-comes in powers of two: a batch of 616 MB would take 1 GiB.
+With a GPU the memory is page-locked, so that copies to the GPU are asynchronous. torch rounds page-locked memory up to
+powers of two: a batch of 616 MB would take 1 GiB.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ BATCH_TYPES = {
     np.bool_: torch.bool,
     np.int64: torch.int64,
 }
-"""dtype of a reader's rows -> of the batch."""
+"""dtype of a reader's rows -> dtype in the batch."""
 PATIENCE = 0.05
-"""Seconds to wait for a buffer that the consumer is about to let go."""
+"""Seconds to wait for a buffer that the consumer is about to release."""
 ALIGNMENT = 64
-"""Bytes; every tensor of a batch begins at a multiple of it."""
+"""In bytes, of every tensor of a batch."""
 
 
 class BatchBuffers:
-    """``shapes`` (of a batch's tensors, with the dtypes of a reader's rows) decide the size; ``device`` is the GPU that
-    copies go to, None where there is none."""
+    """``shapes`` of a batch's tensors, with the dtypes of a reader's rows, decide the size; ``device`` is the GPU to
+    copy to, or None."""
 
     def __init__(self, shapes: list[tuple[tuple[int, ...], type[Any]]], number: int, device: int | None) -> None:
         self._device = device
         self._layout: list[tuple[tuple[int, ...], np.dtype[Any], int, int]] = []
         self.nbytes = 0
-        """Of one buffer."""
+        """Size of one buffer."""
         for shape, kind in shapes:
             dtype = torch.empty(0, dtype=BATCH_TYPES[kind]).numpy().dtype
             size = int(np.prod(shape)) * dtype.itemsize
@@ -58,15 +57,15 @@ class BatchBuffers:
             self._free.put((memory, None))
 
     def take(self) -> tuple[Batch, Rows]:
-        """A batch in a buffer that nobody uses any more: a buffer comes back when the last tensor in it, or view of
-        one, is gone. A consumer that keeps more batches than there are buffers gets ordinary memory."""
+        """A batch in a free buffer. A buffer is free when all tensors in it, and views of them, are gone; a consumer
+        that keeps more batches than there are buffers gets ordinary memory."""
         try:
             memory, copied = self._free.get(timeout=PATIENCE)
         except Empty:
             return self._batch(np.empty(self.nbytes, np.uint8))
         if copied is not None:
             copied.synchronize()
-        view = np.frombuffer(memory, np.uint8)  # what all tensors of this batch hold, and nothing else
+        view = np.frombuffer(memory, np.uint8)  # referenced by the tensors of this batch only
         weakref.finalize(view, self._give_back, memory).atexit = False
         return self._batch(view)
 
@@ -76,14 +75,14 @@ class BatchBuffers:
 
     def _give_back(self, memory: mmap.mmap) -> None:
         copied = None
-        if self._device is not None:  # copies out of it may still be under way
+        if self._device is not None:  # copies from it may still be running
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._device))
         self._free.put((memory, copied))
 
 
 def _lock_pages(owner: BatchBuffers, memory: mmap.mmap) -> None:
-    """Registers the memory with CUDA for as long as ``owner`` lives (which it does while one of its batches does)."""
+    """Registers the memory with CUDA for the lifetime of ``owner``, which its batches keep alive."""
     address, cuda = np.frombuffer(memory, np.uint8).ctypes.data, torch.cuda.cudart()
     code = int(cuda.cudaHostRegister(address, len(memory), 0))
     if code != 0:

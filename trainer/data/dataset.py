@@ -1,4 +1,4 @@
-"""The loader as a torch IterableDataset, for training loops that are not RingLIP's.
+"""The loader as a torch IterableDataset, for other training loops.
 
 pairs = dataset("shards/train", preprocess, batch_size=4096)
 for batch in DataLoader(pairs, batch_size=None): ...                # Batch: this rank's rows of each global batch
@@ -41,7 +41,7 @@ class ShardDataset(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
-            raise UserError("ringlip.dataset has workers of its own (workers=N): give the DataLoader num_workers=0")
+            raise UserError("ringlip.dataset has its own workers (workers=N): set num_workers=0 in the DataLoader")
         rank = distributed.rank() if self._rank is None else self._rank
         world = distributed.world_size() if self._world_size is None else self._world_size
         if self._finished():
@@ -58,11 +58,11 @@ class ShardDataset(IterableDataset[Batch]):
         return self.samples is not None and self.samples_seen >= self.samples
 
     def state_dict(self) -> dict[str, int]:
-        """The position; it is right for any number of ranks."""
+        """The position, valid for any number of ranks."""
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on at a position: the next ``iter`` begins there."""
+        """Sets the position at which the next ``iter`` begins."""
         self.samples_seen = state["samples_seen"]
 
 
@@ -78,10 +78,10 @@ def dataset(
     world_size: int | None = None,
     **data: Any,
 ) -> ShardDataset:
-    """Shards as batches of pixels and tokens, in an order that (seed, epoch) alone decides.
+    """Shards as batches of pixels and tokens, in an order that depends on (seed, epoch) only.
 
-    Any number of ranks and workers reads the same global batches; resuming at ``samples_seen`` is exact. Do not hand it
-    to ``accelerator.prepare`` or a sampler: its batches are this rank's already.
+    Any number of ranks and workers reads the same global batches; resuming at ``samples_seen`` is exact. Do not pass it
+    to ``accelerator.prepare`` or a sampler: its batches are already this rank's.
 
     Args:
         shards: a folder or URL of shards, a tar, a pattern of tars, or a list of ``{"path", "weight" | "upsample"}``.

@@ -1,13 +1,13 @@
 """Embeddings of a locked tower as a side-car column of a dataset: read row by row in training, written in parts that
 survive a kill.
 
-    column = PrecomputedColumn(dataset, preprocess.precomputed)         # refuses what another tower made
-    column.read(17)                                           # [k] float16
+    column = PrecomputedColumn(dataset, preprocess.precomputed)         # raises UserError for another tower's
+    column.read(17)                                                     # [k] float16
 
-A column is what `python -m data_tools join` lays beside the tars, ``columns/NAME.npy`` [num_samples, k] in the order of
-sample numbers, so views keep it and no tar is touched. float16, or int8 with ``NAME.scale`` (float32, a factor a row)
-beside it. The manifest's entry says which tower made it. A row of zeros is a sample that could not be embedded: it
-counts as damaged, as it would with the tower.
+A column is a file ``columns/NAME.npy`` [num_samples, k] in sample order, as `python -m data_tools join` writes it, so
+views keep it and tars are not rewritten. It is float16, or int8 with a column ``NAME.scale`` (float32, a factor per
+row). Its entry in the manifest identifies the tower. A row of zeros is a sample that could not be embedded: it counts
+as damaged, as it would with the tower.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from trainer.data.transforms import Damaged
 Storage = Literal["fp16", "int8"]
 Half = NDArray[np.float16]
 ROWS = 8192
-"""Samples of a part: what a killed run may lose, on each rank."""
+"""Samples per part; a killed run loses at most one part on each rank."""
 
 
 class PrecomputedColumn:
-    """The rows of one dataset's column. Raises UserError where it is not there, not whole, or of another tower."""
+    """The rows of one dataset's column. Raises UserError if it is missing, incomplete, or of another tower."""
 
     def __init__(self, dataset: Dataset, precomputed: PrecomputedTower, captions: list[str]) -> None:
         where = f"{dataset.root}: the stored embeddings {precomputed.column!r}"
@@ -88,25 +88,24 @@ class PrecomputedColumn:
         self.values, self.scale = values, scale
 
     def read(self, sample: int) -> Half:
-        """One sample's embedding [k]; raises Damaged where it has none."""
+        """One sample's embedding [k]; raises Damaged if it has none."""
         row = self.values[sample]
         if not row.any():
-            raise Damaged("no stored embedding: the sample could not be used when they were made")
+            raise Damaged("no stored embedding: the sample could not be used when they were computed")
         return row if self.scale is None else (row * self.scale[sample]).astype(np.float16)
 
 
 def to_int8(rows: Half) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """[n, k] -> int8 [n, k] and a factor a row [n]: the largest number of a row becomes 127."""
+    """[n, k] -> int8 [n, k] and a factor per row [n]: the largest magnitude of a row becomes 127."""
     values = rows.astype(np.float32)
     scale = np.abs(values).max(axis=1) / 127
     return np.rint(values / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
 
 
 class ColumnWriter:
-    """A column on its way: parts in ``.embed``, each written aside, synced and renamed; the manifest last, from one
-    rank.
+    """Writes a column: parts in ``.embed``, each written atomically, and the manifest last, by one rank.
 
-    A run that finds parts of the same tower and dataset goes on from them.
+    A run that finds parts of the same tower and dataset continues from them.
     """
 
     def __init__(
@@ -127,9 +126,7 @@ class ColumnWriter:
             [[e["name"], e["samples"]] for e in dataset.manifest["shards"]],
         ]
         key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
-        self.scratch = Path(
-            dataset.root, ".embed"
-        )  # not data_tools' .parts: `merge`, `index` and `join` clear that when they end
+        self.scratch = Path(dataset.root, ".embed")  # not data_tools' .parts, which `merge`, `index` and `join` clear
         self.folder = self.scratch / f"{precomputed.column}-{key}"
 
     @property
@@ -137,7 +134,7 @@ class ColumnWriter:
         return -(-self.dataset.num_samples // ROWS)
 
     def finished(self) -> bool:
-        """Whether the column is there already. Raises UserError where its name is taken by another."""
+        """Whether the column exists already. Raises UserError if another column has its name."""
         entry = self.dataset.manifest.get("columns", {}).get(self.precomputed.column)
         if entry is None:
             return False
@@ -152,11 +149,11 @@ class ColumnWriter:
 
     @contextmanager
     def locked(self) -> Iterator[list[int]]:
-        """Keeps a second run away, as long as this process lives; gives the parts that are still to be written."""
+        """Excludes a second run while this process lives; yields the numbers of the parts still to be written."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         with FileLock(self.scratch / "lock") as lock:
             if not lock.acquire(timeout=0):
-                raise UserError(f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or end it")
+                raise UserError(f"{self.dataset.root}: another `trainer.embed` is writing here; wait for it or stop it")
             self.folder.mkdir(exist_ok=True)
             yield [part for part in range(self.num_parts) if not self._path(part).is_file()]
 
@@ -164,8 +161,7 @@ class ColumnWriter:
         return range(part * ROWS, min((part + 1) * ROWS, self.dataset.num_samples))
 
     def write(self, part: int, rows: Half) -> None:
-        """One part [n, k], whole under its name or not there. Raises UserError where a number is too large for
-        float16."""
+        """Writes one part [n, k] atomically. Raises UserError if a number is too large for float16."""
         if not np.isfinite(rows).all():
             raise UserError(
                 "the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be stored"
@@ -173,20 +169,20 @@ class ColumnWriter:
         _save(self._path(part), [rows], rows.shape, rows.dtype)
 
     def finish(self) -> int:
-        """Joins the parts, names the column in the manifest and clears up; returns how many samples have no
-        embedding."""
+        """Joins the parts, adds the column to the manifest and removes the parts; returns the number of samples without
+        an embedding."""
         empty = sum(int((~self._read(part).any(axis=1)).sum()) for part in range(self.num_parts))
         with amended_columns(self.dataset) as entries:
             for left_over in Path(self.dataset.root, "columns").glob(
                 f".{self.precomputed.column}.*.tmp"
-            ):  # of a killed run
+            ):  # left by a killed run
                 left_over.unlink()
             entries |= self._join(empty)
         shutil.rmtree(self.folder)
         return empty
 
     def _join(self, empty: int) -> dict[str, dict[str, Any]]:
-        """The column's file from its parts; its entries for the manifest."""
+        """Writes the column's file from its parts; returns its entries for the manifest."""
         columns, name, parts = Path(self.dataset.root, "columns"), self.precomputed.column, range(self.num_parts)
         count, width = self.dataset.num_samples, self.precomputed.width
         entries: dict[str, dict[str, Any]] = {}
@@ -215,14 +211,14 @@ class ColumnWriter:
             rows: Half = load_array(str(self._path(part)))
         except ValueError as error:
             raise UserError(
-                f"{self._path(part)}: not whole ({error}); remove it and run again to write it anew"
+                f"{self._path(part)}: incomplete ({error}); remove it and run again to rewrite it"
             ) from None
         assert rows.shape == (len(self.samples(part)), self.precomputed.width), self._path(part)
         return rows
 
 
 def _save(path: Path, pieces: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """A .npy file from pieces that follow each other."""
+    """Writes a .npy file from consecutive pieces."""
 
     def chunks() -> Iterator[bytes]:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}

@@ -1,6 +1,6 @@
-"""Small sets decoded once: resized pixels, tokens and groups stay in memory and a batch is one gather.
+"""Keeps small datasets decoded: resized pixels, tokens and groups stay in memory, and a batch is one gather.
 
-Fills as samples are first drawn. 50,000 pictures of 32 x 32 are 150 MB; a row then costs microseconds instead of a
+Samples are decoded when first drawn. 50,000 pictures of 32 x 32 take 150 MB; a row then costs microseconds instead of a
 decode.
 """
 
@@ -22,11 +22,11 @@ from trainer.data.transforms import Damaged
 
 UNREAD, WHOLE, DAMAGED = 0, 1, 2
 FEW = 64
-NO_DRAWS = np.zeros(0)  # nothing random is done to pictures that are kept
+NO_DRAWS = np.zeros(0)  # cached pictures are not augmented
 
 
 def fits_memory(sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess) -> bool:
-    """Whether all resized pictures fit data.cache_decoded and nothing random is done to them."""
+    """Whether all resized pictures fit in data.cache_decoded and there is no augmentation."""
     shape, dtype = Rows.shapes(sum(source.size for source in sources), preprocess)[0]
     need = math.prod(shape) * np.dtype(dtype).itemsize
     stored_texts = preprocess.precomputed is not None and preprocess.precomputed.side == "text"  # mapped as they are
@@ -34,7 +34,7 @@ def fits_memory(sources: Sequence[ShardedDataset], settings: DataSettings, prepr
 
 
 class MemoryReader(Reader):
-    """As Reader, with the same rows for the same positions, but each sample is read and decoded once."""
+    """Like Reader, with the same rows for the same positions, but each sample is read and decoded only once."""
 
     def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
         super().__init__(sources, settings, preprocess, seed)
@@ -79,7 +79,7 @@ class MemoryReader(Reader):
         for row in np.flatnonzero(self.state[ids] == UNREAD).tolist():
             number = int(ids[row])
             if self.state[number] != UNREAD:
-                continue  # twice in this batch
+                continue  # appears twice in this batch
             source, sample = int(sources[row]), int(samples[row])
             try:
                 if self.precomputed is not None:

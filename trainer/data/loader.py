@@ -1,12 +1,12 @@
 """The endless stream of this rank's batches.
 
     loader = build_loader(settings.data, model.preprocess, batch_size=4096, rank=0, world=2, seed=0, samples_seen=0)
-    for batch in loader: ...                                       # Batch of 2048 pairs, for ever
+    for batch in loader: ...                                       # Batch of 2048 pairs, forever
     loader.skipped, loader.wait_seconds; loader.close()
 
-Global batch s is the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice.
-Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (page-locked
-where there is a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
+Global batch s has the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice.
+Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (page-locked with
+a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def build_loader(
 ) -> Loader:
     """The batches of rank ``rank`` of ``world`` from position ``samples_seen`` on; ``batch_size`` is global.
 
-    Raises UserError where the batch does not divide by the ranks, a dataset or shard is missing, or a mixture cannot be
-    drawn.
+    Raises UserError if the batch does not divide evenly among the ranks, a dataset or shard is missing, or a mixture
+    cannot be drawn.
     """
     per_rank(batch_size, world)
     if not settings.sources:
@@ -74,7 +74,7 @@ def build_loader(
 
 
 class Loader:
-    """Iterates Batch for ever. Not thread-safe; one consumer."""
+    """An endless iterator of Batch, for one consumer. Not thread-safe."""
 
     def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
         self.reader, self.batch_size = reader, batch_size
@@ -82,7 +82,7 @@ class Loader:
         """Position after the last batch handed out, over all ranks: what a checkpoint keeps."""
         self.skipped = SkippedSamples()
         self.wait_seconds = 0.0
-        """Time the consumer has waited for batches."""
+        """Seconds that the consumer has waited for batches."""
         self._feed = _Feed(reader, batch_size, rank, world, samples_seen, workers)
         self._finalizer = weakref.finalize(self, self._feed.close)  # also runs at interpreter exit
 
@@ -99,7 +99,7 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Ends workers and thread and closes the tars. Safe to call again."""
+        """Stops the workers and the thread and closes the tars. Safe to call again."""
         self._finalizer()
 
     def __enter__(self) -> Loader:
@@ -113,7 +113,7 @@ Made = tuple[Batch, list[Skip]]
 
 
 class _Feed:
-    """What runs beside the consumer. It does not know the Loader, so that dropping the Loader ends it."""
+    """The background part of a Loader. It has no reference to the Loader, so that dropping the Loader ends it."""
 
     def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
         settings = reader.settings
@@ -132,9 +132,9 @@ class _Feed:
                 self._work, workers, settings.stall_seconds, self._describe
             )  # forks: before any thread starts
         self.fetcher = FetchAhead(reader.fetch) if reader.remote_shards(samples_seen) else None
-        # the current device belongs to a thread: without this every rank's pinned memory would open a context on GPU 0
+        # The current device is per thread: without this, every rank's pinned memory would open a context on GPU 0.
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        # Those that wait in the queue, the one that is filled, and the one in use.
+        # The batches in the queue, the one being filled, and the one in use.
         self.buffers = BatchBuffers(Rows.shapes(self.rows, reader.preprocess), settings.prefetch + 2, self.device)
         self.batches: Queue[Made | BaseException] = Queue(settings.prefetch)
         self.ended = Event()
@@ -155,7 +155,7 @@ class _Feed:
             torch.cuda.set_device(self.device)
         try:
             batches = self._in_process() if self.pool is None else self._from_workers(self.pool)
-            while self._put(next(batches)):  # no name for the batch: its buffer would not come back before the next one
+            while self._put(next(batches)):  # a variable would hold the batch, and its buffer, until the next one
                 pass
         except BaseException as error:  # the consumer raises it
             self._put(error)
@@ -171,12 +171,12 @@ class _Feed:
             yield self._made(partial(self._collect, results, first))
 
     def _made(self, fill: Callable[[Rows], list[Skip]]) -> Made:
-        """The next batch. A function of its own, so that nothing holds it when the one after it needs a buffer."""
+        """The next batch; a function, so that no local variable keeps it when the one after it needs a buffer."""
         batch, rows = self.buffers.take()
         return batch, fill(rows)
 
     def _collect(self, results: Iterator[tuple[Chunk, list[Skip]]], first: int, rows: Rows) -> list[Skip]:
-        """Copies what workers made into the batch that begins at position ``first``."""
+        """Copies the workers' chunks into the batch that begins at position ``first``."""
         skips: list[Skip] = []
         for _ in range(self.chunks_a_batch):
             chunk, found = next(results)
@@ -193,7 +193,7 @@ class _Feed:
                 yield Chunk(next(slots), start, min(start + self.chunk, first + self.rows))
 
     def _batch_starts(self) -> Iterator[int]:
-        """First position of each of this rank's batches; shards that lie ahead are asked for on the way."""
+        """Yields the first position of each of this rank's batches, and requests the shards ahead of it."""
         for position in count(self.start, self.batch_size):
             if self.fetcher is not None:
                 self.fetcher.want(self.reader.remote_shards(position))
@@ -209,7 +209,8 @@ class _Feed:
         return False
 
     def get(self) -> Made:
-        """The next batch, or the error that ended the thread. Workers are watched by their pool, a thread from here."""
+        """The next batch; raises the error that ended the thread. The pool watches workers; a thread is watched
+        here."""
         if self.ended.is_set():
             raise RuntimeError("this loader is closed")
         limit = self.reader.settings.stall_seconds
@@ -218,7 +219,7 @@ class _Feed:
         except Empty:
             raise RunFailed(stalled("the loader", limit, self._describe(self.reading))) from None
         if isinstance(item, BaseException):
-            self.batches.put(item)  # whoever asks again gets the same answer
+            self.batches.put(item)  # further calls get the same error
             raise item
         return item
 
@@ -228,7 +229,7 @@ class _Feed:
             self.pool.kill()
         if self.fetcher is not None:
             self.fetcher.close()
-        self.thread.join(5)  # a thread that hangs in a read is left behind: it is a daemon
+        self.thread.join(5)  # a thread that hangs in a read is abandoned: it is a daemon
         if self.pool is not None:
             self.pool.close()
         if not self.thread.is_alive():

@@ -1,7 +1,7 @@
-"""From what a recipe names (a folder, a URL, a tar, a pattern of tars) to an open dataset.
+"""Opens the dataset that a recipe names: a folder, a URL, a tar, or a pattern of tars.
 
-Tars without an index are walked once, header by header, and the index is kept in data.cache_dir: an exact order, exact
-resume and random access then hold for them too. What that costs is said in the log.
+Tars without an index are read once, header by header, and their index is kept in data.cache_dir, so that they too have
+an exact order, exact resume and random access. A message says what that costs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def open_source(source: SourceSettings, settings: DataSettings) -> ShardedDatase
     cache = ShardCache(settings.cache_dir, int(settings.cache_limit * 2**30)) if "://" in path else None
     dataset = _open_dataset(path, settings, cache)
     if dataset.num_samples == 0:
-        raise UserError(f"{path}: no samples in it; look at rejects.jsonl beside the shards for why")
+        raise UserError(f"{path}: has no samples; rejects.jsonl beside the shards says why")
     fields = source.caption if source.caption is not None else settings.caption
     return ShardedDataset(dataset, [fields] if isinstance(fields, str) else list(fields), settings, cache)
 
@@ -59,7 +59,7 @@ def _open_dataset(path: str, settings: DataSettings, cache: ShardCache | None) -
 
 
 def _check_present(dataset: Dataset) -> None:
-    """Raises UserError naming the first shard that is not there: one listing a folder, not one request a shard."""
+    """Raises UserError naming the first missing shard, from one listing per folder instead of a request per shard."""
     listed: dict[str, set[str]] = {}
     for shard in range(dataset.num_shards):
         path = dataset.tar_path(shard)
@@ -71,7 +71,7 @@ def _check_present(dataset: Dataset) -> None:
 
 
 class MirroredDataset(Dataset):
-    """A remote dataset whose indexes are fetched to local disk once a node and mapped there by every process."""
+    """A remote dataset whose indexes are fetched to local disk once per node and memory-mapped by every process."""
 
     def __init__(self, root: str, manifest: dict[str, Any], cache: ShardCache):
         super().__init__(root, manifest)
@@ -82,7 +82,7 @@ class MirroredDataset(Dataset):
 
 
 class ScannedDataset(Dataset):
-    """Tars of other makers, with indexes of ours in the cache folder."""
+    """Tars written by other tools, with indexes in the cache folder."""
 
     def __init__(self, root: str, manifest: dict[str, Any], indexes: list[Path]):
         super().__init__(root, manifest)
@@ -127,8 +127,8 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
 def _cost(path: str, count: int, remote: bool) -> str:
     how = "fetching and reading each tar once" if remote else "reading each tar once"
     return (
-        f"data: {path} has no index: making one for {count} tars by {how}; `python -m data_tools index` would "
-        f"keep it beside them"
+        f"data: {path} has no index: building one for {count} tars by {how}; `python -m data_tools index` would "
+        f"store it beside them"
     )
 
 
@@ -138,7 +138,7 @@ def _save(path: Path, rows: NDArray[np.void]) -> None:
 
 
 def _reach(rows: NDArray[np.void]) -> int:
-    """Where the last member that the index names ends: a tar's size, nearly, where the server does not tell."""
+    """The end of the last indexed member: nearly the size of the tar, if the server does not tell it."""
     return max(
         (int((rows[f"{kind}_offset"] + rows[f"{kind}_size"]).max()) for kind in ("image", "text", "json") if len(rows)),
         default=0,
@@ -146,8 +146,8 @@ def _reach(rows: NDArray[np.void]) -> int:
 
 
 def _size_and_stamp(tar: str) -> tuple[int, str]:
-    """Its bytes (0 where the server does not tell), and what changes when the tar does, so that a kept index is never
-    that of another."""
+    """(Size in bytes, 0 if the server does not tell; a stamp that changes when the tar does, so that a cached index
+    never belongs to another tar)."""
     if "://" in tar:
         fs, inner = fsspec.core.url_to_fs(tar)
         info = fs.info(inner)
@@ -181,7 +181,7 @@ def _find_tars(path: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """Spells out {000..123} and {a,b}, as webdataset and the shell do."""
+    """Expands {000..123} and {a,b}, as webdataset and the shell do."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         yield pattern

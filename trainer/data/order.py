@@ -1,4 +1,4 @@
-"""The order of samples as arithmetic: position -> (source, sample), whatever the size, in O(1) memory.
+"""The order of samples, computed: position -> (source, sample), in O(1) memory for any number of samples.
 
     order = FullOrder(sizes=[1_000_000_000], draws=[1_000_000_000], seed=7)
     sources, samples = order(np.arange(4096))
@@ -22,30 +22,27 @@ from trainer.core.types import UserError
 
 
 def derive_key(*parts: int | str) -> int:
-    """64 bits that depend on every part: what seeds each permutation and each augmentation."""
+    """64 bits derived from all parts: the seed of a permutation or an augmentation."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
 def uniforms(key: int, positions: Ints, count: int) -> NDArray[np.float64]:
-    """[b, count] numbers in [0, 1) that depend on (key, position) alone, never on who asks for them."""
+    """[b, count] numbers in [0, 1) that depend on (key, position) only, not on the rank or worker."""
     columns = scramble(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
     rows = scramble(positions.astype(np.uint64) + np.uint64(key ^ 0x5851F42D4C957F2D))
     return (scramble(rows[:, None] ^ columns[None, :]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsamples: Sequence[float]) -> list[int]:
-    """How many pairs an epoch draws from each source.
+    """Number of pairs that an epoch draws from each source.
 
-    With weights, an epoch is as long as the sources together and is shared out in their proportion (largest
-    remainders); else a source of n samples gives upsample * n. What a source gives beyond or below its size continues
-    in the next epoch where it stopped, so over the run every sample of a source is drawn equally often, give or take
-    one.
+    With weights, an epoch is as long as all sources together and is divided in their proportion (largest remainders);
+    otherwise a source of n samples contributes upsample * n. The next epoch continues in each source where the last one
+    stopped, so over a run the samples of a source are drawn equally often, give or take one.
     """
     if any(weight is not None for weight in weights):
         if any(weight is None for weight in weights):
-            raise UserError(
-                "data.train: either every source has a weight or none has; give the missing ones, or use upsample"
-            )
+            raise UserError("data.train: give every source a weight, or none; add the missing ones, or use upsample")
         total, scale = sum(sizes), sum(weight for weight in weights if weight is not None)
         exact = [total * weight / scale for weight in weights if weight is not None]
         draws = [int(share) for share in exact]
@@ -55,13 +52,14 @@ def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsam
         draws = [round(size * factor) for size, factor in zip(sizes, upsamples, strict=True)]
     if min(draws) < 1:
         raise UserError(
-            f"data.train: source {draws.index(min(draws))} would give no pair in an epoch; raise its weight or upsample"
+            f"data.train: an epoch would draw no pair from source {draws.index(min(draws))}; raise its weight or "
+            "upsample"
         )
     return draws
 
 
 class Order(Protocol):
-    """Position -> (source, sample), for all ranks and for ever."""
+    """Position -> (source, sample), the same on all ranks, without end."""
 
     epoch: int
     """Pairs in an epoch."""
@@ -72,7 +70,7 @@ class Order(Protocol):
 
 
 class FullOrder:
-    """Every epoch is one permutation of everything: for local tars, where any sample costs one pread."""
+    """Every epoch permutes all samples: for local tars, where any sample costs one pread."""
 
     def __init__(self, sizes: Sequence[int], draws: Sequence[int], seed: int):
         self.sizes, self.draws, self.seed = list(sizes), list(draws), seed
@@ -96,10 +94,10 @@ class FullOrder:
         return sources, samples
 
     def _draw(self, source: int, stream: Ints) -> Ints:
-        """The source's own endless stream: cycle after cycle over all its samples, each in an order of its own."""
+        """Samples of the source's endless stream, which cycles through all samples, in a new order each time."""
         size = self.sizes[source]
         if self.draws[source] == size:
-            return stream % size  # the epoch's permutation has shuffled it already
+            return stream % size  # the epoch's permutation shuffles it
         cycles, samples = stream // size, np.empty_like(stream)
         for cycle in np.unique(cycles):
             mask = cycles == cycle
@@ -110,7 +108,7 @@ class FullOrder:
 
 
 class Segments(NamedTuple):
-    """One epoch of a windowed order: runs of consecutive samples, in the order in which they are read."""
+    """One epoch of a windowed order: runs of consecutive samples, in reading order."""
 
     sources: Ints
     firsts: Ints
@@ -123,8 +121,8 @@ class WindowOrder:
     """An epoch visits shards in a permuted order and shuffles within ``window`` of them: for remote shards behind a
     local cache.
 
-    Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` holds the first sample of
-    each shard of source i and, last, its size.
+    Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` has the first sample of
+    each shard of source i and, last, the source's size.
     """
 
     def __init__(self, starts: Sequence[Ints], draws: Sequence[int], seed: int, window: int):
@@ -152,12 +150,11 @@ class WindowOrder:
             )
             inside[mask] = shuffle(slots[mask] - start) + start
         which = np.searchsorted(parts.ends, inside, side="right")
-        # ends - inside counts down from the segment's length, so the sample is read from the segment's far end
+        # ends - inside counts down from the segment's length: the sample is addressed from the segment's end
         return parts.sources[which], parts.firsts[which] + parts.ends[which] - inside - 1
 
     def windows_at(self, position: int, count: int) -> list[tuple[int, int]]:
-        """(source, first sample) of every run of samples in the ``count`` windows from ``position`` on: what to fetch
-        ahead."""
+        """(source, first sample) of every run of samples in the ``count`` windows from ``position`` on, to prefetch."""
         epoch, slot = divmod(position, self.epoch)
         runs: list[tuple[int, int]] = []
         window = int(np.searchsorted(self.segments(epoch).window_ends, slot, side="right"))

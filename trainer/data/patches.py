@@ -1,10 +1,10 @@
-"""Pictures at their own aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches in place of a
+"""Pictures in their native aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches instead of a
 rectangle.
 
-A batch holds tensors of one shape, and its number of pairs is fixed: the global order of samples does not depend on
-what is in the pictures. So it is the patches of a picture that are capped. Each picture is resized to about ``budget``
-patches of its own aspect, never more, and its patches stand side by side, row by row of the picture, in [3, patch,
-(budget + 1) patch]. What it does not fill is zero. The last patch holds the grid: rows and columns as two bytes each.
+All tensors of a batch have one shape, and its number of pairs is fixed, because the global order of samples must not
+depend on the pictures. So the number of patches per picture is capped: each picture is resized, in its own aspect, to
+at most ``budget`` patches, which are laid side by side, row by row, in [3, patch, (budget + 1) patch], padded with
+zeros. The last patch stores the grid: rows and columns as two bytes each.
 
     Preprocess(image_size=(16, (256 + 1) * 16), resize="patches", ...)         # patch 16, budget 256
 """
@@ -22,14 +22,14 @@ LARGEST = 100.0
 
 
 def grid_of(preprocess: Preprocess) -> tuple[int, int]:
-    """(side of a patch in pixels, most patches of a picture)."""
+    """(Side of a patch in pixels, largest number of patches of a picture)."""
     patch, width = preprocess.image_size
     return patch, width // patch - 1
 
 
 def native_size(shape: tuple[int, int], patch: int, budget: int) -> tuple[int, int]:
-    """(height, width) in whole patches, at most ``budget`` of them, closest to the aspect of ``shape``: the sizes that
-    SigLIP 2's image processor finds by bisection of the scale, bit for bit.
+    """(height, width) in whole patches, at most ``budget`` of them, closest to the aspect of ``shape``: exactly the
+    sizes that SigLIP 2's image processor finds by bisecting the scale.
     """
     low, high = PRECISION / 10, LARGEST
     while high - low >= PRECISION:

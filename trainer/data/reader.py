@@ -1,8 +1,8 @@
-"""Positions of the run -> rows of a batch: which sample, which caption, which augmentation, and what to do when one is
-damaged.
+"""Turns positions of the run into rows of a batch: chooses sample, caption and augmentation, and replaces damaged
+samples.
 
-A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide who calls it,
-which is why they never change a batch.
+A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide where it is
+called, so they never change a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
 
 ATTEMPTS = 100
-"""Replacements tried for one damaged sample before the dataset itself is called damaged."""
+"""Replacements to try for one damaged sample before the run ends."""
 KEPT_KEYS = 1000
 
 
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """A damaged sample that was met and replaced."""
+    """A damaged sample that was replaced."""
 
     key: str
     reason: str
@@ -67,7 +67,7 @@ class Skip(NamedTuple):
 
 @dataclass
 class SkippedSamples:
-    """Damaged samples met so far on this rank; goes into the checkpoint."""
+    """Damaged samples found so far on this rank; saved in checkpoints."""
 
     count: int = 0
     keys: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class SkippedSamples:
 
 
 class Reader:
-    """Fills rows for positions, reading and decoding each sample when asked."""
+    """Fills rows for positions, reading and decoding samples on demand."""
 
     def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
         self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
@@ -97,7 +97,7 @@ class Reader:
         self.precomputed = preprocess.precomputed
         if self.precomputed is not None and self.precomputed.side == "image" and settings.augment.active:
             raise UserError(
-                "data.augment: stored image embeddings are of the whole pictures, as they are; take it out, or "
+                "data.augment: stored image embeddings are of the whole pictures, without augmentation; remove it, or "
                 "model.precomputed"
             )
         self.columns = (
@@ -107,7 +107,7 @@ class Reader:
         )
 
     def fill(self, positions: Ints, rows: Rows) -> list[Skip]:
-        """Writes the samples at ``positions`` [b] into ``rows``; returns what was damaged and replaced. Raises
+        """Writes the samples at ``positions`` [b] into ``rows``; returns the damaged ones that were replaced. Raises
         UserError, never Damaged."""
         sources, samples = self.order(positions)
         draws = uniforms(self.draw_key, positions, NUM_DRAWS)
@@ -142,7 +142,7 @@ class Reader:
     def _picture(self, image: bytes, draws: NDArray[np.float64]) -> NDArray[np.uint8]:
         settings, preprocess = self.settings, self.preprocess
         if settings.augment.active:
-            # a crop needs more pixels than the whole picture does
+            # a crop is resized from fewer pixels than the whole picture
             scaling = settings.jpeg_scaling / settings.augment.crop_scale[0] ** 0.5
             pixels = decode(image, settings.max_pixels, least_size(scaling, preprocess))
             return augment(pixels, settings.augment, preprocess, draws).numpy()
@@ -150,7 +150,7 @@ class Reader:
         return fit(pixels, preprocess).numpy()
 
     def write_text(self, captions: list[str], rows: Rows) -> None:
-        """Tokens, mask and groups of ``captions`` into the first rows."""
+        """Writes tokens, mask and groups of ``captions`` into the first rows."""
         if self.precomputed is not None and self.precomputed.side == "text":
             rows.token_mask[: len(captions)] = True
         else:
@@ -160,20 +160,21 @@ class Reader:
         rows.groups[: len(captions)] = [hash_caption(caption) for caption in captions]
 
     def replacement(self, source: int, position: int, attempt: int) -> int:
-        """Which sample stands in at ``position`` after ``attempt`` + 1 damaged ones: the same whoever asks."""
+        """The sample that replaces the one at ``position`` after ``attempt`` + 1 damaged ones; the same on every
+        rank."""
         return derive_key(self.seed, "replacement", position, attempt) % self.sources[source].size
 
     def check_attempts(self, attempt: int, source: int, last: Skip) -> None:
-        """Raises UserError when so many samples in a row are damaged that the dataset must be."""
+        """Raises UserError after too many damaged samples in a row."""
         if attempt >= ATTEMPTS:
             root = self.sources[source].dataset.root
-            remedy = f"look with `python -m data_tools verify {root}`, and check data.caption"
+            remedy = f"run `python -m data_tools verify {root}`, and check data.caption"
             raise UserError(
                 f"{root}: {attempt + 1} samples in a row cannot be used, the last {last.key}: {last.reason}; {remedy}"
             )
 
     def remote_shards(self, position: int) -> list[str]:
-        """URLs of the shards read from ``position`` on, in this window of the order and the next; empty where all are
+        """URLs of the shards read from ``position`` on, in this window of the order and the next; empty if all are
         local."""
         if not isinstance(self.order, WindowOrder) or all(source.cache is None for source in self.sources):
             return []
@@ -189,7 +190,7 @@ class Reader:
         return next(source.cache for source in self.sources if source.cache).fetch(url)
 
     def keys(self, ids: Iterable[int]) -> list[str]:
-        """TAR:KEY of samples by ``Batch.ids``: what to look at when a step went wrong."""
+        """TAR:KEY of samples by ``Batch.ids``, to inspect after a bad step."""
         found = []
         for number in ids:
             source = int(np.searchsorted(self.first_ids, number, side="right")) - 1
@@ -197,7 +198,7 @@ class Reader:
         return found
 
     def describe(self, positions: Ints) -> str:
-        """The shards that hold ``positions``, for messages about a worker that stopped."""
+        """The shards with the samples at ``positions``, for messages about a worker that stopped."""
         pairs = zip(*self.order(positions), strict=True)
         names = dict.fromkeys(self.sources[source].shard_name(int(sample)) for source, sample in pairs)
         listed = list(names)
@@ -219,13 +220,12 @@ def make_order(sources: Sequence[ShardedDataset], settings: DataSettings, seed: 
 
 
 def check_window(sources: Sequence[ShardedDataset], settings: DataSettings) -> None:
-    """Raises UserError where the shards of a window and the next do not fit the cache: each would be fetched again and
-    again."""
+    """Raises UserError if the shards of two windows do not fit in the cache: each would be fetched again and again."""
     sizes = [entry.get("bytes", 0) for source in sources if source.cache for entry in source.dataset.manifest["shards"]]
     need = sum(sorted(sizes)[-2 * settings.window :])
     if need > settings.cache_limit * 2**30:
         raise UserError(
-            f"data.cache_limit: {settings.cache_limit:g} GiB hold less than two windows of {settings.window} shards "
+            f"data.cache_limit: {settings.cache_limit:g} GiB is less than two windows of {settings.window} shards "
             f"({need / 2**30:.2f} GiB); raise it, or lower data.window"
         )
 

@@ -1,10 +1,10 @@
-"""Remote shards on local disk: fetched whole, once a node, least recently used evicted first.
+"""A local cache of remote shards: each is fetched once per node, and the least recently used are evicted first.
 
     cache = ShardCache("~/.cache/ringlip", limit=100 << 30)
     path = cache.fetch("s3://bucket/train/00012.tar")
 
-Processes of a node share the folder: a lock file per shard lets one fetch while the others wait, and a shard evicted
-while somebody reads it stays readable through the open file.
+Processes of a node share the folder: with a lock file per shard, one fetches while the others wait. A shard that is
+evicted while it is being read stays readable through the open file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECE = 8 << 20
 
 
 class ShardCache:
-    """A folder of fetched files, at most ``limit`` bytes of tars beside what is being read."""
+    """A folder of fetched files: at most ``limit`` bytes of tars, plus those being read."""
 
     def __init__(self, folder: str, limit: int, retry_seconds: float = 2.0):
         self.root = Path(folder).expanduser()
@@ -39,8 +39,8 @@ class ShardCache:
             (self.root / part).mkdir(parents=True, exist_ok=True)
 
     def fetch(self, url: str) -> str:
-        """The local path of a remote tar, fetched if it is not here. Raises UserError when it is missing or does not
-        arrive whole."""
+        """The local path of a remote tar, fetched if necessary. Raises UserError if it is missing or larger than the
+        cache."""
         path = self.root / "shards" / _local_name(url)
         if not _touch(path):
             with self.lock(path.name):
@@ -49,7 +49,7 @@ class ShardCache:
         return str(path)
 
     def fetch_index(self, url: str) -> str:
-        """As ``fetch`` for the small files beside the tars, which are never evicted."""
+        """Like ``fetch`` for the small files beside the tars, which are never evicted."""
         path = self.root / "indexes" / _local_name(url)
         if not path.exists():
             with self.lock(path.name):
@@ -59,26 +59,26 @@ class ShardCache:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Holds ``name`` against all processes of this node; a killed holder lets go."""
+        """Locks ``name`` among all processes of this node; a killed process releases it."""
         with FileLock(self.root / "locks" / f"{name}.lock") as lock:
             lock.acquire()
             yield
 
     def persist(self, url: str, attempt: Callable[[], T]) -> T:
-        """``attempt()``, tried again where the network fails. Raises RunFailed in the end, UserError of a missing file
-        at once."""
+        """Returns ``attempt()``, retried after network failures. Raises RunFailed after the last attempt, and UserError
+        for a missing file at once."""
         for number in range(ATTEMPTS):
             try:
                 return attempt()
             except UserError:
                 raise
             except FileNotFoundError:
-                raise UserError(f"{url}: no such file; upload it, or make the manifest anew") from None
+                raise UserError(f"{url}: no such file; upload it, or rebuild the manifest") from None
             except ImportError as error:
                 raise UserError(f"{url}: {cause(error)}") from error
             except (
                 Exception
-            ) as error:  # each backend has its own: aiohttp.ClientError, botocore's, gcsfs' HttpError are no OSErrors
+            ) as error:  # each backend raises its own (aiohttp.ClientError, botocore's, gcsfs' HttpError), not OSErrors
                 if number + 1 == ATTEMPTS:
                     raise RunFailed(
                         f"{url}: not fetched in {ATTEMPTS} attempts ({cause(error)}); check network and credentials"
@@ -105,12 +105,9 @@ class ShardCache:
         part.replace(path)
 
     def _reserve(self, part: Path, size: int, url: str) -> None:
-        """Evicts until ``size`` bytes more are within the limit, and takes them: others who fetch at this moment count
-        them."""
+        """Evicts until ``size`` more bytes fit within the limit, and reserves them against concurrent fetches."""
         if size > self.limit:
-            raise UserError(
-                f"{url}: {size / 2**30:.1f} GiB are above data.cache_limit; raise it or write smaller shards"
-            )
+            raise UserError(f"{url}: {size / 2**30:.1f} GiB exceed data.cache_limit; raise it or write smaller shards")
         with self.lock("eviction"):
             part.unlink(missing_ok=True)
             used = size + self._being_fetched()
@@ -125,7 +122,7 @@ class ShardCache:
                 file.truncate(size)
 
     def _being_fetched(self) -> int:
-        """Bytes reserved by others; what killed processes left half fetched (nobody holds its lock) is removed."""
+        """Bytes reserved by other processes. Partial files of killed processes (their lock is free) are removed."""
         reserved = 0
         for part, stat in _stats(self.root / "shards", "*.part"):
             with FileLock(self.root / "locks" / f"{part.name.removesuffix('.part')}.lock") as lock:
@@ -137,7 +134,7 @@ class ShardCache:
 
 
 def cause(error: Exception) -> str:
-    """What an error says, in one line; its kind too, as some say little or nothing."""
+    """An error's type and message in one line; some have no message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
@@ -146,7 +143,7 @@ def _stats(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
         try:
             yield path, path.stat()
         except FileNotFoundError:
-            continue  # evicted by another process, or whole by now
+            continue  # evicted by another process, or complete by now
 
 
 def _touch(path: Path) -> bool:
@@ -164,8 +161,8 @@ def _local_name(url: str) -> str:
 class FetchAhead:
     """A thread that fetches what will be read next, so that workers find it on disk.
 
-    A file that does not arrive is left to the reader, who names it; any other error ends the thread and is raised by
-    ``want``.
+    A file that cannot be fetched is left to the reader, which names it; any other error ends the thread and is raised
+    by ``want``.
     """
 
     def __init__(self, fetch: Callable[[str], str]):
@@ -176,13 +173,14 @@ class FetchAhead:
         self.thread.start()
 
     def want(self, urls: list[str]) -> None:
-        """Replaces what has not been fetched yet by ``urls``, in order of need. Raises what ended the thread."""
+        """Replaces the queue by ``urls``, in the order in which they are needed. Raises the error that ended the
+        thread."""
         if self.failure is not None:
             raise self.failure
         self.wanted.put(urls)
 
     def close(self) -> None:
-        """Ends the thread after the file it is fetching."""
+        """Stops the thread after the file that it is fetching."""
         self.wanted.put(None)
 
     def _run(self) -> None:

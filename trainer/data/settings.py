@@ -1,4 +1,4 @@
-"""What the ``data:`` section of a recipe sets."""
+"""The ``data:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import UserError
 
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".json", ".jsonl")
-"""Lists of pairs, which people give as they are."""
+"""Tables of pairs, which must be sharded first."""
 
 
 def sharded(path: str) -> str:
-    """``path``, which may hold shards. Raises UserError for a table of pairs and for a file that is no tar."""
+    """``path``, which may hold shards. Raises UserError for a table of pairs and for a file that is not a tar."""
     table, local = path.lower().endswith(TABLES), Path(path).expanduser()
     if (table and not local.is_dir()) or (
         local.is_file() and not path.endswith(".tar") and not tarfile.is_tarfile(local)
     ):
         what = "a table of pairs" if table else "a file that is no tar"
         raise UserError(
-            f"{path} is {what}, and shards are read: make them with `python -m data_tools shard {path} OUT`, and "
+            f"{path} is {what}, but training reads shards: write them with `python -m data_tools shard {path} OUT`, "
+            "and "
             f"name OUT"
         )
     return path
@@ -38,17 +39,17 @@ class SourceSettings(Settings):
     weight: float | None = Field(default=None, gt=0)
     """Share of this dataset among the pairs drawn; either every dataset has one or none."""
     upsample: float = Field(default=1.0, gt=0)
-    """How often an epoch draws each of its samples, where there are no weights; 0.5 draws every sample in two
-    epochs."""
+    """How often an epoch draws each of its samples, if there are no weights; with 0.5, a sample is drawn every other
+    epoch."""
     caption: str | list[str] | None = None
-    """As data.caption, for this dataset alone."""
+    """data.caption for this dataset only."""
 
     _sharded = field_validator("path")(sharded)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SourceSettings:
         if self.weight is not None and self.upsample != 1.0:
-            raise ValueError("weight and upsample say the same thing in two ways: keep one")
+            raise ValueError("weight and upsample exclude each other: keep one")
         return self
 
 
@@ -61,7 +62,7 @@ class AugmentSettings(Settings):
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """Aspect of the crop, relative to the picture's own when the model squashes, absolute when it crops."""
     flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a left-right flip; captions that say left or right, and letters, forbid it."""
+    """Probability of a left-right flip. Not for captions with "left" or "right", or pictures of text."""
     randaugment: int = Field(default=0, ge=0, le=4)
     """How many light changes of colour, contrast or sharpness each picture gets (RandAugment, arXiv 1909.13719, without
     geometry)."""
@@ -78,7 +79,7 @@ class AugmentSettings(Settings):
 
     @property
     def active(self) -> bool:
-        """True where some picture may change."""
+        """Whether any picture may change."""
         return self.crops or self.flip > 0 or self.randaugment > 0
 
     @property
@@ -87,45 +88,46 @@ class AugmentSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where pairs come from and what is done to them on the way to the model."""
+    """Where pairs come from and how they are processed."""
 
     train: str | list[SourceSettings] = ""
     """Shards to train on: one path, or a list of {path, weight | upsample}."""
     validation: Annotated[str, OPERATIONAL] = ""
     """Shards to evaluate on during training."""
     caption: str | list[str] = "txt"
-    """Caption of a pair: "txt" (all the sample has), or fields of its .json or columns laid beside by `data_tools
-    join`; of several one is drawn from (seed, position)."""
+    """Captions of a pair: "txt" (all that the sample has), or fields of its .json or columns added by `data_tools
+    join`. From several, one is drawn by (seed, position)."""
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
-    """Processes a rank that read and decode; 0 is a thread of this process; auto fills the cores. None where
-    data.cache_decoded is used."""
+    """Processes per rank that read and decode; 0: a thread of this process; auto: as many as there are cores. Unused if
+    data.cache_decoded applies."""
     max_workers: Annotated[int, OPERATIONAL] = Field(default=8, ge=0)
-    """How many `auto` takes at most, however many cores there are."""
+    """Upper limit of `auto`."""
     prefetch: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
-    """Batches made ahead of the one in use."""
+    """Batches prepared ahead of the one in use."""
     shuffle: Literal["auto", "full", "window"] = "auto"
-    """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window where
-    shards are remote."""
+    """full permutes all samples; window permutes shards and shuffles within data.window of them; auto: window for
+    remote shards, else full."""
     window: int = Field(default=32, ge=1)
-    """Shards that a windowed shuffle mixes."""
+    """Number of shards that a windowed shuffle mixes."""
     augment: AugmentSettings = AugmentSettings()
     """Random changes to training pictures."""
     cache_decoded: Annotated[float, OPERATIONAL] = Field(default=1.0, ge=0)
-    """GiB per rank: sets whose resized pictures fit are decoded once and kept, where nothing is augmented; 0 is off."""
+    """GiB per rank: if all resized pictures fit and there is no augmentation, they are decoded once and kept; 0:
+    never."""
     cache_dir: Annotated[str, OPERATIONAL] = "~/.cache/ringlip"
-    """Local folder for remote shards and for indexes of tars that came without."""
+    """Local folder for remote shards and for indexes of tars that have none."""
     cache_limit: Annotated[float, OPERATIONAL] = Field(default=100.0, gt=0)
-    """GiB of remote shards kept in data.cache_dir, on each node."""
+    """GiB of remote shards to keep in data.cache_dir, per node."""
     check_digests: Annotated[bool, OPERATIONAL] = True
-    """Compare every picture's bytes with the index (8 GB/s a core): a flipped bit is a damaged sample, not a wrong
-    picture."""
+    """Compare every picture's bytes with the index (8 GB/s per core), so that a flipped bit is a damaged sample instead
+    of a wrong picture."""
     jpeg_scaling: float = Field(default=0.0, ge=0)
-    """Above 0, decode a JPEG at the smallest M/8 size that is this many times what is needed: faster, slightly other
-    pixels."""
+    """If above 0, decode a JPEG at the smallest M/8 scale that is at least this many times the size needed: faster,
+    with slightly different pixels."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Larger pictures are damaged samples: the size is read from the header, before memory is spent."""
+    """Larger pictures count as damaged samples; the size is read from the header, before memory is allocated."""
     stall_seconds: Annotated[float, OPERATIONAL] = Field(default=300.0, gt=0)
-    """A worker silent for so long ends the run, with its name and the shard it was reading."""
+    """If a worker is silent for this many seconds the run ends, and names the worker and the shard it was reading."""
 
     @field_validator("train", "validation")
     @classmethod
@@ -136,16 +138,17 @@ class DataSettings(Settings):
     @classmethod
     def _not_negative(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 0:
-            raise ValueError(f"{value} processes cannot be: give 0 or more, or auto")
+            raise ValueError(f"{value} processes are not possible: give 0 or more, or auto")
         return value
 
     @property
     def sources(self) -> list[SourceSettings]:
-        """The training mixture as a list, whatever way it was written."""
+        """The training mixture as a list."""
         return [SourceSettings(path=self.train)] if isinstance(self.train, str) else self.train
 
     def num_workers(self) -> int:
-        """Processes per rank; ``auto`` shares this node's cores among its ranks and leaves each one for the model."""
+        """Processes per rank; ``auto`` divides this node's cores among its ranks and leaves each rank one for the
+        model."""
         if self.workers != "auto":
             return self.workers
         return max(0, min(self.max_workers, cores() - 1))

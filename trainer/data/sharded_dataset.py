@@ -1,7 +1,6 @@
 """One dataset of shards, read sample by sample with pread: picture bytes, captions, metadata.
 
-Nothing is read in order and nothing is kept but mapped indexes and a few open files, so that any sample costs one small
-read.
+Only memory-mapped indexes and a few open files are kept; any sample costs one small read, in any order.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ OPEN_FILES = 64
 
 
 class Raw(NamedTuple):
-    """What the tars hold of one sample."""
+    """One sample as stored in the tars."""
 
     image: bytes
     captions: list[str]
@@ -33,8 +32,7 @@ class Raw(NamedTuple):
 
 
 class OpenTar:
-    """A file descriptor that closes with its last user, so that forgetting a file never closes it under a reader's
-    hands."""
+    """A file descriptor that is closed with its last reference, so that it is never closed during a read."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -59,10 +57,10 @@ class ShardedDataset:
         self.lock = Lock()
         self.most_open = (
             OPEN_FILES if cache is None else 2 * settings.window
-        )  # an open file keeps its disk space when it is evicted
+        )  # an evicted file that is open still occupies disk space
 
     def captions(self, sample: int) -> list[str]:
-        """The captions of one sample alone."""
+        """The captions of one sample, without reading its picture."""
         return self._captions(sample, *self._entry(sample))
 
     def read(self, sample: int) -> Raw:
@@ -76,20 +74,20 @@ class ShardedDataset:
         return Raw(image, self._captions(sample, shard, entry))
 
     def metadata(self, sample: int) -> dict[str, Any]:
-        """The sample's .json member; empty where it has none."""
+        """The sample's .json member; empty if it has none."""
         shard, entry = self._entry(sample)
         return self._json(shard, entry)
 
     def shard_name(self, sample: int) -> str:
-        """Path or URL of the tar that holds a sample."""
+        """Path or URL of a sample's tar."""
         return self.dataset.tar_path(self._shard(sample))
 
     def key(self, sample: int) -> str:
-        """A sample's name for people: TAR:KEY, read from the header in front of its picture."""
+        """A sample's name in messages: TAR:KEY, read from the header before its picture."""
         shard, entry = self._entry(sample)
         try:
             key = read_key(self._file(shard).descriptor, entry)
-        except (OSError, OverflowError):  # of a tar or an index that is damaged just there
+        except (OSError, OverflowError):  # the tar or the index is damaged there
             key = ""
         return f"{self.dataset.tar_path(shard)}:{key or f'sample {sample}'}"
 
@@ -122,7 +120,7 @@ class ShardedDataset:
         if field == "txt":
             return self._text(shard, entry)
         value = self._json(shard, entry).get(field)
-        # a sample with one caption among others with several has it in .txt alone
+        # if only other samples have several captions, this one has its caption in .txt only
         return self._text(shard, entry) if value is None and field == "captions" else value
 
     def _text(self, shard: int, entry: np.void) -> str:
@@ -134,13 +132,13 @@ class ShardedDataset:
         try:
             tree = json.loads(self._read(shard, entry["json_offset"], entry["json_size"]))
         except (ValueError, RecursionError) as error:
-            raise Damaged(f".json is not JSON ({error})") from error
+            raise Damaged(f"its .json is not valid JSON ({error})") from error
         return tree if isinstance(tree, dict) else {}
 
     def _read(self, shard: int, offset: np.unsignedinteger, size: np.unsignedinteger) -> bytes:
         length, tar = int(size), self._file(shard)
-        if int(offset) + length > tar.length:  # said before memory is taken for a size that a damaged index states
-            raise Damaged("the tar ends before this sample: it was cut")
+        if int(offset) + length > tar.length:  # before memory is allocated for the size in a damaged index
+            raise Damaged("the tar ends before this sample: it was cut off")
         try:
             return os.pread(tar.descriptor, length, int(offset))
         except OSError as error:
@@ -163,7 +161,7 @@ class ShardedDataset:
                 return OpenTar(self._local(shard))
             except FileNotFoundError:
                 if self.cache is None:
-                    break  # otherwise another process has evicted it in between: fetch it again
+                    break  # otherwise another process has just evicted it: fetch it again
             except OSError as error:
                 raise UserError(
                     f"{self.dataset.tar_path(shard)}: cannot be opened ({error.strerror}); check its permissions"
@@ -178,14 +176,16 @@ class ShardedDataset:
 def _texts(dataset: Dataset, name: str) -> Strings:
     column = dataset.column(name)
     if not isinstance(column, Strings):
-        raise UserError(f"{dataset.root}: the joined column {name!r} holds numbers; data.caption needs one of texts")
+        raise UserError(
+            f"{dataset.root}: the joined column {name!r} holds numbers; data.caption needs a column of texts"
+        )
     return column
 
 
 def missing(path: str) -> str:
-    """What to say of a tar that is not there."""
+    """The error for a missing tar."""
     return (
-        f"{path}: no such shard; copy it there, or make the manifest anew with `python -m data_tools index "
+        f"{path}: no such shard; copy it there, or rebuild the manifest with `python -m data_tools index "
         f"{os.path.dirname(path)}`"
     )
 

@@ -1,12 +1,11 @@
-"""Forked processes that work through tasks and answer in order; a dead or silent one is named, never waited for without
-end.
+"""A pool of forked processes that return results in order; a dead or hanging one is named instead of waited for.
 
     with Pool(work, num=4, stall_seconds=300, describe=str) as pool:
         for result in pool.run(tasks, ahead=16): ...
 
-A pool apart from that of data_tools (data_tools/io/workers.py), whose items end: here tasks go on for ever, so they are
-given out a bounded number ahead and a hung worker is named. Plain fork and pipes: ``multiprocessing`` forbids children
-to daemonic processes (launchers and tests make such), and bulk data goes through memory shared by the fork
+Unlike the pool of data_tools (data_tools/io/workers.py), its tasks never end: they are handed out a bounded number
+ahead, and a worker that hangs is named. It uses plain fork and pipes because ``multiprocessing`` does not let daemonic
+processes (which launchers and tests create) have children. Bulk data goes through memory shared by the fork
 (`shared_array`), which unlike /dev/shm has no small limit in containers.
 """
 
@@ -32,11 +31,11 @@ from data_tools.io.workers import how_it_ended, ignore_signals
 from trainer.core.types import RunFailed, UserError
 
 QUEUED = 2
-"""Tasks a worker holds: one at work and one waiting, so that it is never idle between them."""
+"""Tasks that a worker has: one running and one waiting, so that it is never idle."""
 
 
 def shared_array(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
-    """Zeros that this process and those it forks from now on see together."""
+    """Zeros in memory that this process shares with processes forked later."""
     count = int(np.prod(shape))
     return np.frombuffer(mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize)), dtype=dtype, count=count).reshape(
         shape
@@ -45,13 +44,13 @@ def shared_array(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
 
 @dataclass
 class Worker:
-    """One process as its parent sees it."""
+    """A worker process, seen from its parent."""
 
     index: int
     pid: int
     pipe: Connection
     since: float = 0.0
-    """When it was last heard of, or given something to do."""
+    """Time of its last message, or of its last task."""
     tasks: deque[tuple[int, Any]] = field(default_factory=deque)
 
 
@@ -66,21 +65,21 @@ class Pool:
             pid = os.fork()
             if pid == 0:
                 for sibling in self.workers:
-                    sibling.pipe.close()  # else a sibling would not see the end of the parent
+                    sibling.pipe.close()  # otherwise a sibling would not notice the parent's death
                 mine.close()
                 _serve(work, theirs)
             theirs.close()
             self.workers.append(Worker(index, pid, mine))
 
     def run(self, tasks: Iterator[Any], ahead: int) -> Iterator[Any]:
-        """Results in the order of ``tasks``. At any time at most ``ahead`` tasks beyond the one just yielded have been
-        given out."""
+        """Yields results in the order of ``tasks``. At most ``ahead`` tasks beyond the one just yielded are handed
+        out."""
         results: dict[int, Any] = {}
         given = asked = 0
         exhausted = False
         while True:
             now = time.monotonic()
-            for one in self.workers:  # the consumer may have been away for long: silence counts from here
+            for one in self.workers:  # the consumer may have paused for long: silence counts from here
                 one.since = max(one.since, now)
             while asked not in results:
                 while not exhausted and given <= asked + ahead and (worker := self._free()) is not None:
@@ -95,7 +94,7 @@ class Pool:
                     return
                 self._receive(results)
             result = results.pop(asked)
-            if isinstance(result, Exception):  # raised in its turn, so that what lies before it is still delivered
+            if isinstance(result, Exception):  # raised in order, after the results before it
                 raise result
             yield result
             asked += 1
@@ -155,14 +154,14 @@ class Pool:
         return self.describe(worker.tasks[0][1])
 
     def kill(self) -> None:
-        """Ends all processes; they hold nothing that needs saving. A thread inside ``run`` is let go by it."""
+        """Kills all processes; they have nothing to save. This also unblocks a thread inside ``run``."""
         for worker in self.workers:
             if worker.pid:
                 with suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """As ``kill``, and takes leave of the dead."""
+        """Kills and reaps all processes."""
         self.kill()
         for worker in self.workers:
             worker.pipe.close()
@@ -179,7 +178,7 @@ class Pool:
 
 
 def stalled(who: str, seconds: float, reading: str) -> str:
-    """What to say of one that is silent."""
+    """The error for a silent worker or thread."""
     return (
         f"{who} has been silent for {seconds:g} s while reading {reading}; check that storage, or raise "
         f"data.stall_seconds"
@@ -187,10 +186,10 @@ def stalled(who: str, seconds: float, reading: str) -> str:
 
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
-    """The life of a worker process: never returns."""
+    """The main loop of a worker process. Never returns."""
     ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)  # fork copied no threads: a parallel region would wait for them
+    torch.set_num_threads(1)  # fork does not copy threads: a parallel region would wait for them
     parent = os.getppid()
     try:
         while True:
@@ -205,9 +204,9 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
                 answer = (
                     False,
                     type(error)(str(error)),
-                )  # its kind decides the exit code; what it came from may not be picklable
+                )  # the type decides the exit code; the cause may not be picklable
             except Exception:
                 answer = (False, traceback.format_exc())
             pipe.send(answer)
     finally:
-        os._exit(0)  # no exit handlers of the parent (CUDA, DeepSpeed, pytest) in a fork
+        os._exit(0)  # a fork must not run the parent's exit handlers (CUDA, DeepSpeed, pytest)
