@@ -148,7 +148,7 @@ def test_rank_0_alone_writes_and_the_slowest_is_named(tmp_path: Path) -> None:
                 time.sleep(0.1 * rank())
             log.step(step, step * 8, VALUES)
         for step in (3, 4):
-            log.step(step, step * 8, VALUES, alone=(0.5, 3.0, 1.0)[rank()])
+            log.step(step, step * 8, VALUES, local_seconds=(0.5, 3.0, 1.0)[rank()])
         log.close()
         assert torch.get_num_threads() == threads
         return sorted(os.listdir(run_dir))
@@ -232,7 +232,7 @@ def test_a_terminal_is_rewritten_and_elsewhere_lines_are_rare(monkeypatch: pytes
 
 def test_a_meter_leaves_out_what_is_aside(clock: Clock) -> None:
     meter = Meter()
-    with meter.aside():
+    with meter.paused():
         clock.sleep(7)
     clock.sleep(2)
     meter.step(8)

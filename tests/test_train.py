@@ -179,11 +179,11 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["eval.zeroshot.label=colr"], "'eval.zeroshot' is a list: write eval.zeroshot='[{label: colr}]'"),
         (
             ["eval.zeroshot=[{label: a}]", "eval.zeroshot.label=colr"],
-            "is a list, which is written whole: eval.zeroshot='[{label: colr}]'",
+            "is a list; give all of it: eval.zeroshot='[{label: colr}]'",
         ),
         (
             ["data.train=/tmp/pairs.csv"],
-            "'data.train': /tmp/pairs.csv is a table of pairs, and shards are read: make them with",
+            "'data.train': /tmp/pairs.csv is a table of pairs, but training reads shards: write them with",
         ),
         (["data.train=[{path: /tmp/pairs.csv}]"], "'data.train.0.path': /tmp/pairs.csv is a table of pairs"),
         (["data.validation={recipe}"], "'data.validation': {recipe} is a file that is not a tar"),
@@ -191,7 +191,7 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["data.train=[{path: a, wight: 3}]"], "unknown key 'data.train.0.wight'; did you mean 'weight'?"),
         (["data.workers=foo"], "'data.workers': Input should be a valid integer, unable"),
         (["batch.micro_batch=0"], "'batch.micro_batch': Input should be greater than 0 (got 0)"),
-        (["data.workers=-1"], "'data.workers': -1 processes cannot be"),
+        (["data.workers=-1"], "'data.workers': -1 processes are not possible"),
         (["model.recompute.image=0"], "'model.recompute.image': every 0-th layer cannot be"),
         (["model.recompute.image=99"], "SiglipVisionModel has 2 layers, every 99-th of them is none"),
         (["run.directory={recipe}"], "run.directory {recipe} is no directory that can be written to"),

@@ -22,7 +22,7 @@ def sharded(path: str) -> str:
     if (table and not local.is_dir()) or (
         local.is_file() and not path.endswith(".tar") and not tarfile.is_tarfile(local)
     ):
-        what = "a table of pairs" if table else "a file that is no tar"
+        what = "a table of pairs" if table else "a file that is not a tar"
         raise UserError(
             f"{path} is {what}, but training reads shards: write them with `python -m data_tools shard {path} OUT`, "
             "and "
