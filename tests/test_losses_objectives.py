@@ -40,10 +40,31 @@ def test_sigmoid_and_groups(sizes, same_group):
         if same_group == "negative":
             return dense_losses.sigmoid(z)
         if same_group == "positive":
-            return dense_losses.sigmoid(z, positives=dense_losses.same(z))
+            same = dense_losses.same(z)
+            weight = torch.where(same, 1 / same.sum(1, keepdim=True).double(), 1.0)
+            return dense_losses.sigmoid(z, positives=same, weight=weight)
         return dense_losses.sigmoid(z, weight=(~dense_losses.same(z) | dense_losses.eye(z)).double())
 
     check(lambda: SigmoidLoss(tile_rows=5, same_group=same_group), reference, sizes)
+
+
+@pytest.mark.parametrize("make", [SigmoidLoss, SoftmaxLoss], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("repeats", [4, 32])
+def test_captions_that_repeat_change_neither_the_scale_of_the_loss_nor_that_of_its_gradients(make, repeats):
+    """Positives weigh 1/k: at the start (unrelated pictures and captions) all is as where nothing repeats, within a factor
+    of 2; summed positives would give 4 and 32 times that."""
+    rows, found = 128, []
+    for times in (1, repeats):
+        z = dense_losses.batch(rows, t=10.0, b=-10.0, near=0.0)
+        image, text = (x[: rows // times].repeat(times, 1) for x in (z.image, z.text))
+        leaves = [x.clone().requires_grad_() for x in (image, text, z.bias)]
+        loss = make(same_group="positive")(
+            Embeddings(leaves[0], leaves[1], z.scale, leaves[2], torch.arange(rows) % (rows // times))
+        )
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad.norm() for leaf in leaves[: 3 if make is SigmoidLoss else 2])])
+    for alone, repeated in zip(*found, strict=True):
+        assert 0.5 < repeated / alone < 2
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)

@@ -19,10 +19,11 @@ from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Embeddings, UserError
 from trainer.losses.exchange import Sums, traverse
 from trainer.losses.tiles import Pairs
-from trainer.losses.topology import Exchange, Ring
+from trainer.losses.topology import Exchange, Ring, Slice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CommDtype = Literal["float32", "bfloat16", "float16"]
+SameGroup = Literal["negative", "mask", "positive"]
 
 
 class PairSettings(Settings):
@@ -52,8 +53,9 @@ class PairSettings(Settings):
     float32."""
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the loss."""
-        return {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+        """The keyword arguments of the loss; a same_group that nobody has decided yet is negative."""
+        found = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+        return {key: "negative" if key == "same_group" and value == "auto" else value for key, value in found.items()}
 
 
 class _Exact(torch.autograd.Function):
@@ -214,6 +216,19 @@ def _check(z: Embeddings) -> None:
         raise UserError(f"loss: embeddings are {z.image.dtype} and {z.text.dtype}; floating-point ones are needed")
     if z.groups is not None and (z.groups.shape != z.image.shape[:1] or z.groups.dtype != torch.int64):
         raise UserError("loss: groups must be one int64 for each pair")
+
+
+def group_sizes(pairs: Pairs, groups: Tensor) -> Tensor:
+    """[b] int64: how many pairs of the global batch are of each local pair's group, itself included. ``groups`` [b] int64
+    travel the ring once, 8 bytes a pair."""
+    sizes = torch.zeros_like(groups)
+
+    def visit(_: Slice, payload: list[Tensor], __: list[Tensor]) -> None:
+        there = payload[0].sort().values
+        sizes.add_(torch.searchsorted(there, groups, right=True)).sub_(torch.searchsorted(there, groups))
+
+    traverse(pairs.ring, [groups], [], visit, "groups")
+    return sizes
 
 
 def groups_of(pairs: Pairs, key: str) -> Tensor:

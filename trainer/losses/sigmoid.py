@@ -4,7 +4,7 @@ loss = 1/B sum over images i and texts j of softplus(-y_ij (t <x_i, u_j> + b)), 
 
 loss: {name: sigmoid, tile_rows: 512, exchange: ring}
 loss: {name: sigmoid, negatives: {keep: hardest, ratio: 16}}
-loss: {name: sigmoid, same_group: mask}
+loss: {name: sigmoid, same_group: positive}
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.losses.base import PairLoss, PairSettings, groups_of
+from trainer.losses.base import PairLoss, PairSettings, SameGroup, group_sizes, groups_of
 from trainer.losses.negatives import Choice, NegativeSettings
 from trainer.losses.tiles import Pairs, Tile
 
 KERNELS = True
 """False keeps to the torch path on GPUs too."""
-SameGroup = Literal["negative", "mask", "positive"]
 
 
 class SigmoidSettings(PairSettings):
     """SigLIP's sigmoid loss over every pair of the global batch."""
 
     name: Literal["sigmoid"] = "sigmoid"
-    same_group: SameGroup = "negative"
-    """Pairs of one group (equal captions, or texts of one image): negatives as in SigLIP, left out, or positives."""
+    same_group: SameGroup | Literal["auto"] = "auto"
+    """Pairs of one group (equal captions, or texts of one image): negative as in SigLIP, mask (left out), or positive (the
+    k of an image's group weigh 1/k each, so that the scale of the loss does not depend on k). auto: positive where
+    captions repeat within a batch (measured at the start), else negative."""
     negatives: NegativeSettings = NegativeSettings()
     """Which negatives are kept, and their weight."""
 
@@ -39,7 +40,8 @@ class SigmoidLoss(PairLoss):
     """Sigmoid loss (SigLIP, arXiv 2303.15343, equation 1; negatives kept at a ratio as in its figure 6).
 
     ``same_group`` masks false negatives by group (as in false-negative cancellation, arXiv 2011.11765) or takes them as
-    further positives (several captions of one image). After a call ``scored_pairs`` holds how many pairs of this rank
+    further positives (several captions of one image): of k positives each weighs 1/k, so that all of an image's weigh 1
+    and its negatives 1 each, as where nothing repeats. After a call ``scored_pairs`` holds how many pairs of this rank
     counted (int64 []).
     """
 
@@ -63,6 +65,7 @@ class SigmoidLoss(PairLoss):
         plain = not riders and ratio is None and self.negatives.weight == 1
         choice = Choice(self.negatives, ratio, self.samples_seen, pairs)
         choice.decide(riders[0] if riders else None, riders)
+        share = 1.0 / group_sizes(pairs, riders[0]).to(pairs.dtype) if self.same_group == "positive" else None
 
         def visit_all(tile: Tile) -> None:
             # softplus(-z) of matched pairs directly: softplus(z) - z would cancel where z is large.
@@ -73,7 +76,7 @@ class SigmoidLoss(PairLoss):
                 pairs.d_bias.add_(tile.z.sum(1).sum(dtype=torch.float64))
 
         def visit_some(tile: Tile) -> None:
-            sign, weight = self._sign_and_weight(pairs, tile, choice)
+            sign, weight = self._sign_and_weight(pairs, tile, choice, share)
             tile.z.mul_(sign)
             total.add_(_softplus(pairs, tile).mul_(weight).sum())
             self.scored_pairs.add_(torch.count_nonzero(weight))
@@ -99,17 +102,19 @@ class SigmoidLoss(PairLoss):
             self.scored_pairs.fill_(pairs.image.shape[0] * pairs.ring.total_rows)
         return total
 
-    def _sign_and_weight(self, pairs: Pairs, tile: Tile, choice: Choice) -> tuple[Tensor, Tensor]:
-        """[r, c] each: -1 on positives and +1 on negatives; what each pair counts."""
+    def _sign_and_weight(self, pairs: Pairs, tile: Tile, choice: Choice, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[r, c] each: -1 on positives and +1 on negatives; what each pair counts. ``share`` [b] is what each positive of
+        an image counts; None: the matched pair is the only one."""
         sign, weight = pairs.space("sign", tile.z).fill_(1), pairs.space("weight", tile.z).fill_(self.negatives.weight)
         kept = choice.mask(tile)
         if kept is not None:
             weight.mul_(kept)
-        if pairs.groups is not None and self.same_group != "negative":
-            same = tile.same_group(pairs.groups)
-            weight.masked_fill_(same, 0.0 if self.same_group == "mask" else 1.0)
-            if self.same_group == "positive":
-                sign.masked_fill_(same, -1.0)
+        same = tile.same_group(groups_of(pairs, "same_group")) if self.same_group != "negative" else None
+        if same is not None and share is not None:  # matched pairs are among them
+            torch.where(same, share[tile.rows, None], weight, out=weight)
+            return sign.masked_fill_(same, -1.0), weight
+        if same is not None:
+            weight.masked_fill_(same, 0.0)
         tile.diagonal_of(sign).fill_(-1.0)
         tile.diagonal_of(weight).fill_(1.0)
         return sign, weight

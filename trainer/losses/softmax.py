@@ -20,11 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.core.types import UserError
-from trainer.losses.base import PairLoss, PairSettings, groups_of
+from trainer.losses.base import PairLoss, PairSettings, SameGroup, group_sizes, groups_of
 from trainer.losses.exchange import Sums
 from trainer.losses.tiles import Pairs, Tile
-
-SameGroup = Literal["negative", "mask", "positive"]
 
 
 class SoftmaxBaseSettings(PairSettings):
@@ -32,9 +30,10 @@ class SoftmaxBaseSettings(PairSettings):
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all texts (images) of the global batch (arXiv 1512.00567)."""
-    same_group: SameGroup = "negative"
-    """Pairs of one group (equal captions, or texts of one image): negatives as in CLIP, left out, or sharing the target
-    evenly."""
+    same_group: SameGroup | Literal["auto"] = "auto"
+    """Pairs of one group (equal captions, or texts of one image): negative as in CLIP, mask (left out), or positive (the k
+    of a group share the target evenly, 1/k each). auto: positive where captions repeat within a batch (measured at the
+    start), else negative."""
 
 
 class SoftmaxSettings(SoftmaxBaseSettings):
@@ -62,20 +61,21 @@ class SoftmaxLoss(PairLoss):
         riders = [groups_of(pairs, "same_group")] if self.same_group != "negative" else []
         smoothing = self.label_smoothing / pairs.ring.total_rows
         every_logit = torch.zeros((), dtype=torch.float64, device=pairs.image.device)
-        in_group, group_size = _vector(pairs, 0.0), _vector(pairs, 0.0)
+        positive = self.same_group == "positive"
+        in_group = _vector(pairs, 0.0)
+        group_size = group_sizes(pairs, riders[0]).double() if positive else in_group
 
         def note(tile: Tile) -> None:
             if smoothing:
                 every_logit.add_(tile.z.sum())
-            if self.same_group == "positive":
+            if positive:
                 same = tile.same_group(groups_of(pairs, "same_group"))
-                group_size[tile.rows] += same.sum(1)
                 in_group[tile.rows] += pairs.space("values", tile.z).copy_(tile.z).masked_fill_(~same, 0.0).sum(1)
             self._leave_out(pairs, tile)
 
         rows, columns = log_sum_exps(pairs, note, riders)
         rows = self._with_more_columns(pairs, rows)
-        if self.same_group == "positive":
+        if positive:
             mean_in_group = in_group / group_size
             total = ((rows + columns) / 2 - (1 - self.label_smoothing) * mean_in_group).sum()
             row_share, column_share = torch.ones_like(rows), torch.ones_like(columns)
@@ -93,7 +93,7 @@ class SoftmaxLoss(PairLoss):
         if image_gradient or text_gradient:
             target = (
                 (1 - self.label_smoothing) / group_size
-                if self.same_group == "positive"
+                if positive
                 else self.label_smoothing - (row_share + column_share) / 2
             )
             self._more_gradient(pairs, rows, row_share, image_gradient)

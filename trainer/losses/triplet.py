@@ -28,8 +28,9 @@ class TripletSettings(PairSettings):
     name: Literal["triplet"] = "triplet"
     margin: float = Field(default=0.2, ge=0)
     """By how much a matched cosine should exceed the hardest negative's."""
-    same_group: Literal["negative", "mask"] = "negative"
-    """Pairs of one group (equal captions): negatives, or left out."""
+    same_group: Literal["negative", "mask", "auto"] = "auto"
+    """Pairs of one group (equal captions): negatives, or left out. auto: left out where captions repeat within a batch
+    (measured at the start)."""
 
 
 class TripletLoss(PairLoss):
