@@ -20,7 +20,7 @@ def test_keys_that_only_change_cost_or_output_are_no_changes() -> None:
     other = recipe(
         run={"samples": 64, "directory": "elsewhere", "timeout": 5},
         batch={"size": 8, "micro_batch": 4, "grad_reduction": "per_micro_batch"},
-        loss={"name": "sigmoid", "tile_rows": 7, "exchange": "gather"},
+        loss={"tile_rows": 7, "exchange": "gather"},
         data={"train": "shards", "workers": 3, "validation": "more"},
         model={"path": "google/siglip-base-patch16-224", "recompute": {"image": "all"}},
         log={"every": 99},
@@ -33,5 +33,5 @@ def test_keys_that_change_what_is_learned_are_named_with_both_values() -> None:
     found = changes(Recipe, recipe(), other)
     assert "run.seed 0 -> 1" in found
     assert "batch.size 8 -> 16" in found
-    assert "loss.name sigmoid -> softmax" in found
+    assert "loss.name auto -> softmax" in found
     assert not [line for line in found if "tile_rows" in line]

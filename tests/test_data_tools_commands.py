@@ -27,6 +27,7 @@ from data_tools.format.map_shards import TarReader
 from data_tools.io.permutation import Permutation
 from data_tools.samples.languages import guess_language
 from tests.support.picture_files import contents, encoded, picture, rejects, shard
+from tests.support.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture
@@ -488,6 +489,19 @@ def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert data_tools(["cat", str(dataset), "24"]) == 2 and data_tools(["cat", str(dataset), "99999999"]) == 2
     assert data_tools(["cat", str(tmp_path)]) == 2
     assert "finish `python -m data_tools shard`" in capsys.readouterr().err
+
+
+def test_stats_count_the_captions_that_a_model_would_cut(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for num_tokens, cut in ((5, 1.0), (6, 0.0)):  # five words and the end token
+        out = ["--out", str(tmp_path), "--pictures", "0", "--num-tokens", str(num_tokens)]
+        assert data_tools(["stats", str(dataset), *out, "--tokenizer", tiny_tokenizer()]) == 0
+        captions = json.loads((tmp_path / "stats.json").read_text())["captions"]
+        assert captions["tokens"]["mean"] == 6 and captions["cut"] == cut
+        assert f"{cut:.1%} of captions have more than {num_tokens} tokens" in capsys.readouterr().err
+    assert data_tools(["stats", str(dataset), *out, "--tokenizer", str(tmp_path / "stats.json")]) == 2
+    assert "not readable as a tokenizer.json" in capsys.readouterr().err
 
 
 def test_stats(dataset: Path, tmp_path: Path) -> None:

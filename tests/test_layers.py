@@ -13,7 +13,7 @@ LAYERS = [
     {"gradient", "two_pass", "checkpoint", "evals", "distill"},
     {"step"},
     {"config"},
-    {"plan"},
+    {"plan", "defaults"},
     {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
     {"api"},

@@ -219,7 +219,7 @@ def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.Capture
         train.main(["--help"])
     text = capsys.readouterr().out
     assert "A list: eval.zeroshot='[{label: LABEL}]'" in text and "eval.zeroshot[].label = 'cls'" in text
-    assert "name: sigmoid (default)" in text
+    assert "name: auto (default)" in text
     with pytest.raises(SystemExit):
         train.main([])
     assert "required: RECIPE\n" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from trainer.data import DataSettings
 from trainer.distill import DistillSettings
 from trainer.engine import EngineSettings
 from trainer.evals import EvalSettings
-from trainer.losses import LossSettings, SigmoidSettings
+from trainer.losses import AutoSettings, LossSettings
 from trainer.metrics import LogSettings
 from trainer.models import ModelSettings
 from trainer.optim import AdamWSettings, OptimSettings
@@ -58,7 +58,7 @@ class Recipe(Settings):
     "The two towers, pretrained or from a config."
     data: DataSettings
     "Shards, loading, augmentation."
-    loss: LossSettings = SigmoidSettings()
+    loss: LossSettings = AutoSettings()
     "The objective and how ranks exchange embeddings."
     distill: DistillSettings | None = None
     "A teacher to learn from beside the pairs; null: none."

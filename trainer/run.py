@@ -29,6 +29,8 @@ from trainer.core.logs import EVERY_NODE
 from trainer.core.settings import changes
 from trainer.core.types import Batch, UserError
 from trainer.data import Loader, SkippedSamples
+from trainer.data.captions import CaptionSurvey, survey_captions
+from trainer.defaults import decide
 from trainer.distill import TeacherModel, build_teacher
 from trainer.engine import Engine, build_engine
 from trainer.losses import PairLoss, TaughtLoss
@@ -78,6 +80,8 @@ class Run:
     checkpointer: Checkpointer
     ceiling: float | None
     micro_batch: int | None
+    decisions: list[str]
+    """What was decided where the recipe says `auto`, a line each; the rates first."""
     samples_seen: int = 0
     hooks: list[Hook] = field(default_factory=list)
     """What the loop does besides stepping, in this order."""
@@ -160,6 +164,7 @@ def build(recipe: Recipe) -> Run:
     distributed.per_rank(recipe.batch.size, world)
     checkpoint.seed_step(recipe.run.seed, 0, 0)
     model = models.build(recipe.model)
+    recipe, decisions = decide(recipe, model, look_at_captions(recipe, model))
     main, teacher = losses.build(recipe.loss), None
     if recipe.distill is not None:
         teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.computes_in)
@@ -167,7 +172,7 @@ def build(recipe: Recipe) -> Run:
     if world > 1:
         loss.connect(distributed.device())
     start_scale = model.head.logit_scale.detach().exp().item()
-    optimizer = build_optimizer(model, recipe.optim, model.parameter_groups())
+    optimizer = build_optimizer(model, recipe.optim, model.parameter_groups(recipe.model.rates))
     engine = build_engine(model, optimizer, recipe.engine, clip=recipe.optim.clip)
     return Run(
         recipe=recipe,
@@ -179,7 +184,19 @@ def build(recipe: Recipe) -> Run:
         checkpointer=Checkpointer(recipe.run.directory, recipe.checkpoint),
         ceiling=scale_ceiling(recipe.optim, start_scale),
         micro_batch=micro_batch(recipe),
+        decisions=decisions,
     )
+
+
+def look_at_captions(recipe: Recipe, model: DualEncoder) -> CaptionSurvey | None:
+    """Rank 0 reads some thousand training captions, all ranks know what they are like."""
+
+    def look() -> dict[str, Any]:
+        survey = survey_captions(recipe.data, model.preprocess) if recipe.data.train else None
+        return survey.as_json() if survey is not None else {}
+
+    found = collectives.on_main(look)
+    return CaptionSurvey.from_json(found) if found else None
 
 
 def check_tower(run: Run, resumed: Resumed) -> None:
@@ -204,8 +221,10 @@ def describe(run: Run) -> None:
         f"{run.directory}: {count(trained)} parameters to train, {count(locked)} locked; "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
         f"{run.recipe.engine.ds_config}, {run.recipe.engine.computes_in}, "
-        f"micro-batch {run.micro_batch or 'whole'}"
+        f"micro-batch {run.micro_batch or 'whole'}; {run.decisions[0]}"
     )
+    for line in run.decisions[1:]:
+        logger.log(logging.WARNING if line.startswith("warning: ") else logging.INFO, line.removeprefix("warning: "))
     if not distributed.is_main():
         return
     run.directory.mkdir(parents=True, exist_ok=True)

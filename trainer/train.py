@@ -51,6 +51,7 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
     """Trains to the end, or until a signal; returns the exit code. ``hooks`` run beside saving and evaluating."""
     on_main(partial(evals.check, recipe.eval, recipe.data))  # before the hours that a wrong path would cost
     run = build(recipe)
+    recipe = run.recipe  # nothing in it is `auto` any more
     resumed = resume(run)
     if run.samples_seen >= run.total:
         say_finished(run, "; raise run.samples to go on")

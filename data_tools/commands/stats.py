@@ -3,6 +3,7 @@
     python -m data_tools stats DATASET                   # writes DATASET/stats.json and DATASET/stats.html
     python -m data_tools stats DATASET --out REPORT      # to another folder
     python -m data_tools stats DATASET --captions 0      # reads every caption, not a random 50,000
+    python -m data_tools stats DATASET --tokenizer openai/clip-vit-base-patch32 --num-tokens 77    # how many are cut
 
 Sizes in pixels and bytes, formats and exact duplicates cover all samples (they are in the index); figures on captions
 cover a random subset.
@@ -73,6 +74,7 @@ class _Captions:
         self.vocabulary: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
         self.texts: Counter[str] = Counter()
+        self.tokens: list[int] = []
 
     def add(self, text: str) -> None:
         words = _WORD.findall(text.lower())
@@ -83,13 +85,30 @@ class _Captions:
         self.texts[text] += 1
 
 
-def _read_captions(dataset: Dataset, chosen: list[NDArray[np.int64]], shard: int) -> _Captions:
+def _read_captions(dataset: Dataset, chosen: list[NDArray[np.int64]], tokenizer: str | None, shard: int) -> _Captions:
     found = _Captions()
     rows = dataset.shard(shard)
     with TarReader(dataset.tar_path(shard)) as tar:
-        for row in chosen[shard].tolist():
-            found.add(tar.read(rows[row], "text").decode("utf-8", "replace"))
+        texts = [tar.read(rows[row], "text").decode("utf-8", "replace") for row in chosen[shard].tolist()]
+    for text in texts:
+        found.add(text)
+    if tokenizer is not None:
+        found.tokens = [len(one.ids) for one in read_tokenizer(tokenizer).encode_batch_fast(texts)]
     return found
+
+
+def read_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer, by directory, tokenizer.json or name on the hub; it cuts and pads nothing."""
+    from tokenizers import Tokenizer
+
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong
+        raise UserError(f"--tokenizer {name}: not readable as a tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
@@ -100,8 +119,17 @@ def choose(dataset: Dataset, count: int) -> list[NDArray[np.int64]]:
     return [rows[shards == shard] for shard in range(dataset.num_shards)]
 
 
-def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, Any]:
-    """All figures, as JSON values."""
+def _tokens(lengths: list[int], context: int) -> dict[str, Any]:
+    """How long captions are in tokens, and how many a model with so many would cut."""
+    cut = sum(length > context for length in lengths) / max(1, len(lengths))
+    return {"tokens": describe_numbers(np.array(lengths)), "num_tokens": context, "cut": round(cut, 6)}
+
+
+def collect(
+    dataset: Dataset, num_captions: int, processes: int, tokenizer: str | None = None, context: int = 77
+) -> dict[str, Any]:
+    """All figures, as JSON values; with a ``tokenizer`` also how many captions a model that reads ``context`` tokens
+    would cut."""
     rows = [dataset.shard(shard) for shard in range(dataset.num_shards)]
     fields = {
         name: np.concatenate([part[name] for part in rows])
@@ -111,7 +139,7 @@ def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, An
     width, height = fields["width"][known].astype(np.int64), fields["height"][known].astype(np.int64)
     _, copies = np.unique(fields["digest"], return_counts=True)
     formats = Counter(_FORMATS[value] for value in fields["image_format"].tolist())
-    work = partial(_read_captions, dataset, choose(dataset, num_captions))
+    work = partial(_read_captions, dataset, choose(dataset, num_captions), tokenizer)
     captions = _Captions()
     for part in over_shards(work, dataset.num_shards, processes):
         captions.characters += part.characters
@@ -119,6 +147,7 @@ def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, An
         captions.vocabulary += part.vocabulary
         captions.languages += part.languages
         captions.texts += part.texts
+        captions.tokens += part.tokens
     repeated = [(text, count) for text, count in captions.texts.most_common(20) if count > 1]
     return {
         "samples": dataset.num_samples,
@@ -141,6 +170,7 @@ def collect(dataset: Dataset, num_captions: int, processes: int) -> dict[str, An
             "common_words": captions.vocabulary.most_common(60),
             "repeated_extra": sum(count - 1 for count in captions.texts.values()),
             "repeated": repeated,
+            **(_tokens(captions.tokens, context) if tokenizer is not None else {}),
         },
     }
 
@@ -168,15 +198,27 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument(
         "--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)"
     )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="count tokens with it too: a directory, a tokenizer.json or a name on the hub",
+    )
+    parser.add_argument(
+        "--num-tokens", type=whole(1), default=77, metavar="N", help="tokens that the model reads (default 77, CLIP's)"
+    )
     add_processes(parser)
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)
     if not dataset.num_samples:
         raise UserError(f"{arguments.dataset}: has no samples")
     out = make_folder(arguments.out or arguments.dataset)
-    figures = collect(dataset, arguments.captions, arguments.processes)
+    if arguments.tokenizer is not None:
+        read_tokenizer(arguments.tokenizer)  # a mistake in its name is told here, not by each process
+    figures = collect(dataset, arguments.captions, arguments.processes, arguments.tokenizer, arguments.num_tokens)
     write_atomic(out / "stats.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     pictures = contact_sheet(dataset, arguments.pictures) if arguments.pictures else []
     write_atomic(out / "stats.html", render(Path(arguments.dataset).resolve().name, figures, pictures))
-    print(f"{out}/stats.html and stats.json: {figures['samples']:,} samples", file=sys.stderr)
+    cut = figures["captions"].get("cut")
+    told = f"; {cut:.1%} of captions have more than {arguments.num_tokens} tokens" if cut is not None else ""
+    print(f"{out}/stats.html and stats.json: {figures['samples']:,} samples{told}", file=sys.stderr)
     return 0

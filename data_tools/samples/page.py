@@ -74,6 +74,7 @@ def render(name: str, figures: dict[str, Any], pictures: list[Picture]) -> str:
         histogram("Picture size", "bytes", figures["image_bytes"]),
         histogram("Caption length", "characters", captions["characters"]),
         histogram("Caption length", "words", captions["words"]),
+        *([histogram("Caption length", "tokens", captions["tokens"])] if "tokens" in captions else []),
     ]
     lists = [
         meters("Languages", "guessed from script and small words", captions["languages"]),

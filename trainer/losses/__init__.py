@@ -16,17 +16,18 @@ from trainer.losses.base import PairLoss
 from trainer.losses.distill import AffinityLoss, TaughtLoss
 from trainer.losses.negatives import NegativeSettings, matched_samples
 from trainer.losses.queue import QueueLoss, QueueSettings
-from trainer.losses.sigmoid import SigmoidLoss, SigmoidSettings
+from trainer.losses.sigmoid import AutoSettings, SigmoidLoss, SigmoidSettings
 from trainer.losses.sinkhorn import SinkhornLoss, SinkhornSettings
 from trainer.losses.softmax import SoftmaxLoss, SoftmaxSettings
 from trainer.losses.topology import PeerLost
 from trainer.losses.triplet import TripletLoss, TripletSettings
 
 LossSettings = Annotated[
-    SigmoidSettings | SoftmaxSettings | QueueSettings | SinkhornSettings | TripletSettings,
+    AutoSettings | SigmoidSettings | SoftmaxSettings | QueueSettings | SinkhornSettings | TripletSettings,
     Field(discriminator="name"),
 ]
 LOSSES: dict[type, type[PairLoss]] = {
+    AutoSettings: SigmoidLoss,
     SigmoidSettings: SigmoidLoss,
     SoftmaxSettings: SoftmaxLoss,
     QueueSettings: QueueLoss,
@@ -43,6 +44,7 @@ def build(settings: LossSettings) -> PairLoss:
 __all__ = [
     "LOSSES",
     "AffinityLoss",
+    "AutoSettings",
     "LossSettings",
     "NegativeSettings",
     "PairLoss",

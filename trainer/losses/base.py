@@ -219,8 +219,8 @@ def _check(z: Embeddings) -> None:
 
 
 def group_sizes(pairs: Pairs, groups: Tensor) -> Tensor:
-    """[b] int64: how many pairs of the global batch are of each local pair's group, itself included. ``groups`` [b] int64
-    travel the ring once, 8 bytes a pair."""
+    """[b] int64: how many pairs of the global batch are of each local pair's group, itself included. ``groups`` [b]
+    int64 travel the ring once, 8 bytes a pair."""
     sizes = torch.zeros_like(groups)
 
     def visit(_: Slice, payload: list[Tensor], __: list[Tensor]) -> None:

@@ -24,16 +24,29 @@ KERNELS = True
 """False keeps to the torch path on GPUs too."""
 
 
-class SigmoidSettings(PairSettings):
-    """SigLIP's sigmoid loss over every pair of the global batch."""
+class _SigmoidBaseSettings(PairSettings):
+    """The keys of the sigmoid loss."""
 
-    name: Literal["sigmoid"] = "sigmoid"
+    name: str
     same_group: SameGroup | Literal["auto"] = "auto"
-    """Pairs of one group (equal captions, or texts of one image): negative as in SigLIP, mask (left out), or positive (the
-    k of an image's group weigh 1/k each, so that the scale of the loss does not depend on k). auto: positive where
+    """Pairs of one group (equal captions, or texts of one image): negative as in SigLIP, mask (left out), or positive
+    (the k of an image's group weigh 1/k each, so that the scale of the loss does not depend on k). auto: positive where
     captions repeat within a batch (measured at the start), else negative."""
     negatives: NegativeSettings = NegativeSettings()
     """Which negatives are kept, and their weight."""
+
+
+class SigmoidSettings(_SigmoidBaseSettings):
+    """SigLIP's sigmoid loss over every pair of the global batch."""
+
+    name: Literal["sigmoid"] = "sigmoid"
+
+
+class AutoSettings(_SigmoidBaseSettings):
+    """The loss that the model was made for: sigmoid for one with a bias (SigLIP, a new pair), softmax for one without
+    (CLIP)."""
+
+    name: Literal["auto"] = "auto"
 
 
 class SigmoidLoss(PairLoss):
@@ -103,8 +116,8 @@ class SigmoidLoss(PairLoss):
         return total
 
     def _sign_and_weight(self, pairs: Pairs, tile: Tile, choice: Choice, share: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[r, c] each: -1 on positives and +1 on negatives; what each pair counts. ``share`` [b] is what each positive of
-        an image counts; None: the matched pair is the only one."""
+        """[r, c] each: -1 on positives and +1 on negatives; what each pair counts. ``share`` [b] is what each positive
+        of an image counts; None: the matched pair is the only one."""
         sign, weight = pairs.space("sign", tile.z).fill_(1), pairs.space("weight", tile.z).fill_(self.negatives.weight)
         kept = choice.mask(tile)
         if kept is not None:

@@ -53,6 +53,20 @@ print(logits.{activation})
 Captions are always padded to {num_tokens} tokens, as in training.
 """
 
+PIPELINE_TOKENS = 64
+"""What transformers' zero-shot pipeline pads the captions of any SigLIP to, whatever its tokenizer says."""
+PIPELINE = """
+transformers' zero-shot pipeline pads captions to 64 tokens, whatever the model reads; tell it:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{where}")
+classify._preprocess_params["tokenizer_kwargs"] = {{"max_length": {num_tokens}}}
+found = classify("picture.png", candidate_labels=["a cat", "a dog"])
+```
+"""
+
 OTHERS = {
     "open_clip": """
 ```python
@@ -172,6 +186,8 @@ def _card(library: str, model: Any, where: str, notes: Sequence[str], measured: 
     )
     activation = "sigmoid()" if family.startswith("siglip") else "softmax(dim=1)"
     use = (load + USE).format(where=where, base=base, num_tokens=num_tokens, activation=activation, images=images)
+    if library == "transformers" and family.startswith("siglip") and num_tokens != PIPELINE_TOKENS:
+        use += PIPELINE.format(where=where, num_tokens=num_tokens)
     if other_pooling(model.towers.config) is not None:
         poolings = {f"{side}_pooling": pooling_of(model.towers.config, side) for side in SIDES}
         lines = {side: _pool_line(model.towers.config, side) for side in SIDES}

@@ -20,10 +20,11 @@ from trainer.models.adapt.bottleneck import narrow_embedding
 from trainer.models.adapt.lock import lock_towers
 from trainer.models.adapt.lora import add_lora, base_digest, hold_base, load_adapter, read_sidecar
 from trainer.models.adapt.mask import drop_patches, drop_tokens
+from trainer.models.adapt.positions import TEXT_POSITIONS
 from trainer.models.adapt.quantize import QUANTIZED, quantize
 from trainer.models.adapt.recompute import recompute
 from trainer.models.naflex import NAFLEX, patch_inputs, unpack
-from trainer.models.param_groups import ParameterGroup, Tower, parameter_groups, tower_of
+from trainer.models.param_groups import ParameterGroup, RateSettings, Tower, parameter_groups, tower_of
 from trainer.models.pooling import embed_dim, pool, pooling_of, special_tokens
 from trainer.models.precomputed import locked_part, precomputed_tower, remove_tower
 from trainer.models.preprocess import read_preprocess, read_tokenizer, warn_of_mask
@@ -95,7 +96,7 @@ class DualEncoder(nn.Module):
 
     @property
     def family(self) -> str:
-        """Hugging Face's ``model_type``: siglip, siglip2, clip or vision-text-dual-encoder."""
+        """Hugging Face's ``model_type``."""
         return self.towers.config.model_type
 
     @property
@@ -198,9 +199,15 @@ class DualEncoder(nn.Module):
         """Whether any parameter of that tower is trainable; one that is not needs no gradient of its embeddings."""
         return any(parameter.requires_grad for name, parameter in self.named_parameters() if tower_of(name) == tower)
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The trainable parameters' names by learning-rate factor and whether they are decayed."""
-        return parameter_groups(self, self.towers, self.settings.rates)
+    @property
+    def trains_positions(self) -> bool:
+        """Whether text position embeddings train: beside an adapter, those that were stretched."""
+        return any(parameter.requires_grad and TEXT_POSITIONS in name for name, parameter in self.named_parameters())
+
+    def parameter_groups(self, rates: RateSettings | None = None) -> list[ParameterGroup]:
+        """The trainable parameters' names by learning-rate factor (``rates``: the settings' own) and decay."""
+        adapter = self.settings.lora is not None
+        return parameter_groups(self, self.towers, rates or self.settings.rates, self.family == PAIR, adapter)
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
         """To be told before each step: ends the dropping of patches and tokens when the last, unmasked stretch
@@ -244,7 +251,9 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
         if settings.path and weights:
             warn_of_mask(settings.path, config, tokenizer)
         preprocess = read_preprocess(settings, config, tokenizer)
+    positions = config.text_config.max_position_embeddings if settings.path else 0
     towers = make_towers(config, settings, weights)
+    stretched = bool(settings.path) and towers.config.text_config.max_position_embeddings != positions
     if settings.token_bottleneck:
         narrow_embedding(towers, settings.token_bottleneck)
     log_scale, bias = take_scale_bias(towers, settings, pretrained=settings.path is not None)
@@ -255,14 +264,9 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
         if settings.lora.base in QUANTIZED:
             quantize(towers, settings.lora.base)
         with quietly():
-            targets = add_lora(towers, settings.lora)
-        left_out = (
-            f"; left out: {', '.join(targets.left_out)} (read without being called, would never learn)"
-            if targets.left_out
-            else ""
-        )
+            targets = add_lora(towers, settings.lora, stretched)
         if weights:  # the planner builds dozens without
-            logger.info(f"LoRA on {len(targets.chosen)} modules{left_out}")
+            logger.info(str(targets))
         if settings.lora.path and weights:
             load_adapter(towers, settings.lora.path, base)
             recorded = read_sidecar(settings.lora.path)

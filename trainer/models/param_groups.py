@@ -28,6 +28,10 @@ class RateSettings(Settings):
     "Factor on the rate of the image tower."
     text: float = Field(default=1.0, gt=0)
     "Factor on the rate of the text tower."
+    projection: float = Field(default=1.0, gt=0)
+    "Factor on the rate of the projections of a pair, which are new where its towers are not."
+    positions: float = Field(default=1.0, gt=0)
+    "Factor on the rate of text position embeddings that train whole beside an adapter (model.num_tokens)."
     head: float = Field(default=1.0, gt=0)
     """Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move
     them."""
@@ -80,8 +84,11 @@ def depth_of(name: str, layers: int) -> int:
     return 0 if _FIRST.search(name) else layers + 1
 
 
-def parameter_groups(model: nn.Module, towers: PreTrainedModel, rates: RateSettings) -> list[ParameterGroup]:
-    """The trainable parameters of ``model`` by rate and decay, in the order in which they are first met."""
+def parameter_groups(
+    model: nn.Module, towers: PreTrainedModel, rates: RateSettings, pair: bool = False, adapter: bool = False
+) -> list[ParameterGroup]:
+    """The trainable parameters of ``model`` by rate and decay, in the order in which they are first met. Of a ``pair``
+    the projections, beside an ``adapter`` the position embeddings have rates of their own."""
     layers: dict[Tower, int] = {"image": num_layers(towers, "image"), "text": num_layers(towers, "text")}
     groups: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in model.named_parameters():
@@ -92,6 +99,10 @@ def parameter_groups(model: nn.Module, towers: PreTrainedModel, rates: RateSetti
         if tower is not None:
             above = layers[tower] + 1 - depth_of(name, layers[tower])
             rate = (rates.image if tower == "image" else rates.text) * rates.layer_decay**above
+            if pair and "_projection." in name:
+                rate = rates.projection
+            elif adapter and "position_embedding" in name:
+                rate = rates.positions
         # Under ZeRO-3 a partitioned parameter has no dimensions left; DeepSpeed keeps the true shape beside it.
         groups.setdefault((rate, len(getattr(parameter, "ds_shape", parameter.shape)) > 1), []).append(name)
     return [ParameterGroup(names, rate, decay) for (rate, decay), names in groups.items()]

@@ -44,6 +44,12 @@ class Tokenize:
     def __init__(self, tokenizer: Any, num_tokens: int) -> None:
         self.tokenizer, self.num_tokens = tokenizer, num_tokens
 
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption before it is cut or padded."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        found = self.tokenizer(captions, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in found["input_ids"]]
+
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         # A loader worker is a fork of a process that may have tokenized already: threads of the Rust library do not
         # survive that.

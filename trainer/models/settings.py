@@ -45,7 +45,8 @@ class ModelSettings(Settings):
     """NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the
     checkpoint's processor says."""
     num_tokens: int | None = Field(default=None, gt=0)
-    "Context length in tokens; null: what the model says."
+    """Context length in tokens; null: what the model says. Above the positions of a pretrained CLIP or SigLIP its text
+    position embeddings are stretched (Long-CLIP, arXiv 2403.15378), and train whole beside an adapter."""
     scale: float | None = Field(default=None, gt=0)
     """Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343),
     1/0.07 for a new CLIP."""

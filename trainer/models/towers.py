@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from trainer.core.types import UserError
 from trainer.models import open_clip
+from trainer.models.adapt.positions import check_num_tokens, resize_images, stretch_texts
 from trainer.models.hf_errors import making, reading
 from trainer.models.naflex import NAFLEX
 from trainer.models.pooling import drop_unused_poolers
@@ -72,12 +73,7 @@ def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
         raise UserError(
             f"model.num_patches is for NaFlex models, this one is {config.model_type!r}: set model.image_size instead"
         )
-    text = config.text_config
-    if settings.num_tokens and settings.num_tokens > text.max_position_embeddings:
-        where = settings.path or "model.config.text_config"
-        raise UserError(
-            f"model.num_tokens is {settings.num_tokens}, {where} has {text.max_position_embeddings} positions; lower it"
-        )
+    check_num_tokens(config, settings)
     check_tokenizer(config, tokenizer, settings)
     return config
 
@@ -210,6 +206,8 @@ def make_towers(config: PretrainedConfig, settings: ModelSettings, weights: bool
         drop_unused_poolers(towers)
     if settings.image_size and config.model_type in ("siglip", "clip"):  # a pair takes only its own
         resize_images(towers, settings.image_size)
+    if settings.num_tokens:
+        stretch_texts(towers, settings.num_tokens, quiet=not weights)
     return towers
 
 
@@ -272,25 +270,3 @@ def _take(towers: nn.Module, name: str) -> Any:
         return None
     delattr(towers, name)
     return 0.0 if parameter.is_meta else float(parameter.detach().reshape(()))
-
-
-@torch.no_grad()
-def resize_images(towers: PreTrainedModel, size: int) -> None:
-    """Makes the vision tower read ``size`` x ``size`` pictures: its position embeddings are resampled (bicubic, as
-    FlexiViT's baseline)."""
-    config = towers.config.vision_config
-    if size % config.patch_size:
-        raise UserError(f"model.image_size {size} is not a multiple of the patch size {config.patch_size}")
-    if size == config.image_size:
-        return
-    embeddings: Any = towers.get_submodule("vision_model.embeddings")
-    old, new = config.image_size // config.patch_size, size // config.patch_size
-    weight: Tensor = embeddings.position_embedding.weight
-    special = weight.shape[0] - old * old  # CLIP's class token comes first
-    grid = weight[special:].T.reshape(1, -1, old, old)
-    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=new < old)
-    resized = torch.cat([weight[:special], grid.reshape(-1, new * new).T])
-    embeddings.position_embedding = nn.Embedding.from_pretrained(resized.contiguous(), freeze=False)
-    embeddings.position_ids = torch.arange(len(resized), device=weight.device)[None]
-    embeddings.image_size = config.image_size = size
-    embeddings.num_patches, embeddings.num_positions = new * new, len(resized)

@@ -4,13 +4,14 @@ optimizer = build_optimizer(model, settings)
 rate = learning_rate(settings, samples_seen, total_samples)
 verdict = guard.judge(norm)                # "step" | "skip" | "clip"
 
-A recipe's ``optim:`` section chooses by ``name``. All are exact at every ZeRO stage, on any number of ranks, offloaded or
-not: one that needs more of a tensor than this rank has (trainer/core/partitioned.py) asks the other ranks for it.
+A recipe's ``optim:`` section chooses by ``name``. All are exact at every ZeRO stage, on any number of ranks, offloaded
+or not: one that needs more of a tensor than this rank has (trainer/core/partitioned.py) asks the other ranks for it.
 """
 
 from trainer.optim.build import build_optimizer, matrices, moment_bytes
 from trainer.optim.guard import Guard, Verdict
 from trainer.optim.settings import (
+    NEW_RATE,
     AdafactorSettings,
     AdamWSettings,
     LambSettings,
@@ -24,6 +25,7 @@ from trainer.optim.settings import (
 )
 
 __all__ = [
+    "NEW_RATE",
     "AdafactorSettings",
     "AdamWSettings",
     "Guard",

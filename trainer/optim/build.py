@@ -53,8 +53,8 @@ def _make(
     model: nn.Module, named: dict[str, nn.Parameter], groups: list[dict[str, Any]], settings: OptimSettings
 ) -> torch.optim.Optimizer:
     if settings.name == "lion":
-        return Lion(named, groups, lr=settings.lr, betas=_betas(settings), moments=settings.moments)
-    common: dict[str, Any] = {"lr": settings.lr, "betas": _betas(settings), "eps": settings.eps}
+        return Lion(named, groups, lr=settings.peak, betas=_betas(settings), moments=settings.moments)
+    common: dict[str, Any] = {"lr": settings.peak, "betas": _betas(settings), "eps": settings.eps}
     if settings.name == "muon":
         return Muon(named, groups, matrices=matrices(model), momentum=settings.momentum, **common)
     if settings.name == "adafactor":

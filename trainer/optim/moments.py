@@ -28,8 +28,8 @@ from trainer.core.partitioned import BLOCK, Dense, Moment, Piece
 
 Format = Literal["float32", "bfloat16", "int8"]
 LEAST = 4096
-"""Parameters with fewer elements than this keep float32 where int8 is asked for: they cost nothing, and norms and biases
-are sensitive (as in bitsandbytes)."""
+"""Parameters with fewer elements than this keep float32 where int8 is asked for: they cost nothing, and norms and
+biases are sensitive (as in bitsandbytes)."""
 
 
 def make(piece: Piece, format: Format, name: str, signed: bool = True) -> Moment:

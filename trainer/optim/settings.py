@@ -7,12 +7,15 @@ rate = learning_rate(settings, samples_seen, total_samples)
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from trainer.core.settings import Settings
 from trainer.optim.moments import Format
+
+NEW_RATE = 1e-3
+"""AdamW's peak rate for weights that are new."""
 
 
 class SpikeSettings(Settings):
@@ -29,8 +32,12 @@ class SpikeSettings(Settings):
 class OptimizerSettings(Settings):
     """What all optimizers share: rate, schedule, clipping, averaging and what happens at gradient spikes."""
 
-    lr: float = Field(default=1e-3, gt=0)
-    "Peak learning rate."
+    rate_of_adamw: ClassVar[float] = 1.0
+    """The usual rate, in AdamW's."""
+
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak learning rate. auto, by what is trained: 1e-3 for new weights, 1e-5 for whole pretrained towers, 2e-4 for
+    LoRA, each part of a mixed model at its own; with lion a tenth of that."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay of matrices, a step: this times the rate; vectors (norms, biases), the scale and the bias
     are never decayed. CLIP: 0.2. SigLIP's 1e-4 is not multiplied by its rate of 1e-3: that is 0.1 here."""
@@ -51,9 +58,14 @@ class OptimizerSettings(Settings):
     "Gradient-norm spikes."
     max_bad_steps: int = Field(default=10, ge=1)
     "Steps in a row with a loss or gradient that is not finite (each is skipped) before the run ends."
-    max_scale: float | None = Field(default=None, gt=0)
-    """Ceiling of the scale t = exp(logit_scale), CLIP: 100. Never below what a pretrained model starts at. None: no
-    ceiling."""
+    max_scale: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Ceiling of the scale t = exp(logit_scale). Never below what a pretrained model starts at. null: no ceiling; auto:
+    100 with a softmax loss, as CLIP, else none."""
+
+    @property
+    def peak(self) -> float:
+        """``lr`` as a number: `auto` is for new weights where nobody has looked at what is trained."""
+        return NEW_RATE * self.rate_of_adamw if self.lr == "auto" else self.lr
 
 
 class AdamWSettings(OptimizerSettings):
@@ -91,9 +103,8 @@ class LionSettings(OptimizerSettings):
     """Lion (Chen et al., arXiv 2302.06675): the sign of a momentum. 4 bytes a trained parameter. Every element moves by
     the rate itself: take a third to a tenth of AdamW's optim.lr, and as many times its optim.weight_decay."""
 
+    rate_of_adamw: ClassVar[float] = 0.1
     name: Literal["lion"] = "lion"
-    lr: float = Field(default=1e-4, gt=0)
-    "Peak learning rate."
     beta1: float = Field(default=0.9, ge=0, lt=1)
     "Weight of the momentum in the update."
     beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -142,11 +153,11 @@ def learning_rate(settings: OptimizerSettings, samples_seen: int, total_samples:
     differ."""
     warmup = settings.warmup * total_samples if settings.warmup < 1 else settings.warmup
     if samples_seen < warmup:
-        return settings.lr * samples_seen / warmup
+        return settings.peak * samples_seen / warmup
     if settings.schedule == "constant":
-        return settings.lr
+        return settings.peak
     progress = min(1.0, (samples_seen - warmup) / max(1.0, total_samples - warmup))
-    return settings.lr * (settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return settings.peak * (settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def scale_ceiling(settings: OptimizerSettings, start_scale: float) -> float | None:
@@ -154,4 +165,5 @@ def scale_ceiling(settings: OptimizerSettings, start_scale: float) -> float | No
 
     SigLIP So400m ships logit_scale 4.72, above CLIP's ln 100: a fixed clamp would change the model at step 1.
     """
-    return None if settings.max_scale is None else max(settings.max_scale, start_scale)
+    ceiling = settings.max_scale
+    return None if ceiling is None or ceiling == "auto" else max(ceiling, start_scale)

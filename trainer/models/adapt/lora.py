@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from trainer.core.settings import Settings
 from trainer.core.types import UserError
+from trainer.models.adapt.positions import TEXT_POSITIONS
 from trainer.models.hf_errors import reading
 from trainer.models.param_groups import tower_of
 from trainer.models.pooling import empty_towers
@@ -74,6 +75,10 @@ class Targets(NamedTuple):
     chosen: list[str]
     left_out: list[str]
 
+    def __str__(self) -> str:
+        out = f"; left out: {', '.join(self.left_out)} (read without being called, would never learn)"
+        return f"LoRA on {len(self.chosen)} modules{out if self.left_out else ''}"
+
 
 def choose_targets(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
     """Resolves ``targets`` against the model; raises UserError that lists the nearest names for one that does not
@@ -119,9 +124,10 @@ def _unknown(target: str, linear: list[str]) -> UserError:
     )
 
 
-def add_lora(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
-    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen. Names of parameters grow
-    ``base_layer``, ``lora_A.default``, ``lora_B.default``.
+def add_lora(towers: PreTrainedModel, settings: LoraSettings, stretched: bool = False) -> Targets:
+    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen, but for text positions that
+    were ``stretched``, where the text tower is adapted. Names of parameters grow ``base_layer``, ``lora_A.default``,
+    ``lora_B.default``.
     """
     targets = choose_targets(towers, settings)
     names = {part for name, _ in towers.named_modules() for part in (name, name.rsplit(".", 1)[-1])}
@@ -141,6 +147,8 @@ def add_lora(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
         base_model_name_or_path=towers.config._name_or_path or None,
     )
     LoraModel(towers, config, "default")
+    if stretched and settings.towers != "image":
+        towers.get_submodule(TEXT_POSITIONS).requires_grad_(True)
     for module in towers.modules():
         if isinstance(module, LoraLayer):
             # PEFT would copy a bf16 input to float32 for the adapter, and autocast back: a copy kept for each of q, k
