@@ -16,7 +16,7 @@ LAYERS = [
     {"plan", "defaults"},
     {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
-    {"api"},
+    {"api", "search", "runs"},
     {"cli"},
     {"__main__"},
 ]

@@ -73,6 +73,13 @@ def test_every_package_is_in_the_wheel() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == dotted
 
 
+def test_what_the_pages_are_made_of_is_in_the_wheel() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    for path in (ROOT / "trainer").rglob("*"):
+        if path.suffix in (".css", ".html", ".js"):
+            assert f"*{path.suffix}" in data[".".join(path.parent.relative_to(ROOT).parts)], path
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of an environment that holds the wheel made from the sdist of this tree; everything else comes

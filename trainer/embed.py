@@ -31,14 +31,13 @@ from torch import Tensor
 from data_tools.io.errors import run_command
 from data_tools.io.progress import Progress
 from trainer import config
-from trainer.config import Recipe
 from trainer.core import collectives, distributed
 from trainer.core.collectives import on_main
 from trainer.core.settings import describe
 from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source
-from trainer.data.settings import SourceSettings, sharded
+from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
 from trainer.models import DualEncoder, ModelSettings, build
@@ -61,20 +60,19 @@ def main(argv: list[str]) -> int:
         model = build(recipe.model.without_precomputed_tower)
         precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
         precision = options.precision or ("bf16" if recipe.engine.computes_in == "bf16" else "fp32")
-        embedder = Embedder(model.to(distributed.device()).eval(), precomputed, recipe, options.batch_size, precision)
-        for source in (
+        model = model.to(distributed.device()).eval()
+        embedder = Embedder(model, precomputed, recipe.data, options.batch_size, precision, tower_path(recipe.model))
+        for settings in (
             [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources
         ):
-            with torch.inference_mode():
-                embed(embedder, source, recipe, options.storage)
+            embed(embedder, open_source(settings, recipe.data), options.storage)
     return 0
 
 
-def embed(embedder: Embedder, settings: SourceSettings, recipe: Recipe, storage: Storage) -> None:
+@torch.inference_mode()
+def embed(embedder: Embedder, source: ShardedDataset, storage: Storage) -> None:
     """Writes the column of one dataset; every rank calls."""
-    source = open_source(settings, recipe.data)
-    facts = embedder.facts(source)
-    writer = ColumnWriter(source.dataset, embedder.precomputed, storage, facts)
+    writer = ColumnWriter(source.dataset, embedder.precomputed, storage, embedder.facts(source))
     if on_main(lambda: {"there": writer.finished()})["there"]:
         logger.info(f"{source.dataset.root}: {embedder.precomputed.column!r} is there already, made by this tower")
         return
@@ -104,22 +102,23 @@ class Embedder:
     """Samples of a source -> what the locked tower gives for them."""
 
     def __init__(
-        self, model: DualEncoder, precomputed: PrecomputedTower, recipe: Recipe, batch_size: int, precision: str
+        self,
+        model: DualEncoder,
+        precomputed: PrecomputedTower,
+        data: DataSettings,
+        batch_size: int,
+        precision: str,
+        origin: str,
     ) -> None:
-        self.model, self.precomputed, self.recipe, self.batch_size, self.precision = (
-            model,
-            precomputed,
-            recipe,
-            batch_size,
-            precision,
-        )
+        self.model, self.precomputed, self.data, self.origin = model, precomputed, data, origin
+        self.batch_size, self.precision = batch_size, precision
         self.device = distributed.device()
         self.threads = distributed.cores()
 
     def facts(self, source: ShardedDataset) -> dict[str, object]:
         """What the manifest says of the column beside its tower."""
         texts = {"captions": source.fields} if self.precomputed.side == "text" else {}
-        return {"model": tower_path(self.recipe.model), "precision": self.precision, **texts}
+        return {"model": self.origin, "precision": self.precision, **texts}
 
     def rows(self, source: ShardedDataset, samples: range) -> Iterator[Half]:
         """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs
@@ -136,20 +135,27 @@ class Embedder:
 
     def _read(self, source: ShardedDataset, sample: int) -> Tensor | str | None:
         """The tower's input: uint8 [3, h, w], or a caption; None where the sample cannot be used."""
-        data, preprocess = self.recipe.data, self.model.preprocess
+        least = least_size(self.data.jpeg_scaling, self.model.preprocess)
         try:
             if self.precomputed.side == "text":
-                captions = source.captions(sample)
-                if len(captions) > 1:
-                    raise UserError(
-                        f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: "
-                        f"set data.caption"
-                    )
-                return captions[0]
-            raw = source.read(sample)
-            return fit(decode(raw.image, data.max_pixels, least_size(data.jpeg_scaling, preprocess)), preprocess)
+                return self.caption(source, sample)
+            return fit(decode(source.picture(sample), self.data.max_pixels, least), self.model.preprocess)
         except Damaged:
             return None
+
+    def caption(self, source: ShardedDataset, sample: int) -> str:
+        """The text that is embedded of a sample. Raises Damaged where it has none."""
+        captions = source.captions(sample)
+        if len(captions) > 1:
+            raise UserError(
+                f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: set "
+                f"data.caption"
+            )
+        return captions[0]
+
+    def output(self, *inputs: Tensor) -> Tensor:
+        """[b, k]: what is stored for ``pixels``, or for ``tokens, token_mask``."""
+        return self.model.tower_output(self.precomputed.side, *inputs)
 
     def _embed(self, found: list[Tensor | str | None]) -> Half:
         rows = np.zeros((len(found), self.precomputed.width), np.float16)
@@ -159,11 +165,11 @@ class Embedder:
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
             if self.precomputed.side == "image":
                 pixels = torch.stack([one for one in found if isinstance(one, Tensor)])
-                output = self.model.tower_output("image", distributed.to_device(pixels, self.device))
+                output = self.output(distributed.to_device(pixels, self.device))
             else:
                 tokens, mask = self.model.preprocess.tokenize([one for one in found if isinstance(one, str)])
                 inputs = (distributed.to_device(value, self.device) for value in (tokens, mask))
-                output = self.model.tower_output("text", *inputs)
+                output = self.output(*inputs)
         rows[usable] = output.half().cpu().numpy()
         return rows
 

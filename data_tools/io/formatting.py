@@ -27,3 +27,14 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def distinct_ends(paths: list[str], least: int = 1) -> list[str]:
+    """The last parts of each path: as many as tell all apart, ``least`` at least. Equal paths get a number."""
+    parts = [[part for part in path.split("/") if part] or [path] for path in paths]
+    longest = max(map(len, parts), default=0)
+    for length in range(min(least, longest), longest + 1):
+        ends = ["/".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]

@@ -30,6 +30,7 @@ TRAINER: Groups = {
     "Models": {
         "evaluate": "retrieval and zero-shot scores of a run, an export or a Hugging Face model",
         "export": "write a Hugging Face directory or a PEFT adapter",
+        "search": "a local page: type words or drop a picture, see the nearest of your pictures",
         "report": "write one HTML page about a run",
     },
 }

@@ -65,13 +65,17 @@ class ShardedDataset:
 
     def read(self, sample: int) -> Raw:
         """Picture bytes and captions of one sample."""
+        return Raw(self.picture(sample), self.captions(sample))
+
+    def picture(self, sample: int) -> bytes:
+        """The picture of one sample alone, as it is stored."""
         shard, entry = self._entry(sample)
         if entry["image_size"] == 0:
             raise Damaged("no picture")
         image = self._read(shard, entry["image_offset"], entry["image_size"])
         if self.check_digests and entry["digest"] and xxhash.xxh3_64_intdigest(image) != entry["digest"]:
             raise Damaged("picture bytes differ from the index")
-        return Raw(image, self._captions(sample, shard, entry))
+        return image
 
     def metadata(self, sample: int) -> dict[str, Any]:
         """The sample's .json member; empty if it has none."""

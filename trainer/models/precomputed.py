@@ -71,16 +71,18 @@ class PrecomputedSettings(Settings):
         return self.image or self.text or ""
 
 
-def locked_part(towers: PreTrainedModel, side: Tower) -> dict[str, Tensor]:
-    """The weights and buffers that a stored embedding depends on, by their names in ``towers``."""
-    outside = "_projection." if towers.config.model_type == PAIR else "\0"
+def locked_part(towers: PreTrainedModel, side: Tower, projected: bool = False) -> dict[str, Tensor]:
+    """The weights and buffers that a stored embedding depends on, by their names in ``towers``; with ``projected`` those
+    of a pair's projection too."""
+    outside = "_projection." if towers.config.model_type == PAIR and not projected else "\0"
     return {
         name: value for name, value in towers.state_dict().items() if tower_of(name) == side and outside not in name
     }
 
 
-def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower) -> str:
-    """32 hex digits that change with the tower's weights, its config and what is done to its inputs."""
+def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower, projected: bool = False) -> str:
+    """32 hex digits that change with the tower's weights (``projected``: a pair's projection is one of them), its config
+    and what is done to its inputs."""
     digest = xxhash.xxh3_128()
     part = getattr(towers.config, "vision_config" if side == "image" else "text_config")
     config = {key: value for key, value in part.to_diff_dict().items() if key not in VOLATILE}
@@ -91,7 +93,7 @@ def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower) ->
     else:
         inputs = token_inputs(preprocess)
     digest.update(json.dumps([side, towers.config.model_type, config, inputs], sort_keys=True, default=str).encode())
-    for name, value in sorted(locked_part(towers, side).items()):
+    for name, value in sorted(locked_part(towers, side, projected).items()):
         whole = value.detach().cpu().float().contiguous()
         digest.update(f"{name} {tuple(whole.shape)}".encode())
         digest.update(whole.numpy().tobytes())
