@@ -31,7 +31,15 @@ from trainer.engine import EngineSettings
 from trainer.engine.engine import Engine, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
-from trainer.optim import AdamWSettings, build_optimizer
+from trainer.optim import (
+    AdafactorSettings,
+    AdamWSettings,
+    LambSettings,
+    LionSettings,
+    MuonSettings,
+    OptimSettings,
+    build_optimizer,
+)
 from trainer.plan.memory import Job, Peak, forecast
 from trainer.plan.profile import Survey, look
 from trainer.plan.search import zero_section
@@ -57,6 +65,7 @@ class Setting:
     grad_reduction: str = "per_step"
     model: dict[str, Any] = field(default_factory=dict)
     """Further keys of ``model:``."""
+    optim: OptimSettings = field(default_factory=AdamWSettings)
 
     def settings(self) -> ModelSettings:
         tower = {
@@ -115,6 +124,18 @@ SETTINGS = [
         model={**RECOMPUTE, "lora": {}},
         micro_batch=16,
     ),
+    *(
+        Setting(f"{title}{where}", rows=8, optim=optim, ranks=ranks, ds_config=ds_config)
+        for title, optim in (
+            ("AdamW, bfloat16 moments", AdamWSettings(moments="bfloat16")),
+            ("AdamW, int8 moments", AdamWSettings(moments="int8")),
+            ("Adafactor", AdafactorSettings()),
+            ("Lion", LionSettings()),
+            ("Muon", MuonSettings()),
+            ("LAMB", LambSettings()),
+        )
+        for where, ranks, ds_config in (("", 1, "zero0"), (", 2 ranks", 2, "zero1"))
+    ),
 ]
 
 
@@ -127,6 +148,7 @@ def predicted(setting: Setting) -> tuple[Peak, Survey]:
         setting.micro_batch,
         setting.grad_reduction,
         SigmoidSettings(),
+        optim=setting.optim,
         inputs_on_host=False,
     )
     return forecast(survey, zero_section(setting.ds_config), job), survey
@@ -140,7 +162,7 @@ def train_three_steps(setting: Setting) -> Engine:
     allocator.install()
     model = build(setting.settings())
     engine_settings = EngineSettings(ds_config=setting.ds_config, precision=setting.precision)  # type: ignore[arg-type]
-    engine = build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0)
+    engine = build_engine(model, build_optimizer(model, setting.optim), engine_settings, clip=1.0)
     del model
     batch, loss = batch_of(setting), SigmoidLoss()
     for _ in range(3):
@@ -179,7 +201,7 @@ def describe(setting: Setting) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name or ds_config holds this text")
+    parser.add_argument("--only", default="", help="settings whose line of the table holds this text")
     parser.add_argument("--table", type=Path, help="write the markdown table here")
     parser.add_argument("--parts", action="store_true", help="also print what the forecast is made of")
     options = parser.parse_args()
@@ -192,7 +214,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for setting in SETTINGS:
-        if options.only not in setting.name + setting.ds_config:
+        if options.only not in describe(setting):
             continue
         peak, _ = predicted(setting)
         guess, truth = peak.total + peak.host, measured(setting)

@@ -180,7 +180,8 @@ class Engine:
             return self._norm()
         self.ds_engine.set_gradient_accumulation_boundary(True)
         if self._accumulation is None:
-            self.ds_engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
+            if distributed.world_size() > 1:  # DeepSpeed would copy all gradients into a bucket for nothing
+                self.ds_engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
         else:
             accumulation, self._accumulation = self._accumulation, None
             accumulation.__exit__(None, None, None)

@@ -8,7 +8,7 @@ A recipe's ``optim:`` section chooses by ``name``. All are exact at every ZeRO s
 or not: one that needs more of a tensor than this rank has (trainer/core/partitioned.py) asks the other ranks for it.
 """
 
-from trainer.optim.build import build_optimizer, matrices, moment_bytes
+from trainer.optim.build import Shapes, build_optimizer, matrices, moment_bytes, trained_shapes
 from trainer.optim.guard import Guard, Verdict
 from trainer.optim.settings import (
     NEW_RATE,
@@ -34,6 +34,7 @@ __all__ = [
     "MuonSettings",
     "OptimSettings",
     "OptimizerSettings",
+    "Shapes",
     "SpikeSettings",
     "Verdict",
     "build_optimizer",
@@ -41,4 +42,5 @@ __all__ = [
     "matrices",
     "moment_bytes",
     "scale_ceiling",
+    "trained_shapes",
 ]

@@ -6,7 +6,8 @@ optimizer = build_optimizer(model, settings)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,9 +79,18 @@ def matrices(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in tables}
 
 
-def moment_bytes(settings: OptimSettings, shapes: Mapping[tuple[tuple[int, ...], bool], int]) -> float:
-    """Bytes of the moments of all trained parameters. ``shapes``: (shape, is one of ``matrices``) -> how many such
-    parameters there are."""
+Shapes = dict[tuple[tuple[int, ...], bool], int]
+"""(shape, is it one of ``matrices``?) -> how many trained parameters are like that."""
+
+
+def trained_shapes(model: nn.Module) -> Shapes:
+    """What ``moment_bytes`` needs to know of a model."""
+    hidden = matrices(model)
+    return dict(Counter((tuple(p.shape), name in hidden) for name, p in model.named_parameters() if p.requires_grad))
+
+
+def moment_bytes(settings: OptimSettings, shapes: Shapes) -> float:
+    """Bytes of the moments of all trained parameters, on all ranks together."""
     return float(sum(many * _bytes_of(settings, shape, matrix) for (shape, matrix), many in shapes.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -22,8 +23,9 @@ def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
     """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide
     among them."""
     rows = distributed.per_rank(recipe.batch.size, gpus)
-    here, average = max(1, gpus // nodes), recipe.optim.ema > 0
-    return Job(gpus, rows, 1, recipe.batch.grad_reduction, recipe.loss, node_ranks=here, average=average)
+    here, optim = max(1, gpus // nodes), recipe.optim
+    given: dict[str, Any] = {"node_ranks": here, "optim": optim, "average": optim.ema > 0}
+    return Job(gpus, rows, 1, recipe.batch.grad_reduction, recipe.loss, **given)
 
 
 def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:

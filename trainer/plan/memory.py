@@ -11,12 +11,13 @@ gathers weights as layers need them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.engine.ds_config import BUCKET_ELEMENTS, reduces_early
 from trainer.losses.base import PairSettings
 from trainer.losses.topology import num_slices
+from trainer.optim import AdamWSettings, OptimSettings, moment_bytes
 from trainer.plan.profile import Survey
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "embeddings", "inputs", "buffers")
@@ -37,6 +38,7 @@ class Job:
     grad_reduction: str = "auto"
     loss: PairSettings | None = None
     node_ranks: int = 1
+    optim: OptimSettings = field(default_factory=AdamWSettings)
     average: bool = False
     """Whether a running average of the weights is kept (optim.ema)."""
     teacher: Survey | None = None
@@ -167,10 +169,16 @@ def loss_bytes(width: int, job: Job) -> float:
     return max(own, 8.0 * width * rows + 4.0 * width * rows + buffers + riders + 5 * tile)
 
 
+def _moments(survey: Survey, job: Job) -> float:
+    """Bytes of what is kept beside the trained weights, on all ranks together: the optimizer's moments, the running
+    average."""
+    return moment_bytes(job.optim, survey.shapes) + job.average * survey.trainable
+
+
 def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
     stage = int(zero.get("stage", 0))
     whole, trained, share = float(survey.parameters), float(survey.trainable), 1.0 / job.ranks
-    part = trained * share
+    part, moments = trained * share, _moments(survey, job)
     bucket = (
         4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS) * (2 if zero.get("overlap_comm") and stage < 3 else 1)
     )
@@ -179,16 +187,16 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
     offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if stage == 0:
         reduced = min(trained, 4.0 * BUCKET_ELEMENTS) if job.ranks > 1 else 0.0
-        device = {"parameters": whole, "optimizer": (2 + job.average) * trained, **model}
+        device = {"parameters": whole, "optimizer": moments, **model}
         finish = {"gradients": trained, "buffers": reduced}
         return _States(device, 0.0, trained, True, NOTHING, finish, {"gradients": trained})
     if stage == 3:
         return _third(survey, zero, job, offloads)
     each = job.reduces_early(survey, zero)
-    host, device = 0.0, {"parameters": whole, "optimizer": (3 + job.average) * part, **model}
+    host, device = 0.0, {"parameters": whole, "optimizer": part + moments * share, **model}
     averaged = part
     if offloads:
-        host, averaged = (5 + job.average) * part + survey.largest, 0.0
+        host, averaged = 3 * part + moments * share + survey.largest, 0.0
         device = {"parameters": whole, "buffers": model["buffers"] + survey.largest}
         host += part if each else 0.0
     twice = 2 if job.num_micro_batches > 1 else 1  # those of a micro-batch, beside the sum of those before it
@@ -204,7 +212,7 @@ def _states(survey: Survey, zero: dict[str, Any], job: Job) -> _States:
 
 def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _States:
     whole, trained = float(survey.parameters), float(survey.trainable)
-    part = trained / job.ranks
+    part, moments = trained / job.ranks, _moments(survey, job) / job.ranks
     bucket = 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
     threshold = zero.get("stage3_param_persistence_threshold", PERSISTENT)
     kept = float(sum(size for numel, size in survey.small.items() if numel <= threshold))
@@ -218,11 +226,11 @@ def _third(survey: Survey, zero: dict[str, Any], job: Job, offloads: bool) -> _S
     held = min(away, 4.0 * reuse) if job.ranks > 1 or parked else 0.0
     gather = (held + min(held, 2 * prefetch), held + min(held / 3, 2 * prefetch), min(held, 4.0 * survey.largest))
     each = job.reduces_early(survey, zero)
-    device = {"parameters": whole / job.ranks + kept, "optimizer": (3 + job.average) * part, "gradients": part}
+    device = {"parameters": whole / job.ranks + kept, "optimizer": part + moments, "gradients": part}
     device["buffers"] = bucket + survey.buffers
     host, flat = 0.0, part
     if offloads:
-        host = (5 + job.average) * part
+        host = 3 * part + moments
         device = {"parameters": device["parameters"], "buffers": device["buffers"]}
         flat = 0.0
     if parked:

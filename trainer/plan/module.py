@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.func import functional_call
 
 from trainer.core.types import UserError
+from trainer.optim import trained_shapes
 from trainer.plan.profile import SIZES, Curve, Device, Parking, Survey, as_on
 from trainer.plan.trace import Recorder, Trace
 
@@ -63,6 +64,7 @@ def survey_module(model: nn.Module, inputs: Sequence[Tensor], precision: str, de
         towers_trained=(True, True),
         training=training,
         inference=inference,
+        shapes=trained_shapes(model),
         note="a module of your own, as it is: no recomputation or LoRA is tried on it",
     )
 

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from trainer.core.types import Preprocess, UserError
 from trainer.models import ModelSettings, build
 from trainer.models.adapt.lora import hold_base
 from trainer.models.adapt.quantize import QUANTIZED
+from trainer.optim import Shapes, trained_shapes
 from trainer.plan.model_shapes import lookup, stand_in
 from trainer.plan.repeated_layers import Shortened
 from trainer.plan.trace import Floats, Recorder, Trace
@@ -114,6 +115,8 @@ class Survey:
     """Forward with gradient, and backward."""
     inference: Curve
     """Forward without gradient: pass 1."""
+    shapes: Shapes = field(default_factory=dict)
+    """Of the trained parameters: what the optimizer's moments take."""
     note: str = ""
     """Where the shapes come from when not from the recipe's own model."""
 
@@ -156,6 +159,7 @@ def look(
         "image_bytes": _image_inputs(1, model.preprocess).nbytes,
         "token_bytes": _text_inputs(1, model.preprocess).nbytes + model.preprocess.num_tokens,
         "towers_trained": (model.trains("image"), model.trains("text")),
+        "shapes": trained_shapes(model),
     }
     periods = [
         layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)
