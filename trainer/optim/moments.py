@@ -117,10 +117,9 @@ class Blockwise(Moment):
         framed = F.pad(values, margins).view(-1, BLOCK)
         scales = framed.abs().amax(dim=1)
         self._scales[blocks] = scales
-        table = _table(self._signed, values.device)
-        borders = (table[1:] + table[:-1]) / 2
-        codes = torch.bucketize(framed / scales.clamp(min=1e-38)[:, None], borders, out_int32=True)
-        self._codes[first:end] = codes.view(-1)[margins[0] : margins[0] + end - first].to(torch.uint8)
+        upper = (framed / scales.clamp(min=1e-38)[:, None]).view(torch.int32).view(-1) >> 16
+        codes = _codes(self._signed, values.device)[upper.bitwise_and_(0xFFFF)]
+        self._codes[first:end] = codes[margins[0] : margins[0] + end - first]
 
 
 @cache
@@ -139,3 +138,13 @@ def _table(signed: bool, where: torch.device) -> Tensor:
     zero = torch.zeros(1, dtype=torch.float64) if signed else positive[:1] / 10
     values = torch.cat([-positive.flip(0), zero, positive]) if signed else torch.cat([zero, positive])
     return values.to(torch.float32).to(where)
+
+
+@cache
+def _codes(signed: bool, where: torch.device) -> Tensor:
+    """By the upper 16 bits of a float32: the code of the value nearest to the middle of the floats that begin so. They
+    are apart by less than half of the table's finest step, so that a value of the table, off by a float's rounding, has
+    its own code. A search in the table takes ten times as long on a CPU."""
+    middles = ((torch.arange(1 << 16) << 16) + 0x8000).to(torch.int32).view(torch.float32).nan_to_num()
+    table = _table(signed, torch.device("cpu"))
+    return torch.bucketize(middles, (table[1:] + table[:-1]) / 2).to(torch.uint8).to(where)
