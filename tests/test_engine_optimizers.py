@@ -3,15 +3,18 @@ process without an engine gives, and goes on from the checkpoint of every other.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import test_train
 from tests.support.forked_ranks import run_ranks
 from tests.support.held_parameters import alone, make_engine, train
 from tests.support.held_parameters import wanted as gradients_of
+from tests.support.runs import PLAIN, call, curve, stopped_at_step
 from trainer.core.partitioned import BLOCK
 from trainer.core.types import UserError
 from trainer.engine.ema import average_weights, averaged
@@ -27,7 +30,9 @@ from trainer.optim import (
     OptimizerSettings,
 )
 from trainer.optim.moments import LEAST
+from trainer.runtime.signals import EXIT_AGAIN
 
+shards, recipe = test_train.shards, test_train.recipe
 COMMON: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 OPTIMIZERS: dict[str, OptimizerSettings] = {
     "adamw bfloat16": AdamWSettings(moments="bfloat16", **COMMON),
@@ -156,34 +161,31 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_layout(
         compare(name, {key: value for (key, kind), value in after.items() if kind == WEIGHT}, wanted[name], starts)
 
 
-def averages(stage: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor], bool]]:
-    """Of two optimizers: the running average by the engine and by hand, and whether forward sees it and forgets it."""
-    found = {}
-    for name in ("adafactor", "adamw int8"):
-        engine = make_engine(OPTIMIZERS[name], stage)
-        by_hand: dict[str, Tensor] = {}
-        for step in range(3):
-            train(engine, step, step + 1)
-            average_weights(engine, 0.7)
-            for (key, kind), value in state_of(engine)[2].items():
-                if kind == WEIGHT:
-                    by_hand[key] = by_hand[key].lerp(value, 1 - 0.7) if key in by_hand else value
-        before = engine(gradients_of(0)).item()
-        with averaged(engine) as any_there:
-            inside = engine(gradients_of(0)).item()
-        assert any_there
-        tensors = {key: value for (key, kind), value in state_of(engine)[2].items() if kind == AVERAGE}
-        found[name] = tensors, by_hand, inside != before == engine(gradients_of(0)).item()
-    return found
+def averages(name: str, stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """The running average by the engine and by hand, and whether forward sees it and forgets it."""
+    engine = make_engine(OPTIMIZERS[name], stage)
+    by_hand: dict[str, Tensor] = {}
+    for step in range(3):
+        train(engine, step, step + 1)
+        average_weights(engine, 0.7)
+        for (key, kind), value in state_of(engine)[2].items():
+            if kind == WEIGHT:
+                by_hand[key] = by_hand[key].lerp(value, 1 - 0.7) if key in by_hand else value
+    before = engine(gradients_of(0)).item()
+    with averaged(engine) as any_there:
+        inside = engine(gradients_of(0)).item()
+    assert any_there
+    tensors = {key: value for (key, kind), value in state_of(engine)[2].items() if kind == AVERAGE}
+    return tensors, by_hand, inside != before == engine(gradients_of(0)).item()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_the_running_average_lies_among_their_moments(stage: int) -> None:
-    for name, (found, by_hand, shown) in run_ranks(averages, 2, stage)[0].items():
-        assert shown, name
-        assert found.keys() == by_hand.keys()
-        for key, value in found.items():
-            torch.testing.assert_close(value, by_hand[key], rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("name", "stage"), [("adamw int8", 0), ("adafactor", 1), ("adamw int8", 3)])
+def test_the_running_average_lies_among_their_moments(name: str, stage: int) -> None:
+    found, by_hand, shown = run_ranks(averages, 2, name, stage)[0]
+    assert shown
+    assert found.keys() == by_hand.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, by_hand[key], rtol=0, atol=1e-6)
 
 
 def other_optimizer() -> str:
@@ -215,3 +217,21 @@ def test_adamw_goes_on_with_smaller_moments() -> None:
     for (name, kind), value in after[2].items():
         exact = before[2][name, kind]
         torch.testing.assert_close(value, exact if kind == WEIGHT else exact.bfloat16().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optim", "before", "after", "ranks", "exact"),
+    [
+        ("{name: adafactor, lr: 3.0e-3, ema: 0.7}", "zero3", "zero2_offload", 1, False),
+        ("{moments: int8, lr: 3.0e-3}", "zero1", "zero1", 2, True),
+    ],
+)
+def test_a_stopped_run_of_the_command_goes_on(
+    recipe: Path, tmp_path: Path, optim: str, before: str, after: str, ranks: int, exact: bool
+) -> None:
+    keys = [*PLAIN, f"optim={optim}", "run.samples=96"]
+    assert run_ranks(call, 2, recipe, *keys, f"run.directory={tmp_path / 'whole'}") == [0] * 2
+    assert run_ranks(stopped_at_step, 2, 3, recipe, *keys, f"engine.ds_config={before}") == [EXIT_AGAIN] * 2
+    assert run_ranks(call, ranks, recipe, *keys, f"engine.ds_config={after}") == [0] * ranks
+    found, expected = curve(tmp_path / "run"), curve(tmp_path / "whole")
+    assert found == expected if exact else found == [pytest.approx(line, rel=1e-4) for line in expected]

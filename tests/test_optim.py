@@ -9,8 +9,24 @@ import torch
 from torch import nn
 
 from tests.support.tiny_models import tiny_model
+from trainer.core.partitioned import Moment
+from trainer.core.settings import Settings, parse
 from trainer.core.types import UserError
-from trainer.optim import AdamWSettings, Guard, SpikeSettings, build_optimizer, learning_rate, scale_ceiling
+from trainer.optim import (
+    AdafactorSettings,
+    AdamWSettings,
+    Guard,
+    LambSettings,
+    LionSettings,
+    MuonSettings,
+    OptimSettings,
+    SpikeSettings,
+    build_optimizer,
+    learning_rate,
+    moment_bytes,
+    scale_ceiling,
+    trained_shapes,
+)
 
 
 def test_rate_warms_up_and_follows_a_cosine() -> None:
@@ -39,6 +55,43 @@ def test_vectors_scale_and_bias_are_not_decayed() -> None:
     assert {p.dim() > 1 for p in plain["params"]} == {False}
     assert any(p is model.head.logit_scale for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+OPTIMIZERS = [
+    AdamWSettings(),
+    AdamWSettings(moments="bfloat16"),
+    AdamWSettings(moments="int8"),
+    AdafactorSettings(),
+    LionSettings(),
+    MuonSettings(),
+    LambSettings(moments="int8"),
+]
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=lambda settings: f"{settings.name}-{len(settings.model_fields)}")
+def test_moments_take_what_the_planner_is_told(settings: OptimSettings) -> None:
+    model = tiny_model(layers=1, width=64)
+    optimizer = build_optimizer(model, settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    dense = [value.nbytes for value in held if torch.is_tensor(value) and value.dim()]
+    moments = [value.num_bytes for value in held if isinstance(value, Moment)]
+    assert sum(dense) + sum(moments) == pytest.approx(moment_bytes(settings, trained_shapes(model)), rel=1e-3)
+
+
+def test_a_recipe_without_a_name_is_adamw_and_others_refuse_its_keys() -> None:
+    class Recipe(Settings):
+        optim: OptimSettings = AdamWSettings()
+
+    assert parse(Recipe, {"optim": {"lr": 3e-4, "eps": 1e-6}}, "recipe").optim == AdamWSettings(lr=3e-4, eps=1e-6)
+    lion = parse(Recipe, {"optim": {"name": "lion", "lr": 1e-4, "moments": "bfloat16"}}, "recipe").optim
+    assert lion == LionSettings(lr=1e-4, moments="bfloat16")
+    with pytest.raises(UserError, match=r"unknown key 'optim\.eps'"):
+        parse(Recipe, {"optim": {"name": "lion", "eps": 1e-6}}, "recipe")
+    with pytest.raises(UserError, match=r"'optim\.name' is 'lionn'.* did you mean 'lion'"):
+        parse(Recipe, {"optim": {"name": "lionn"}}, "recipe")
 
 
 def test_nothing_to_train_is_said() -> None:

@@ -22,6 +22,7 @@ from trainer.core.types import UserError
 from trainer.data.transforms import fit
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.adapt.lora import LoraSettings
+from trainer.optim import AdafactorSettings, AdamWSettings, MuonSettings, OptimSettings
 from trainer.plan import command
 from trainer.plan.auto import largest_micro_batch
 from trainer.plan.bar_chart import bars
@@ -99,6 +100,13 @@ class TestForecastAgainstTheAllocator:
         guess, truth = peak.total + peak.host, measured(setting)
         assert guess == pytest.approx(truth, rel=0.02)
         assert peak.phase == "pass 2" and truth > survey.parameters + 3 * survey.trainable
+
+    @pytest.mark.parametrize("optim", [AdamWSettings(moments="int8"), AdafactorSettings(), MuonSettings()])
+    def test_the_moments_of_other_optimizers(self, optim: OptimSettings) -> None:
+        tiny_tokenizer()
+        setting = dataclasses.replace(self.tiny, ds_config="zero0", optim=optim)
+        peak, _ = predicted(setting)
+        assert peak.total == pytest.approx(measured(setting), rel=0.02)
 
     def test_what_an_adapter_saves(self) -> None:
         tiny_tokenizer()

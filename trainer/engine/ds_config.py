@@ -75,8 +75,7 @@ REFUSED = {
     "gradient_allreduce_op": "a sum over ranks is not the gradient of the global batch; RingLIP averages",
     "sparse_gradients": "it changes how embeddings are averaged and is untested with the two-pass step",
     "elasticity": "DeepSpeed has removed elastic training; a RingLIP checkpoint resumes on any number of ranks",
-    "zero_force_ds_cpu_optimizer": "RingLIP steps with the recipe's optimizer itself, so that every ds_config gives the "
-    "same weights",
+    "zero_force_ds_cpu_optimizer": "RingLIP steps with the recipe's own optimizer, for equal weights everywhere",
     "zero_allow_untested_optimizer": "RingLIP sets it",
     "zero_optimization.round_robin_gradients": "it reorders gradients and is not exact with gradient inspection",
     "zero_optimization.compute_grad_norm": "optim.clip and the guard against spikes need the norm of the gradient",
