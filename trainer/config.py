@@ -22,7 +22,7 @@ from trainer.core.types import UserError
 from trainer.data import DataSettings
 from trainer.distill import DistillSettings
 from trainer.engine import EngineSettings
-from trainer.evals import EvalSettings
+from trainer.evals import EvalSettings, asked_for
 from trainer.losses import AutoSettings, LossSettings
 from trainer.metrics import LogSettings
 from trainer.models import ModelSettings
@@ -81,6 +81,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"run.samples is {self.run.samples}, less than one global batch (batch.size {self.batch.size})"
             )
+        if self.eval.patience and not self.checkpoint.best:
+            raise ValueError("eval.patience: set checkpoint.best, the metric that has to improve: image_to_text_r1")
+        if self.checkpoint.best and not (self.eval.every and asked_for(self.eval, self.data)):
+            missing = "eval.every" if not self.eval.every else "data.validation, or eval.data"
+            raise ValueError(f"checkpoint.best: nothing is evaluated during this run: set {missing}")
         if self.distill is not None and self.model.precomputed.side is not None:
             raise ValueError(
                 "distill.teacher would have to see what is not read where embeddings are stored; take "

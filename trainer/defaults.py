@@ -8,10 +8,11 @@ A run begins with this, and what was decided stands in its recipe.yaml.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config import Recipe
-from trainer.data.captions import CaptionSurvey
+from trainer.core.collectives import on_main
+from trainer.data.captions import CaptionSurvey, survey_captions
 from trainer.losses import AutoSettings, LossSettings, SigmoidSettings, SoftmaxSettings, TripletSettings
 from trainer.losses.base import PairSettings
 from trainer.losses.softmax import SoftmaxBaseSettings
@@ -32,6 +33,17 @@ REPEATED = 0.05
 fused kernel for plain negatives is faster, and fewer false negatives cost little."""
 NEW_CLIP_CEILING = 100.0
 """The ceiling of t that CLIP trained with (arXiv 2103.00020, section 2.5)."""
+
+
+def look_at_captions(recipe: Recipe, model: DualEncoder) -> CaptionSurvey | None:
+    """Rank 0 reads some thousand training captions, all ranks know what they are like."""
+
+    def look() -> dict[str, Any]:
+        survey = survey_captions(recipe.data, model.preprocess) if recipe.data.train else None
+        return survey.as_json() if survey is not None else {}
+
+    found = on_main(look)
+    return CaptionSurvey.from_json(found) if found else None
 
 
 def kinds(model: ModelSettings) -> dict[Part, Kind]:

@@ -1,7 +1,7 @@
 """Scores a checkpoint, an exported model or any Hugging Face CLIP or SigLIP: retrieval both ways and zero-shot
 classification.
 
-    python -m trainer.evaluate runs/quickstart                                      # as its recipe's eval: section says
+    python -m trainer.evaluate runs/quickstart       # its best or newest checkpoint, as its recipe's eval: section says
     python -m trainer.evaluate runs/quickstart/export --data demo/shards/test --out evaluation.json
     python -m trainer.evaluate google/siglip-base-patch16-224 --data coco/test --limit 0
     python -m trainer.evaluate runs/lora --against google/siglip-base-patch16-224   # both, and the change
@@ -72,7 +72,8 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
     path = Path(where)
     run = path if (path / "recipe.yaml").is_file() else path.parent.parent
     if (run / "recipe.yaml").is_file() and (run == path or (path / "checkpoint.json").is_file()):
-        model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, path, average)
+        chosen, _ = checkpoint.find_best(path)
+        model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, chosen, average)
         where = str(folder)
     elif (path / "adapter_config.json").is_file():
         raise UserError(

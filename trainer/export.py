@@ -6,9 +6,9 @@
     python -m trainer.export runs/quickstart OUT --format open_clip  # or sentence-transformers, onnx
     python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
 
-Reads the run's recipe and its newest good checkpoint, whatever ZeRO stage or number of ranks wrote it, on the CPU
-alone. The model card holds the numbers of the run's evaluation.json when they were measured on the checkpoint that is
-exported.
+Reads the run's recipe and its best checkpoint where `checkpoint.best` kept one, else its newest good one, whatever ZeRO
+stage or number of ranks wrote it, on the CPU alone. The model card holds the numbers of the run's evaluation.json when
+they were measured on the checkpoint that is exported.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
         raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
     _check_out(out)
-    model, source = checkpoint.load_model(recipe.model, options.run, options.ema)
+    chosen, best = checkpoint.find_best(options.run)
+    model, source = checkpoint.load_model(recipe.model, chosen, options.ema)
     adapter = recipe.model.lora is not None and not options.merge
     text = card(model, recipe, run, source, out, adapter, options.ema, options.format)
     out.mkdir(parents=True, exist_ok=True)
@@ -69,8 +70,20 @@ def main(argv: list[str]) -> int:
             "lines "
             "in its README.md"
         )
-    print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}")
+    print(f"{out}: {'adapter of ' + str(recipe.model.path) if adapter else 'model'} from {source}{best_words(best)}")
+    if best is not None and best.get("weights") == "ema" and not options.ema:
+        print(f"{out}: that score is of the averaged weights: export with --ema to get them")
     return 0
+
+
+def best_words(best: dict[str, Any] | None) -> str:
+    """Why this checkpoint: nothing to say of the newest."""
+    if best is None:
+        return ""
+    where = ": the model that the run began with" if best["samples_seen"] == 0 else ""
+    return (
+        f" (best by {' and '.join(best['metric'])}, {best['score']:.1%}{where}; name another checkpoint to export that)"
+    )
 
 
 def replace(aside: Path, out: Path) -> None:
@@ -148,7 +161,10 @@ def _options(argv: list[str]) -> argparse.Namespace:
         prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run directory (its newest good checkpoint), or one of its checkpoints"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="a run directory (its best checkpoint where checkpoint.best kept one, else the newest), or a checkpoint",
     )
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="the directory to write; an earlier export there is replaced"

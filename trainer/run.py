@@ -9,28 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
-
 from data_tools.io.files import write_atomic
 from data_tools.io.formatting import count
 from trainer import checkpoint, config, evals, losses, models
 from trainer.checkpoint import Checkpointer, Resumed
 from trainer.config import Recipe
-from trainer.core import collectives, distributed
+from trainer.core import distributed
 from trainer.core.logs import EVERY_NODE
 from trainer.core.settings import changes
 from trainer.core.types import Batch, UserError
-from trainer.data import Loader, SkippedSamples
-from trainer.data.captions import CaptionSurvey, survey_captions
-from trainer.defaults import decide
+from trainer.data import Loader
+from trainer.data.gather import gather_skipped
+from trainer.defaults import decide, look_at_captions
 from trainer.distill import TeacherModel, build_teacher
 from trainer.engine import Engine, build_engine
 from trainer.losses import PairLoss, TaughtLoss
@@ -59,6 +55,8 @@ class Hook:
     """Also after the last step of the run."""
     at_stop: bool = False
     """Also after the step at which a signal stops the run."""
+    at_start: bool = False
+    """Also before the first step."""
 
     def due(self, before: int, after: int, finished: bool, stopped: bool) -> bool:
         """Whether it runs after a step that went from position ``before`` to ``after`` (samples seen)."""
@@ -83,6 +81,8 @@ class Run:
     decisions: list[str]
     """What was decided where the recipe says `auto`, a line each; the rates first."""
     samples_seen: int = 0
+    history: evals.History = field(default_factory=evals.History)
+    """What was evaluated so far."""
     hooks: list[Hook] = field(default_factory=list)
     """What the loop does besides stepping, in this order."""
 
@@ -136,6 +136,26 @@ class Run:
         """Whether the recipe names anything to evaluate on."""
         return evals.asked_for(self.recipe.eval, self.recipe.data)
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the run begins with a model that can do something already."""
+        return self.recipe.model.path is not None or self.recipe.checkpoint.resume not in ("auto", "never")
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether there should be an evaluation of this very position and is none: of the model that a run starts from,
+        or where a run was cut off between saving and evaluating."""
+        if not self.evaluates or self.history.at(self.samples_seen):
+            return False
+        before = self.samples_seen - self.recipe.batch.size
+        crossed = before >= 0 and crosses(self.recipe.eval.every, before, self.samples_seen)
+        return crossed or (self.starts_trained and not self.history.records)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether ``eval.patience`` ends the run here."""
+        return 0 < self.recipe.eval.patience <= self.history.since_best
+
     def evaluate(self) -> dict[str, Any]:
         """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there
         are some."""
@@ -145,8 +165,21 @@ class Run:
             self.model.with_every_tower(),
         ):
             found = evals.run(self.engine, recipe.eval, self.model.preprocess, rank, world, data=recipe.data)
+        self.history.add(self.samples_seen, found)
         logger.info(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
+        if self.starts_trained and (lower := self.history.below_base(found)):
+            logger.warning(f"below the model that this run began with: {', '.join(lower)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
+
+    def evaluate_and_keep(self, loader: Loader) -> dict[str, Any]:
+        """``evaluate``; saves the best by ``checkpoint.best`` and notes that it is."""
+        note = self.evaluate()
+        history = self.history
+        if history.names and history.improved and history.best is not None:
+            self.save(loader)
+            record = {"metric": list(history.names), "score": history.best[1], "weights": note.get("weights", "")}
+            self.checkpointer.keep_as_best(self.samples_seen, record)
+        return note
 
     def save(self, loader: Loader) -> None:
         """A checkpoint of this position; it counts and names the samples that had to be replaced."""
@@ -186,17 +219,6 @@ def build(recipe: Recipe) -> Run:
         micro_batch=micro_batch(recipe),
         decisions=decisions,
     )
-
-
-def look_at_captions(recipe: Recipe, model: DualEncoder) -> CaptionSurvey | None:
-    """Rank 0 reads some thousand training captions, all ranks know what they are like."""
-
-    def look() -> dict[str, Any]:
-        survey = survey_captions(recipe.data, model.preprocess) if recipe.data.train else None
-        return survey.as_json() if survey is not None else {}
-
-    found = collectives.on_main(look)
-    return CaptionSurvey.from_json(found) if found else None
 
 
 def check_tower(run: Run, resumed: Resumed) -> None:
@@ -257,27 +279,6 @@ def say_finished(run: Run, hint: str = "") -> None:
     """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0
     when it was killed."""
     logger.info(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", extra=EVERY_NODE)
-
-
-def gather_skipped(skipped: SkippedSamples) -> dict[str, Any]:
-    """The samples that all ranks replaced so far, as one record for the checkpoint."""
-    ranks: list[Any] = [skipped]
-    if distributed.world_size() > 1:
-        ranks = [None] * distributed.world_size()
-        dist.all_gather_object(ranks, skipped)
-    reasons: Counter[str] = Counter()
-    for one in ranks:
-        reasons.update(one.reasons)
-    return {
-        "count": sum(one.count for one in ranks),
-        "keys": sorted({key for one in ranks for key in one.keys}),
-        "reasons": dict(reasons),
-    }
-
-
-def gather_sample_ids(ids: Tensor) -> list[int]:
-    """Sample numbers of the global batch, in rank order."""
-    return collectives.stack_over_ranks(ids.to(distributed.device())).flatten().tolist()
 
 
 def crosses(every: int, before: int, after: int) -> bool:

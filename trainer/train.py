@@ -24,8 +24,9 @@ from trainer.config import Recipe
 from trainer.core import distributed
 from trainer.core.collectives import on_main
 from trainer.data import Loader, SkippedSamples, build_loader
+from trainer.data.gather import gather_sample_ids
 from trainer.metrics import RunLog
-from trainer.run import Hook, Run, build, check_tower, describe, gather_sample_ids, say_finished
+from trainer.run import Hook, Run, build, check_tower, describe, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
 from trainer.runtime.watchdog import Watchdog
 
@@ -53,8 +54,12 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
     run = build(recipe)
     recipe = run.recipe  # nothing in it is `auto` any more
     resumed = resume(run)
+    run.history = read_history(run)
     if run.samples_seen >= run.total:
         say_finished(run, "; raise run.samples to go on")
+        return 0
+    if run.out_of_patience:
+        say_finished(run, patience_words(run))
         return 0
     describe(run)
     loader = build_loader(
@@ -70,8 +75,10 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
         loader.skipped = SkippedSamples(**resumed.extra["skipped"])
     # Saving comes first: a queue that sent a signal does not wait for ever.
     saving = Hook("saving a checkpoint", recipe.checkpoint.every, lambda run: run.save(loader), at_stop=True)
-    evaluating = [Hook("evaluating", recipe.eval.every, Run.evaluate)] if run.evaluates else []
-    run.hooks = [saving, *evaluating, *hooks]
+    evaluating = Hook(
+        "evaluating", recipe.eval.every, lambda run: run.evaluate_and_keep(loader), at_start=run.owes_evaluation
+    )
+    run.hooks = [saving, *([evaluating] if run.evaluates else []), *hooks]
     log = RunLog(
         run.directory, recipe.log, run.total, recipe=recipe.model_dump(mode="json"), samples_seen=run.samples_seen
     )
@@ -102,11 +109,41 @@ def resume(run: Run) -> Resumed | None:
     return resumed
 
 
+def read_history(run: Run) -> evals.History:
+    """The run's evaluations up to where it goes on; the best is the one whose checkpoint is there."""
+    history = evals.read_history(run.directory, run.samples_seen, run.recipe.checkpoint.best)
+    if history.best is not None and run.checkpointer.best(run.samples_seen) != history.best[0]:
+        history.best, history.since_best = None, 0  # the next evaluation is the best that can be kept
+    return history
+
+
+def patience_words(run: Run) -> str:
+    """What to say of a run that eval.patience ended."""
+    assert run.history.best is not None
+    place, score = run.history.best
+    names, count = " and ".join(run.history.names), run.history.since_best
+    return f"; no better {names} in {count} evaluations (eval.patience), the best is {score:.1%} at {place:,} samples"
+
+
+def call_hooks(run: Run, due: list[Hook], log: RunLog, watch: Watchdog, step: int) -> None:
+    """Runs them in their order, and writes down what they return."""
+    if due:
+        log.flush()  # what lies before a checkpoint must be in the log when the run goes on from it
+    for hook in due:
+        watch.doing(hook.activity, step)
+        with log.paused():
+            note = hook.call(run)
+        if note:
+            log.note(run.samples_seen, note)
+
+
 def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Watchdog) -> int:
     """Step, log, run the hooks that are due; returns the exit code."""
     stop: str | None = None
-    while run.samples_seen < run.total and stop is None:
-        step = run.samples_seen // run.recipe.batch.size + 1
+    size = run.recipe.batch.size
+    call_hooks(run, [hook for hook in run.hooks if hook.at_start], log, watch, run.samples_seen // size)
+    while run.samples_seen < run.total and stop is None and not run.out_of_patience:
+        step = run.samples_seen // size + 1
         watch.doing("reading data", step)
         with log.waiting():
             batch = next(loader)
@@ -130,20 +167,15 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         stop = signals.agreed()
         finished = run.samples_seen >= run.total
         due = [hook for hook in run.hooks if hook.due(before, run.samples_seen, finished, stop is not None)]
-        if due:
-            log.flush()  # what lies before a checkpoint must be in the log when the run goes on from it
-        for hook in due:
-            watch.doing(hook.activity, step)
-            with log.paused():
-                note = hook.call(run)
-            if note:
-                log.note(run.samples_seen, note)
-    watch.doing("waiting for the last checkpoint", step)
+        call_hooks(run, due, log, watch, step)
+        if run.out_of_patience:
+            run.save(loader)
+    watch.doing("waiting for the last checkpoint", run.samples_seen // size)
     run.checkpointer.close(run.samples_seen)
     if stop is not None:
         logger.info(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
         return EXIT_AGAIN
-    say_finished(run)
+    say_finished(run, patience_words(run) if run.out_of_patience else "")
     return 0
 
 

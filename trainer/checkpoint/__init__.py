@@ -12,7 +12,7 @@ a step's randomness follows from (seed, samples_seen, rank), see ``seed_step``.
 
 from trainer.checkpoint.checkpointer import Checkpointer, CheckpointSettings
 from trainer.checkpoint.state_io import Resumed, load, load_model, load_weights, save
-from trainer.checkpoint.store import MANIFEST, find, newest_good, verify
+from trainer.checkpoint.store import MANIFEST, find, find_best, newest_good, verify
 from trainer.engine.rng import seed_step
 from trainer.runtime.run_lock import RunLock
 
@@ -23,6 +23,7 @@ __all__ = [
     "Resumed",
     "RunLock",
     "find",
+    "find_best",
     "load",
     "load_model",
     "load_weights",

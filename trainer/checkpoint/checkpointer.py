@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from trainer.checkpoint import state_io, store
@@ -30,6 +30,10 @@ class CheckpointSettings(Settings):
     "How many of the newest checkpoints stay."
     keep_every: int = Field(default=0, ge=0)
     "Beside them, the first checkpoint in every so many pairs stays for good (0: none)."
+    best: tuple[str, ...] = ()
+    """Metric of log.jsonl, such as image_to_text_r1, or several, whose mean counts: the checkpoint of the best
+    evaluation stays too, and is the one that `export` and `evaluate` take. A run that starts from a checkpoint of other
+    people's counts as its first, at 0 samples. Needs eval.every."""
     resume: str = "auto"
     """`auto` goes on from the run's newest good checkpoint; `never` demands a run directory without any; a path (a
     checkpoint or another run) is where a run that has none of its own yet begins."""
@@ -38,6 +42,11 @@ class CheckpointSettings(Settings):
     on_failure: Literal["continue", "stop"] = "continue"
     """A disk that is full or fails: warn and train on with the checkpoints there are, or end the run. The last
     checkpoint, that of the end or of a signal, ends it in any case with an error."""
+
+    @field_validator("best", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) and value else value or ()
 
 
 class Checkpointer:
@@ -98,6 +107,19 @@ class Checkpointer:
         self._at = samples_seen
         if distributed.is_main():
             self._background.start(lambda: self._write(plan, copies))
+
+    def keep_as_best(self, samples_seen: int, record: dict[str, Any]) -> None:
+        """The checkpoint of this position, which has just been saved, is the best; of one that failed nothing is
+        noted."""
+        self.wait()
+        if self._at == samples_seen:
+            on_main(lambda: store.write_best(self._run_dir, {"samples_seen": samples_seen, **record}))
+
+    def best(self, samples_seen: int) -> int | None:
+        """The position of the best checkpoint of a run that goes on at ``samples_seen``; one from beyond belongs to a
+        course that the run has left."""
+        record = on_main(lambda: store.read_best(self._run_dir))
+        return record["samples_seen"] if record and record["samples_seen"] <= samples_seen else None
 
     def _write(self, plan: state_io.Contents, tensors: list[state_io.Piece]) -> str | None:
         try:

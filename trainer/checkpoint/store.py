@@ -2,6 +2,7 @@
 
     <run>/checkpoints/samples-000123456/{model.safetensors, optimizer.safetensors, state.json, checkpoint.json}
     <run>/checkpoints/latest                                         the name of the newest: resuming begins there
+    <run>/checkpoints/best.json                                      the one that checkpoint.best keeps, and its score
 
 A checkpoint is written under another name, each file synced, the manifest (``checkpoint.json``: sizes and digests)
 last; then the directory is renamed, and then ``latest`` moves. To go back to an older one, write its name into
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 MANIFEST = "checkpoint.json"
+BEST = "best.json"
+"""Beside the checkpoints: which one `checkpoint.best` keeps, and its score."""
 FORMAT = "ringlip-checkpoint"
 VERSION = 1
 NAME = re.compile(r"samples-(\d+)")
@@ -174,12 +177,36 @@ def find(where: Path) -> Path:
     return folder
 
 
+def write_best(run_dir: Path, record: dict[str, Any]) -> None:
+    """Notes which checkpoint is the best; ``record`` has its ``samples_seen`` and how it was judged."""
+    write_atomic(checkpoints_dir(run_dir) / BEST, json.dumps(record, indent=1) + "\n")
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """What ``write_best`` noted; None where nothing was, or the checkpoint is gone."""
+    path = checkpoints_dir(run_dir) / BEST
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    return record if (path.parent / name_of(record["samples_seen"]) / MANIFEST).is_file() else None
+
+
+def find_best(where: Path) -> tuple[Path, dict[str, Any] | None]:
+    """What to use of a run that is done: (its best checkpoint, how that was judged) where ``checkpoint.best`` kept one;
+    else as ``find``, with None."""
+    record = None if (where / MANIFEST).is_file() else read_best(where)
+    folder = where if record is None else checkpoints_dir(where) / name_of(record["samples_seen"])
+    return find(folder), record
+
+
 def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Keeps the last ``keep`` up to position ``newest`` and, where ``keep_every`` is not 0, the first one in every so
-    many samples."""
+    """Keeps the last ``keep`` up to position ``newest``, the best one and, where ``keep_every`` is not 0, the first one
+    in every so many samples."""
     folders = listing(run_dir)
     ours = [folder for folder in folders if samples_of(folder) <= newest]
     kept = set(ours[-keep:])
+    if (best := read_best(run_dir)) is not None:
+        kept |= {folder for folder in ours if samples_of(folder) == best["samples_seen"]}
     if keep_every:
         first: dict[int, Path] = {}
         for folder in ours:

@@ -8,17 +8,20 @@ equally often.
 """
 
 from trainer.evals.check import asked_for, check
+from trainer.evals.history import History, read_history
 from trainer.evals.run import Evaluation, Retrieved, brief, evaluate, run
 from trainer.evals.settings import EvalSettings, ZeroShotSettings
 
 __all__ = [
     "EvalSettings",
     "Evaluation",
+    "History",
     "Retrieved",
     "ZeroShotSettings",
     "asked_for",
     "brief",
     "check",
     "evaluate",
+    "read_history",
     "run",
 ]

@@ -45,6 +45,8 @@ class EvalSettings(Settings):
     every: int = Field(default=0, ge=0)
     """Samples seen between evaluations during training; 0 evaluates at the end alone. With optim.ema they are of the
     averaged weights."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations in a row without a better checkpoint.best after which the run ends; 0: it goes on to run.samples."""
     limit: int = Field(default=1000, ge=0)
     """Pictures used of each dataset, the first of a seeded permutation; 0 uses all. Recall falls as this grows: compare
     like with like."""
