@@ -13,7 +13,7 @@ LAYERS = [
     {"gradient", "two_pass", "checkpoint", "evals", "distill"},
     {"step"},
     {"config"},
-    {"plan", "defaults"},
+    {"plan", "defaults", "blend"},
     {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
     {"api", "search", "runs"},

@@ -32,7 +32,8 @@ import torch
 import trainer
 from data_tools.io.errors import run_command
 from data_tools.io.files import write_atomic
-from trainer import checkpoint, config
+from trainer import config
+from trainer.blend import load_model
 from trainer.core import distributed
 from trainer.core.settings import check_out, describe, override, parse
 from trainer.core.types import UserError
@@ -62,38 +63,6 @@ def main(argv: list[str]) -> int:
                 report = result(found, base, settings, about)
                 _save(Path(options.out), report, make_gallery(found))
     return 0
-
-
-def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
-    """(the model on this rank's device, where its weights came from) for a run directory, one of its checkpoints, a
-    Hugging Face directory or a hub name; with ``average`` a run's averaged weights. Raises UserError where there is
-    none of these.
-    """
-    path = Path(where)
-    run = path if (path / "recipe.yaml").is_file() else path.parent.parent
-    if (run / "recipe.yaml").is_file() and (run == path or (path / "checkpoint.json").is_file()):
-        chosen, _ = checkpoint.find_best(path)
-        model, folder = checkpoint.load_model(config.load(run / "recipe.yaml").model, chosen, average)
-        where = str(folder)
-    elif (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` "
-            f"makes of it"
-        )
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(
-            f"{where}: neither a run (recipe.yaml), nor a checkpoint of one, nor a Hugging Face model (config.json)"
-        )
-    elif average:
-        raise UserError(
-            f"{where}: --ema takes the averaged weights of a run, an exported model has one set; leave --ema out"
-        )
-    else:
-        try:
-            model = DualEncoder.from_pretrained(where)
-        except UserError as error:
-            raise type(error)(str(error).removeprefix("model.path ")) from error  # there is no recipe here
-    return model.to(distributed.device()).eval(), where
 
 
 def find_recipe(given: str | None, model: str) -> config.Recipe | None:

@@ -4,6 +4,8 @@
     python -m trainer.export runs/lora runs/lora/adapter  # peft.PeftModel.from_pretrained(base, ...)
     python -m trainer.export runs/lora runs/lora/export --merge  # the base with the adapter merged into it
     python -m trainer.export runs/quickstart OUT --format open_clip  # or sentence-transformers, onnx
+    python -m trainer.export runs/a OUT --average runs/b runs/c  # the mean of their weights (model soup)
+    python -m trainer.export runs/a OUT --interpolate openai/clip-vit-base-patch32 0.5  # half way back (WiSE-FT)
     python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
 
 Reads the run's recipe and its best checkpoint where `checkpoint.best` kept one, else its newest good one, whatever ZeRO
@@ -19,11 +21,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.io.errors import run_command
 from trainer import checkpoint, config
+from trainer.blend import blend, load_model
 from trainer.config import Recipe
 from trainer.core.types import UserError
 from trainer.models import DualEncoder
@@ -54,11 +58,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run}: --format {options.format} holds the whole model: add --merge")
     if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
         raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
+    if recipe.model.lora is not None and not options.merge and (options.average or options.interpolate):
+        raise UserError(f"{run}: a mean of models is no adapter: add --merge to --average and --interpolate")
     _check_out(out)
     chosen, best = checkpoint.find_best(options.run)
     model, source = checkpoint.load_model(recipe.model, chosen, options.ema)
+    model, mixed = _mix(model, options)
     adapter = recipe.model.lora is not None and not options.merge
-    text = card(model, recipe, run, source, out, adapter, options.ema, options.format)
+    text = card(model, recipe, run, source, out, adapter, options.ema, options.format, mixed)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         model.save_adapter(aside) if adapter else FORMATS[options.format](model, Path(aside), model.state_dict())
@@ -84,6 +91,33 @@ def best_words(best: dict[str, Any] | None) -> str:
     return (
         f" (best by {' and '.join(best['metric'])}, {best['score']:.1%}{where}; name another checkpoint to export that)"
     )
+
+
+def _mix(model: DualEncoder, options: argparse.Namespace) -> tuple[DualEncoder, list[str]]:
+    """The model that --average and --interpolate make of the run's, and what they did, for the card."""
+    notes = []
+    if options.average:
+        others = [load_model(where, options.ema)[0] for where in options.average]
+        names = [str(options.run), *options.average]
+        model = blend([model, *others], [1 / len(names)] * len(names), names)
+        notes.append(f"weights: the mean of {', '.join(names)} (a model soup, arXiv 2203.05482)")
+    if options.interpolate:
+        base, share = options.interpolate[0], _share(options.interpolate[1])
+        model = blend([model, load_model(base)[0]], [share, 1 - share], [str(options.run), base])
+        notes.append(f"weights: {share:g} of these and {1 - share:g} of {base} (WiSE-FT, arXiv 2109.01903)")
+    return model, notes
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(
+            f"--interpolate BASE SHARE: the share of the run's weights is a number from 0 to 1, not {text!r}"
+        )
+    return share
 
 
 def replace(aside: Path, out: Path) -> None:
@@ -122,6 +156,7 @@ def card(
     adapter: bool,
     average: bool,
     format_name: str,
+    mixed: Sequence[str] = (),
 ) -> str:
     """The text of README.md."""
     scale, bias = (value.item() for value in model.head())
@@ -130,6 +165,7 @@ def card(
         f"{recipe.batch.size:,}, loss `{recipe.loss.name}`",
         f"temperature t = {scale:.4g}, bias b = {bias:.4g}: logits are t · cosine + b",
     ]
+    notes += mixed
     if average:
         notes.append(f"weights: running average with decay {recipe.optim.ema:g} a step")
     if adapter:
@@ -138,7 +174,8 @@ def card(
         notes.append(
             "transformers has no bias for this model: b is in config.json as `logit_bias`, add it to the logits"
         )
-    measured = measured_table(found) if (found := _evaluation(run, source, average)) else ""
+    found = None if mixed else _evaluation(run, source, average)
+    measured = measured_table(found) if found else ""
     if adapter:
         return adapter_card(model, str(out), notes, measured)
     return whole_card(model, str(out), notes, measured, format_name)
@@ -177,6 +214,19 @@ def _options(argv: list[str]) -> argparse.Namespace:
         choices=FORMATS,
         default="transformers",
         help="transformers (default), open_clip, sentence-transformers, or onnx (image.onnx and text.onnx)",
+    )
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="the mean of the run's weights and those of other runs, checkpoints or model directories (model soup)",
+    )
+    parser.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("BASE", "SHARE"),
+        help="SHARE (0 to 1) of the run's weights and the rest of those it began from (WiSE-FT); 0.5 is usual",
     )
     parser.add_argument(
         "--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model"

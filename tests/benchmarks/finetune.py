@@ -7,7 +7,7 @@ The quickstart's model is pretrained from nothing on the glyph pairs of one half
 the other half (NEW), each time from the exported Hugging Face directory, by the real commands on two ranks. Retrieval
 is measured on unseen (character, face) pairs of both halves: what is gained on NEW, and what is lost on OLD. Memory is
 the peak of tensor memory of a rank from before the model is built (tests/benchmarks/allocator.py). What is there
-already is not done again.
+already is not done again. Then finished runs are mixed by `trainer.export`: means of models and of a model and its base.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ ROWS = [
     Row("LiT: image tower locked", ("optim.lr=1.0e-3", "model.lock.image=true")),
     Row("SigLiT: the same on stored embeddings", ("optim.lr=1.0e-3", "model.lock.image=true"), embed_images),
 ]
+
+
+SEEDS = (1, 2)
+"""Of the runs that are averaged with the first."""
+MIXES: list[tuple[str, list[str]]] = [
+    ("full finetuning, 3/4 of the way (WiSE-FT)", ["full-finetuning", "--interpolate", "base", "0.75"]),
+    ("full finetuning, 1/2 of the way", ["full-finetuning", "--interpolate", "base", "0.5"]),
+    ("full finetuning, 1/4 of the way", ["full-finetuning", "--interpolate", "base", "0.25"]),
+    ("mean of three full finetunings (soup)", ["full-finetuning", "--average", *(f"full-{seed}" for seed in SEEDS)]),
+    (
+        "that mean, 1/2 of the way",
+        ["full-finetuning", "--average", *(f"full-{seed}" for seed in SEEDS), "--interpolate", "base", "0.5"],
+    ),
+]
+"""What `trainer.export` makes of finished runs: no training, hence neither memory nor speed."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +212,18 @@ def main() -> None:
             f"{100 * after[half]:.1f}% ({100 * (after[half] - before[half]):+.1f})" for half in ("new", "old")
         )
         lines.append(f"| {row.name} | {trained_millions(run):.2f} | {halves} | {memory:.0f} | {speed} |")
+    for seed in SEEDS:
+        bench.train(f"full-{seed}", bench.finetune, NEW, *bench.pretrained(), *ROWS[0].overrides, f"run.seed={seed}")
+    places = {"base": str(base)} | {path.name: str(path) for path in (bench.out / "runs").iterdir()}
+    for number, (name, words) in enumerate(MIXES):
+        run, *options_of = [places.get(word, word) for word in words]
+        out = bench.out / "mixes" / str(number)
+        export.main([run, str(out), *options_of])
+        after = recall(bench, out)
+        halves = " | ".join(
+            f"{100 * after[half]:.1f}% ({100 * (after[half] - before[half]):+.1f})" for half in ("new", "old")
+        )
+        lines.append(f"| {name} | | {halves} | | |")
     print("\n".join(lines))
     (bench.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
