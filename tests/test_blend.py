@@ -72,7 +72,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path, models: list[DualEncoder]) -
 def test_models_that_differ_are_refused(tmp_path: Path, models: list[DualEncoder]) -> None:
     with pytest.raises(UserError, match=r"other is another model than this: towers\.\S+ is \[.*\] there and \["):
         blend([models[0], tiny_model("siglip", width=48)], [0.5, 0.5], ["this", "other"])
-    with pytest.raises(UserError, match="SHARE, that of the run's weights, is 0 to 1, not '2'"):
+    with pytest.raises(UserError, match=r"SHARE, that of the run's weights, is 0 to 1, not '2'"):
         export.main([str(tmp_path / "a"), str(tmp_path / "out"), "--interpolate", str(tmp_path / "base"), "2"])
     darker = tiny_model("siglip", seed=2)
     object.__setattr__(darker.preprocess, "mean", (0.1, 0.1, 0.1))

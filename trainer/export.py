@@ -114,9 +114,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UserError(
-            f"--interpolate BASE SHARE: the share of the run's weights is a number from 0 to 1, not {text!r}"
-        )
+        raise UserError(f"--interpolate BASE SHARE: SHARE, that of the run's weights, is 0 to 1, not {text!r}")
     return share
 
 
