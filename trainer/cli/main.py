@@ -31,7 +31,8 @@ TRAINER: Groups = {
         "evaluate": "retrieval and zero-shot scores of a run, an export or a Hugging Face model",
         "export": "write a Hugging Face directory or a PEFT adapter",
         "search": "a local page: type words or drop a picture, see the nearest of your pictures",
-        "report": "write one HTML page about a run",
+        "report": "write one HTML page about a run, or one that compares several",
+        "runs": "list the runs in a folder: state, pairs seen, scores, speed",
     },
 }
 SHELL: Groups = {

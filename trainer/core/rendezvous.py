@@ -113,11 +113,13 @@ class _Arrivals(threading.Thread):
                 "the nodes connect to each other on all ports"
             )
         names = _names_of_nodes()
-        missing_by_node = [f"{_spans(ranks)}{f' of {node}' if node else ''}" for node, ranks in _by_node(missing, names)]
+        missing_by_node = [
+            f"{_spans(ranks)}{f' of {node}' if node else ''}" for node, ranks in _by_node(missing, names)
+        ]
         return (
             f"{len(here)} of {self.world} ranks have connected to {self.host}:{self.port} (from "
-            f"{', '.join(sorted(set(here.values())))}); missing: rank {', rank '.join(missing_by_node)}. Look at the output of "
-            f"those nodes; `python -m trainer.doctor --hostfile F` checks them"
+            f"{', '.join(sorted(set(here.values())))}); missing: rank {', rank '.join(missing_by_node)}. Look at the "
+            f"output of those nodes; `python -m trainer.doctor --hostfile F` checks them"
         )
 
     def _host(self, rank: int) -> str:

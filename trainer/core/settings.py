@@ -228,22 +228,28 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:
             yield from sections(argument)
 
 
-def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "loss.name sigmoid -> softmax" for every key that differs between two dumps of ``cls`` and is not
-    OPERATIONAL."""
-    found: list[str] = []
+def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """ "loss.name sigmoid -> softmax" for every key that makes two dumps of ``cls`` learn something else."""
+    return [f"{key} {old} -> {new}" for key, old, new, operational in differences(cls, before, now) if not operational]
+
+
+def differences(
+    cls: type[Settings], before: dict[str, Any], now: dict[str, Any], prefix: str = "", operational: bool = False
+) -> Iterator[tuple[str, Any, Any, bool]]:
+    """(dotted key, value in ``before``, value in ``now``, whether it is operational) where two dumps of ``cls`` differ;
+    a key that is absent is None."""
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key), now.get(key)
-        field = cls.model_fields.get(key)
-        if old == new or (field is not None and OPERATIONAL in field.metadata):
+        if old == new:
             continue
+        field = cls.model_fields.get(key)
+        cost = operational or (field is not None and OPERATIONAL in field.metadata)
         nested = list(sections(field.annotation)) if field is not None else []
         if isinstance(old, dict) and isinstance(new, dict):
             tagged = [variant for variant in nested if _tag(variant) == f"name: {new.get('name')}"]
-            found += changes((tagged or nested or [Settings])[0], old, new, f"{prefix}{key}.")
+            yield from differences((tagged or nested or [Settings])[0], old, new, f"{prefix}{key}.", cost)
         else:
-            found.append(f"{prefix}{key} {old} -> {new}")
-    return found
+            yield f"{prefix}{key}", old, new, cost
 
 
 def describe(cls: type[Settings], prefix: str = "") -> str:

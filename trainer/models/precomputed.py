@@ -72,8 +72,8 @@ class PrecomputedSettings(Settings):
 
 
 def locked_part(towers: PreTrainedModel, side: Tower, projected: bool = False) -> dict[str, Tensor]:
-    """The weights and buffers that a stored embedding depends on, by their names in ``towers``; with ``projected`` those
-    of a pair's projection too."""
+    """The weights and buffers that a stored embedding depends on, by their names in ``towers``; with ``projected``
+    those of a pair's projection too."""
     outside = "_projection." if towers.config.model_type == PAIR and not projected else "\0"
     return {
         name: value for name, value in towers.state_dict().items() if tower_of(name) == side and outside not in name
@@ -81,8 +81,8 @@ def locked_part(towers: PreTrainedModel, side: Tower, projected: bool = False) -
 
 
 def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower, projected: bool = False) -> str:
-    """32 hex digits that change with the tower's weights (``projected``: a pair's projection is one of them), its config
-    and what is done to its inputs."""
+    """32 hex digits that change with the tower's weights (``projected``: a pair's projection is one of them), its
+    config and what is done to its inputs."""
     digest = xxhash.xxh3_128()
     part = getattr(towers.config, "vision_config" if side == "image" else "text_config")
     config = {key: value for key, value in part.to_diff_dict().items() if key not in VOLATILE}

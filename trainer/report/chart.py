@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.report.curves import MetricCurve
 
-COLOURS = ("a", "b", "c", "d")
+COLOURS = ("a", "b", "c", "d", "e", "f", "g", "h")
 HEIGHT, WIDTH = 100, 1000
 
 
@@ -96,7 +96,10 @@ def line_chart(
     least = 0.0 if 0 < least < 0.2 * most else least
     x_axis = Axis(least, most if most > least else least + 1, False, [])
     series, paths, key = [], [], []
-    for number, (name, curve) in enumerate(shown.items()):
+    for number, name in enumerate(curves):  # a run keeps its colour where another has no such curve
+        curve = shown.get(name)
+        if curve is None:
+            continue
         colour = COLOURS[number % len(COLOURS)]
         drawn = _series(name, colour, curve, x_axis, y_axis, scale, x_scale)
         series.append(drawn)

@@ -51,6 +51,11 @@ class Log:
             x = array("d", _interpolate(x, *self.columns[over]))
         return thin(x, y, most)
 
+    def usual(self, key: str) -> float:
+        """The median: the first steps, and pauses, are not the rule."""
+        values = sorted(value for value in self.columns[key][1] if value == value)
+        return values[len(values) // 2]
+
 
 def read_log(path: Path) -> Log:
     """Reads line by line; a line that was cut short is counted and left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -13,13 +12,10 @@ import yaml
 
 import trainer
 from data_tools.io.formatting import count, duration
-from trainer.report.chart import line_chart
 from trainer.report.curves import Log
 from trainer.report.gallery import gallery_html
 from trainer.report.provenance import plan_html, provenance_html
-
-DIRECTIONS = {"image_to_text": "picture to caption", "text_to_image": "caption to picture"}
-METRIC = re.compile(r"(?P<data>.*/)?(?P<way>image_to_text|text_to_image)_r(?P<k>\d+)")
+from trainer.report.run_charts import headlines, run_charts, words
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,15 @@ class Facts:
     """The SVG that ``python -m trainer.plan ... --out RUN/plan.svg`` draws."""
     directory: str
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as a mapping; empty where it cannot be read (the page shows its text all the same)."""
+        try:
+            found = yaml.safe_load(self.recipe) if self.recipe else {}
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
 
 def render(facts: Facts) -> str:
     """The whole page as one string."""
@@ -46,33 +51,26 @@ def render(facts: Facts) -> str:
             _tiles(facts),
             _missing(facts),
             _results(facts),
-            _curves(facts),
+            run_charts({facts.name: facts.log}, bool((facts.settings.get("optim") or {}).get("ema"))),
             plan_html(facts.plan),
             gallery_html(facts.gallery),
             provenance_html(facts.evaluation, facts.environment, facts.recipe, facts.deepspeed),
         ]
     )
+    return whole_page(facts.name, body)
+
+
+def whole_page(title: str, body: str) -> str:
+    """One HTML file around ``body``, with its style and script inside."""
     style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
-        f"<title>{escape(facts.name)}</title><style>{style}</style></head><body><main>{body}"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
         f"<footer>Made by RingLIP {trainer.__version__}, {made}. This page is one file and asks for nothing "
         f"else.</footer>"
         f"</main><script>{script}</script></body></html>\n"
-    )
-
-
-def words(metric: str) -> str:
-    """image_to_text_r1 -> picture to caption R@1; face_top1 -> face top-1."""
-    found = METRIC.fullmatch(metric)
-    if found:
-        return f"{found['data'] or ''} {DIRECTIONS[found['way']]} R@{found['k']}".strip()
-    return (
-        re.sub(r"_top(\d)$", r" top-\1", metric)
-        .replace("_mean_per_class", ", mean over classes")
-        .replace("_strict", ", filed name only,")
     )
 
 
@@ -84,7 +82,7 @@ def _header(facts: Facts) -> str:
 
 
 def _lead(facts: Facts) -> str:
-    recipe = _recipe(facts)
+    recipe = facts.settings
     parts = []
     model = recipe.get("model") or {}
     config = model.get("config") or {}
@@ -107,22 +105,17 @@ def _lead(facts: Facts) -> str:
 
 
 def _tiles(facts: Facts) -> str:
-    tiles = [_metric_tile(facts.evaluation, name) for name in _headlines(facts.evaluation)]
+    tiles = [_metric_tile(facts.evaluation, name) for name in headlines(facts.evaluation.get("metrics") or {})]
     last = facts.log.last
     if "loss" in last:
         tiles.append(_tile("last loss", f"{last['loss']:.4g}"))
     if "pairs_per_second" in last:
-        tiles.append(_tile("pairs per second", f"{_usual(facts.log, 'pairs_per_second'):,.0f}"))
+        tiles.append(_tile("pairs per second", f"{facts.log.usual('pairs_per_second'):,.0f}"))
     if "memory_bytes" in last:
         tiles.append(_tile("memory per rank", f"{last['memory_bytes'] / 2**30:.1f} <small>GiB</small>"))
     if "seconds" in last:
         tiles.append(_tile("training time", duration(last["seconds"])))
     return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _headlines(evaluation: dict[str, Any]) -> list[str]:
-    metrics = evaluation.get("metrics") or {}
-    return [name for name in metrics if name.endswith(("_r1", "_top1")) and not name.endswith("_strict_top1")][:4]
 
 
 def _metric_tile(evaluation: dict[str, Any], name: str) -> str:
@@ -168,11 +161,11 @@ def _results(facts: Facts) -> str:
         change = value - base.get(name, value)
         cells = [escape(words(name))]
         if base:
-            cells += [_percent(base.get(name)), f"{100 * change:+.1f}"]
+            cells += [percent(base.get(name)), f"{100 * change:+.1f}"]
         cells += [
-            f"<b>{_percent(value)}</b>",
+            f"<b>{percent(value)}</b>",
             f"{100 * errors[name]:.1f}" if name in errors else "",
-            _percent(ceilings.get(name)),
+            percent(ceilings.get(name)),
         ]
         kinds = ["", *(["", "up" if change > 0 else "down" if change < 0 else ""] if base else []), "", "", ""]
         rows.append(
@@ -223,73 +216,6 @@ def _classes(evaluation: dict[str, Any], most: int = 40) -> str:
     return "".join(parts)
 
 
-def _curves(facts: Facts) -> str:
-    log = facts.log
-    evals = [key.removeprefix("eval.") for key in log.columns if key.startswith("eval.")]
-    main = [name for name in evals if name.endswith(("_r1", "_top1")) and not name.endswith("_strict_top1")][:4]
-    learning = [
-        line_chart(
-            "Loss", {"loss": log.curve("loss")}, "pairs", log=True, wide=True, about="mean over the global batch"
-        ),
-        line_chart(
-            "Held-out scores",
-            {words(name): log.curve(f"eval.{name}") for name in main},
-            "pairs",
-            unit="%",
-            scale=100,
-            zero=True,
-            wide=len(main) > 2,
-            about="of the running average of the weights" if (_recipe(facts).get("optim") or {}).get("ema") else "",
-        ),
-        line_chart("Learning rate", {"rate": log.curve("lr")}, "pairs", zero=True),
-        line_chart("Gradient norm", {"norm": log.curve("grad_norm")}, "pairs", log=True, about="before clipping"),
-        line_chart("Temperature", {"t": log.curve("scale")}, "pairs", about="t, the factor on cosines"),
-        line_chart("Bias", {"b": log.curve("bias")}, "pairs", about="b, added to the logits"),
-    ]
-    last = log.last.get("seconds", 0.0)
-    unit, length = ("hours", 3600) if last > 2 * 3600 else ("minutes", 60) if last > 180 else ("seconds", 1)
-    speed = [
-        line_chart(
-            title,
-            {title: log.curve(key, "seconds")},
-            unit,
-            x_scale=1 / length,
-            unit=sign,
-            scale=scale,
-            zero=True,
-            about=about,
-        )
-        for title, key, sign, scale, about in (
-            ("Pairs per second", "pairs_per_second", "", 1.0, "all ranks together"),
-            ("Step time", "step_seconds", " s", 1.0, ""),
-            ("Memory", "memory_bytes", " GiB", 2**-30, "of the rank that uses most"),
-            ("Waiting for data", "data_wait", "%", 100.0, "share of the time, worst rank"),
-        )
-    ]
-    found = ""
-    if any(learning):
-        about = "Over the pairs seen. Touch or point at a curve for its values."
-        found += f'<h2>Learning</h2><p>{about}</p><div class="charts">{"".join(learning)}</div>'
-    if any(speed):
-        found += (
-            f'<h2>Speed and memory</h2><p>Over the time spent training.</p><div class="charts">{"".join(speed)}</div>'
-        )
-    return found
-
-
-def _recipe(facts: Facts) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(facts.recipe) if facts.recipe else {}
-    except yaml.YAMLError:
-        return {}  # the page shows its text all the same
-    return found if isinstance(found, dict) else {}
-
-
-def _usual(log: Log, key: str) -> float:
-    """The median: the first steps, and pauses, are not the rule."""
-    values = sorted(value for value in log.columns[key][1] if value == value)
-    return values[len(values) // 2]
-
-
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """0.5 -> 50.0%; nothing where there is no value."""
     return "" if value is None else f"{100 * value:.1f}%"

@@ -1,11 +1,11 @@
-"""A local page that searches pictures: type words, or drop a picture, and see the nearest pictures and captions at once.
+"""A local page that searches pictures: type words or drop a picture, and see the nearest pictures and captions at once.
 
     python -m trainer.search runs/quickstart/export demo/shards/test              # then open the address it prints
     python -m trainer.search MODEL OTHER_MODEL SHARDS                             # two models side by side
 
 MODEL is a run, one of its checkpoints, a Hugging Face directory or a hub name. Every picture and its first caption are
-embedded once, as columns beside the shards (columns/search-KEY-image.npy and -text.npy, 2 bytes a number; KEY is that of
-the model's weights). A stop in the middle costs at most 8,192 samples: the same command goes on. Every answer is exact.
+embedded once, as columns beside the shards (columns/search-KEY-image.npy and -text.npy, 2 bytes a number; KEY names the
+model's weights). A stop in the middle costs at most 8,192 samples: the same command goes on. Every answer is exact.
 The page holds no code from outside, and answers this machine alone; with --host, whoever has the token in its address.
 Exit codes: 0 ended with Ctrl-C, 2 a mistake in what was given.
 """

@@ -110,8 +110,8 @@ class Library:
         return sorted(rows, key=lambda row: -row["score"])
 
     def _thumbnail(self, sample: int, side: int) -> tuple[bytes, str]:
-        """A picture of at most ``side`` pixels a side, encoded anew (nothing that is stored is handed to the browser), and
-        its type. Raises Damaged."""
+        """A picture of at most ``side`` pixels a side, encoded anew (nothing that is stored is handed to the browser),
+        and its type. Raises Damaged."""
         self._check(sample)
         image = Image.fromarray(decode(self.source.picture(sample), self.models[0].max_pixels, (side, side)))
         image.thumbnail((side, side))

@@ -4,8 +4,8 @@
     GET  /api/about              models, dataset, fields
     GET  /api/field?name=        its commonest values
     GET  /api/sample?sample=     metadata and captions of a sample
-    POST /api/search?model=&kind=pictures|captions&count=&text= | sample= [&field=&value= ...]   body: a picture, or empty
-    POST /api/labels?model=&sample=&template=&label= ...                                         body: a picture, or empty
+    POST /api/search?model=&kind=pictures|captions&count=&text= | sample= [&field=&value= ...]  body: a picture or empty
+    POST /api/labels?model=&sample=&template=&label= ...                                        body: a picture or empty
     GET  /picture?sample=&side=  a thumbnail
 
 A page of another site must not read the pictures: a request is answered only where its Host names this machine (against

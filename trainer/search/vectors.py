@@ -33,8 +33,8 @@ class Nearest(NamedTuple):
 
 
 class Vectors:
-    """Rows [n, d] float16 of length 1, usually mapped from a file; rows of zeros are no answers (``empty`` says how many
-    there are, None: unknown)."""
+    """Rows [n, d] float16 of length 1, usually mapped from a file; rows of zeros are no answers (``empty`` says how
+    many there are, None: unknown)."""
 
     def __init__(self, rows: NDArray[np.float16], empty: int | None = None, threads: int = 1) -> None:
         with warnings.catch_warnings():
@@ -57,8 +57,8 @@ class Vectors:
         self._pool.shutdown()
 
     def nearest(self, query: NDArray[np.float32], count: int, among: NDArray[np.bool_] | None = None) -> Nearest:
-        """The ``count`` rows (fewer where there are no more) with the largest inner product with ``query`` [d], of those
-        that are True in ``among`` [n]."""
+        """The ``count`` rows (fewer where there are no more) with the largest inner product with ``query`` [d], of
+        those that are True in ``among`` [n]."""
         wanted = torch.from_numpy(np.asarray(query, np.float32))
         chosen = self._usable
         if among is not None:
