@@ -12,6 +12,8 @@ import yaml
 
 from tests.support.browser import Browser, needs_chromium
 from tests.test_report import EVIL, Page, evaluation, write_log
+from trainer.config import Recipe
+from trainer.core.settings import parse
 from trainer.core.types import UserError
 from trainer.report import main, write_comparison
 
@@ -134,3 +136,13 @@ def test_it_fits_a_screen_and_shows_values_at_a_touch(runs: list[Path], tmp_path
         browser.wait("document.querySelectorAll('.tip div').length == 3")
         assert browser.run("[...document.querySelectorAll('.tip div')].map(d => d.textContent[0]).join('')") == "abc"
         assert browser.errors == []
+
+
+def test_a_key_that_an_older_version_did_not_have_is_no_difference(tmp_path: Path) -> None:
+    whole = parse(Recipe, RECIPE | {"model": {"path": "google/siglip-base-patch16-224"}}, "recipe").model_dump(
+        mode="json"
+    )
+    older = {**whole, "optim": {key: value for key, value in whole["optim"].items() if key != "weight_decay"}}
+    pair = [make_run(tmp_path / "a", whole), make_run(tmp_path / "b", older)]
+    _, page, _ = compare(pair, tmp_path / "page.html")
+    assert "The recipes learn the same" in page.text

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 
 from data_tools.io.formatting import count, duration
 from trainer.config import Recipe
-from trainer.core.settings import differences
+from trainer.core.settings import differences, parse
+from trainer.core.types import UserError
 from trainer.report.chart import COLOURS
 from trainer.report.page import Facts, percent, whole_page
 from trainer.report.run_charts import run_charts, words
@@ -40,9 +42,14 @@ class Column:
     def evaluation(self) -> dict[str, Any]:
         return self.facts.evaluation
 
-    @property
+    @cached_property
     def recipe(self) -> dict[str, Any]:
-        return self.facts.settings
+        """With the defaults of this version in place of keys that an older one did not have; as it stands where this
+        version does not read it. Empty where nothing can be read."""
+        try:
+            return parse(Recipe, self.facts.settings, "recipe.yaml").model_dump(mode="json")
+        except UserError:
+            return self.facts.settings
 
 
 def render_comparison(facts: Sequence[Facts], states: Sequence[RunState]) -> str:
@@ -104,7 +111,8 @@ def _results(runs: Sequence[Column]) -> str:
     for name in metrics:
         values = [(one.get("metrics") or {}).get(name) for one in evaluated]
         errors = [(one.get("standard_errors") or {}).get(name) for one in evaluated]
-        best = max(value for value in values if value is not None)
+        known = sorted(value for value in values if value is not None)
+        best = known[-1] if len(known) > 1 else None
         cells = [
             "" if value is None else (f"<b>{percent(value)}</b>" if value == best else percent(value)) + _error(error)
             for value, error in zip(values, errors, strict=True)
