@@ -3,6 +3,7 @@
 from typing import Any
 
 from trainer.config import Recipe
+from trainer.core.help import describe
 from trainer.core.settings import changes, parse
 
 
@@ -35,3 +36,10 @@ def test_keys_that_change_what_is_learned_are_named_with_both_values() -> None:
     assert "batch.size 8 -> 16" in found
     assert "loss.name auto -> softmax" in found
     assert not [line for line in found if "tile_rows" in line]
+
+
+def test_help_tells_once_what_all_variants_share() -> None:
+    text = describe(Recipe)
+    assert text.count("  optim.warmup = ") == 1
+    assert text.index("optim.warmup") < text.index("-- name: adamw (default)") < text.index("  optim.eps = 1e-08")
+    assert text.count("  optim.beta1 = ") == 5  # each optimizer says what it means by it

@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from trainer.checkpoint import CheckpointSettings
-from trainer.core.settings import OPERATIONAL, Settings, describe, override, parse, read_yaml
+from trainer.core.help import describe
+from trainer.core.settings import OPERATIONAL, Settings, override, parse, read_yaml
 from trainer.core.shipped import shipped
 from trainer.core.types import UserError
 from trainer.data import DataSettings

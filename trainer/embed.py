@@ -33,7 +33,7 @@ from data_tools.io.progress import Progress
 from trainer import config
 from trainer.core import collectives, distributed
 from trainer.core.collectives import on_main
-from trainer.core.settings import describe
+from trainer.core.help import describe
 from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source

@@ -35,7 +35,8 @@ from data_tools.io.files import write_atomic
 from trainer import config
 from trainer.blend import load_model
 from trainer.core import distributed
-from trainer.core.settings import check_out, describe, override, parse
+from trainer.core.help import describe
+from trainer.core.settings import check_out, override, parse
 from trainer.core.types import UserError
 from trainer.data.settings import DataSettings
 from trainer.evals import EvalSettings, Evaluation, evaluate

@@ -246,37 +246,14 @@ def differences(
         cost = operational or (field is not None and OPERATIONAL in field.metadata)
         nested = list(sections(field.annotation)) if field is not None else []
         if isinstance(old, dict) and isinstance(new, dict):
-            tagged = [variant for variant in nested if _tag(variant) == f"name: {new.get('name')}"]
+            tagged = [variant for variant in nested if tag_of(variant) == f"name: {new.get('name')}"]
             yield from differences((tagged or nested or [Settings])[0], old, new, f"{prefix}{key}.", cost)
         else:
             yield f"{prefix}{key}", old, new, cost
 
 
-def describe(cls: type[Settings], prefix: str = "") -> str:
-    """Every key with its type, default and docstring, one line each: the body of ``--help``."""
-    lines = []
-    for key, field in cls.model_fields.items():
-        nested = list(sections(field.annotation))
-        text = " ".join((field.description or "").split())
-        if not nested:
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            lines.append(f"  {prefix + key + ' = ' + default:<44} {text}")
-            continue
-        listed = "list[" in str(field.annotation)
-        if listed:
-            first = next(iter(nested[0].model_fields))
-            text += f" A list: {as_list(prefix + key, {first: first.upper()})}"
-        lines.append(f"\n{prefix + key}: {text}" if text else f"\n{prefix + key}:")
-        for variant in nested:
-            if len(nested) > 1:
-                about = " ".join((variant.__doc__ or "").split("\n\n")[0].split())
-                default = " (default)" if type(field.default) is variant else ""
-                lines.append(f"  -- {_tag(variant)}{default}: {about}")
-            lines.append(describe(variant, f"{prefix}{key}[]." if listed else f"{prefix}{key}."))
-    return "\n".join(lines)
-
-
-def _tag(variant: type[Settings]) -> str:
+def tag_of(variant: type[Settings]) -> str:
+    """What chooses a variant: ``name: sigmoid``."""
     field = variant.model_fields.get("name")
     tags = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return f"name: {tags[0]}" if tags else variant.__name__

@@ -66,7 +66,7 @@ warnings.filterwarnings(
 )
 DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
 DEEPSPEED_LOGGER.setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
-# It calls every optimizer but its own and torch's untested; those of trainer.optim have tests/test_engine_optimizers.py.
+# It calls other optimizers than its own and torch's untested; tests/test_engine_optimizers.py tests trainer.optim's.
 DEEPSPEED_LOGGER.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
