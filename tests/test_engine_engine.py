@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import warnings
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.dense_step import Case
+from tests.support.dense_step import Case, global_batch
 from tests.support.forked_ranks import run_ranks
 from trainer.engine import engine
 
@@ -54,3 +56,24 @@ def test_torchruns_one_thread_does_not_hold_for_an_offloaded_optimizer(
     offload: str, environment: dict[str, str], threads: int
 ) -> None:
     assert run_ranks(threads_of_a_step, 1, offload, environment) == [threads]
+
+
+def averaged_and_discarded(stage: int) -> tuple[int, int]:
+    """How many gradients a step had, and how many of them memory still holds once they are discarded."""
+    found = Case(stage=stage).engine()
+    batch = global_batch(4)
+    found.start_gradients()
+    found.backward(found.forward(batch.pixels, batch.tokens, batch.token_mask).image.square().sum())
+    found.finish_gradients()
+    kept = [weakref.ref(part) for group in found.ds_engine.optimizer.averaged_gradients.values() for part in group]
+    found.discard_gradients()
+    gc.collect()
+    return len(kept), sum(reference() is not None for reference in kept)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_are_discarded_leave_memory(stage: int) -> None:
+    """A step that fp16 repeats, or that is skipped, must not leave a copy of the gradients behind."""
+    [(number, left)] = run_ranks(averaged_and_discarded, 1, stage)
+    assert number > 10
+    assert left == 0

@@ -132,23 +132,28 @@ def test_lora_gives_the_same_embeddings_at_every_stage(kind: str, stage: str, sh
 BF16 = "engine.precision=bf16"
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero3"])
-def test_a_base_held_in_bf16_changes_no_bit_of_bf16_training(stage: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision", "base"),
+    [("zero0", "bf16", "bfloat16"), ("zero3", "bf16", "bfloat16"), ("zero1", "fp16", "float16")],
+)
+def test_a_base_held_in_16_bits_changes_no_bit_of_training_in_them(
+    stage: str, precision: str, base: str, shards: Path, tmp_path: Path
+) -> None:
     tiny_pretrained("siglip", tmp_path / "base")
     recipe = write_recipe(tmp_path, tmp_path / "base", shards, stage, lora={"rank": 4})
-    short = [BF16, "run.samples=32"]
+    short = [f"engine.precision={precision}", "run.samples=32"]
     run_ranks(call, 2, recipe, *short, f"run.directory={tmp_path / 'whole'}")
-    run_ranks(call, 2, recipe, *short, "model.lora.base=bfloat16")
+    run_ranks(call, 2, recipe, *short, f"model.lora.base={base}")
     found, expected = (
         load_file(tmp_path / run / "checkpoints" / "samples-000000032" / "model.safetensors")
         for run in ("run", "whole")
     )
     assert any(value.abs().max() > 0 for name, value in found.items() if ".lora_B." in name)
-    held = build(config.load(recipe, ["model.lora.base=bfloat16"]).model)
-    rounded = {name for name, parameter in held.named_parameters() if parameter.dtype == torch.bfloat16}
+    held, dtype = build(config.load(recipe, [f"model.lora.base={base}"]).model), getattr(torch, base)
+    rounded = {name for name, parameter in held.named_parameters() if parameter.dtype == dtype}
     assert sum(expected[name].numel() for name in rounded) > 0.7 * sum(value.numel() for value in expected.values())
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value.bfloat16().float() if name in rounded else value, atol=0, rtol=0)
+        torch.testing.assert_close(found[name], value.to(dtype).float() if name in rounded else value, atol=0, rtol=0)
 
 
 def test_an_adapter_trained_on_a_rounded_base_is_exported_for_the_base_itself(shards: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from tests.support.tiny_models import tiny_pretrained, tiny_settings, tiny_token
 from trainer.config import Recipe
 from trainer.core.types import UserError
 from trainer.data.transforms import fit
+from trainer.engine.precision import DTYPES
+from trainer.losses import SigmoidSettings
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.adapt.lora import LoraSettings
 from trainer.optim import AdafactorSettings, AdamWSettings, MuonSettings, OptimSettings
@@ -60,16 +63,20 @@ def within_ten_percent(setting: Setting) -> None:
     assert abs(guess / truth - 1) <= 0.1, (guess, truth, peak)
 
 
-def test_a_base_held_in_bf16_takes_half_and_needs_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "base"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_base_held_in_16_bits_takes_half_and_needs_them(precision: str, base: Any, tmp_path: Path) -> None:
     tiny_pretrained("siglip", tmp_path)
     whole = ModelSettings(path=str(tmp_path), lora=LoraSettings(rank=2))
-    held = whole.model_copy(update={"lora": LoraSettings(rank=2, base="bfloat16")})
-    before, after = (look(settings, "bf16", "cuda") for settings in (whole, held))
-    halved = sum(parameter.numel() for parameter in build(held).parameters() if parameter.dtype == torch.bfloat16)
+    held = whole.model_copy(update={"lora": LoraSettings(rank=2, base=base)})
+    before, after = (look(settings, precision, "cuda") for settings in (whole, held))
+    halved = sum(parameter.numel() for parameter in build(held).parameters() if parameter.dtype == DTYPES[precision])
     assert before.parameters - after.parameters == 2 * halved > 0
     assert (before.count, before.trainable, before.largest) == (after.count, after.trainable, after.largest)
-    with pytest.raises(UserError, match="computes in fp32"):
+    with pytest.raises(UserError, match=f"{base} is for cards that compute in it, .* in fp32: leave it out"):
         look(held, "fp32", "cuda")
+    other = "fp16" if precision == "bf16" else "bf16"
+    with pytest.raises(UserError, match=f"computes in {other}: take b?float16, or leave it out"):
+        look(held, other, "cuda")
 
 
 def saved_bytes(model: DualEncoder, pixels: torch.Tensor) -> int:
@@ -91,6 +98,14 @@ class TestForecastAgainstTheAllocator:
         path = Path(small_buckets)
         path.write_text(path.read_text().replace('"stage": 3', '"stage": 1'))
         within_ten_percent(dataclasses.replace(self.tiny, ds_config=small_buckets))
+
+    def test_fp16_with_the_copy_that_unscaling_makes_of_the_largest_gradient(self) -> None:
+        tiny_tokenizer()
+        setting = dataclasses.replace(self.tiny, ds_config="zero0", precision="fp16", vocabulary=20000)
+        peak, survey = predicted(setting)
+        guess, truth = peak.total + peak.host, measured(setting)
+        assert guess == pytest.approx(truth, rel=0.02)
+        assert peak.phase == "pass 2" and truth > survey.parameters + 3 * survey.trainable + survey.largest
 
     def test_a_locked_image_tower_once_the_optimizer_has_its_moments(self) -> None:
         """The first step, whose moments do not exist yet, takes less: SigLIP-B/16 1.99 GiB of 2.29."""
@@ -158,10 +173,9 @@ def test_every_ds_config_has_a_forecast_that_grows_with_the_micro_batch(survey: 
     assert set(forecast(survey, zero, Job(4, 64, 8)).parts) == set(PARTS)
 
 
-def test_sharding_and_offload_take_less_of_the_device() -> None:
-    big = dataclasses.replace(
-        look(tiny_settings(), "fp32", "cuda"), parameters=4 * 10**10, trainable=4 * 10**10, largest=10**8
-    )
+def test_sharding_and_offload_take_less_of_the_device(survey: Survey) -> None:
+    size: dict[str, Any] = {"parameters": 4 * 10**10, "trainable": 4 * 10**10, "largest": 10**8}
+    big = dataclasses.replace(survey, **size, shapes={((10**5, 10**5), True): 1})
 
     def total(name: str, ranks: int = 8) -> float:
         return forecast(big, zero_section(name), Job(ranks, 64, 8)).total
@@ -186,8 +200,6 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(survey: Survey) -> N
 
 
 def test_loss_memory_does_not_grow_with_ranks_on_the_ring_and_does_in_a_gather() -> None:
-    from trainer.losses import SigmoidSettings
-
     def size(ranks: int, exchange: str) -> float:
         return loss_bytes(768, Job(ranks, 4096, 64, loss=SigmoidSettings(exchange=exchange)))  # type: ignore[arg-type]
 
@@ -204,6 +216,37 @@ def test_time_falls_with_faster_cards_and_rises_with_slower_links(survey: Survey
     assert seconds("h100", 1e11) < seconds("rtx3090", 1e11) < seconds("rtx3090", 1e9)
     single = step_seconds(survey, zero, Job(1, 256, 256), CARDS["a100"], "bf16", 1e9)
     assert single["pass 1"] == 0 and single["links"] == 0
+
+
+def test_cards_without_bf16_units_take_fp16_at_the_rate_of_their_tensor_cores(survey: Survey) -> None:
+    chosen = {name: card.precision("auto") for name, card in CARDS.items()}
+    assert [name for name in chosen if chosen[name] == "fp16"] == ["gtx1660ti", "rtx2080ti", "titanrtx", "t4", "v100"]
+    assert set(chosen.values()) == {"bf16", "fp16"}
+    assert all(card.precision("fp32") == "fp32" for card in CARDS.values())
+    v100, a100 = CARDS["v100"], CARDS["a100"]
+    assert v100.attained("fp16") == pytest.approx(75e12) and v100.attained("bf16") == v100.attained("fp32")
+    assert a100.attained("fp16") == a100.attained("bf16") > a100.attained("fp32")
+    assert CARDS["gtx1660ti"].attained("fp16") == CARDS["gtx1660ti"].attained("fp32")
+    half, zero = look(tiny_settings(), "fp16", "cuda"), zero_section("zero0")
+    assert half.training.saved(64) < 0.8 * survey.training.saved(64)
+
+    def seconds(survey: Survey, precision: str, loss: SigmoidSettings | None = None) -> dict[str, float]:
+        card = dataclasses.replace(v100, memory=1e20)  # what arithmetic takes
+        return step_seconds(survey, zero, Job(1, 4096, 64, loss=loss), card, precision, 1e9)
+
+    slow, fast = seconds(survey, "fp32"), seconds(half, "fp16", SigmoidSettings(precision="fast"))
+    assert slow["pass 2"] / fast["pass 2"] == pytest.approx(125 / 15.7)
+    assert slow["loss"] / fast["loss"] == pytest.approx(125 / 15.7)
+
+
+def test_modules_kept_in_float32_are_slower_and_larger() -> None:
+    settings = tiny_settings(layers=5)
+    half, mixed = (look(settings, "fp16", "cpu", float32_modules=kept) for kept in ((), (r"layers\.0\.mlp",)))
+    every, in_float32 = mixed.training.flops.at(8).sum(), mixed.training.flops32.at(8).sum()
+    assert every == half.training.flops.at(8).sum()
+    assert half.training.flops32.at(8).sum() == 0 < in_float32 < every / 5
+    assert half.training.saved(8) < mixed.training.saved(8)
+    assert mixed.training.seconds(8, 1e12, 1e11, 1e20) == pytest.approx((every + 9 * in_float32) / 1e12)
 
 
 def recipe(tmp_path: Path, size: int = 4096) -> Path:
@@ -248,7 +291,7 @@ def test_the_verb_prints_a_line_to_paste_and_draws(tmp_path: Path, capsys: pytes
 def test_it_says_when_nothing_fits_and_what_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], survey: Survey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "look", lambda *_: survey)
+    monkeypatch.setattr(command, "look", lambda *_, **__: survey)
     code = command.main([str(recipe(tmp_path)), "--gpu-memory", "100.2MiB", "--reserve", "100MiB", "--gpus", "2"])
     text = capsys.readouterr().out
     assert code == 1 and "NOTHING FITS" in text and "what would:" in text and "chosen" not in text
@@ -274,7 +317,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         command.main([path, "--gpu-memory", "16GiB", "--gpus", "4", "--nodes", "3"])
     for options, message in (
         (["--out", str(tmp_path)], "is a directory: name a file in it"),
-        (["--out", path + "/plan.svg"], "its folder cannot be made"),
+        (["--out", path + "/plan.svg"], "its folder cannot be created"),
         (["--tflops", "0"], "rates above 0"),
         (["--tflops", "-3"], "rates above 0"),
         (["--link", "0Gbit"], "rates above 0"),

@@ -55,6 +55,7 @@ class Setting:
     layers: int = 6
     side: int = 64
     tokens: int = 16
+    vocabulary: int = 1000
     kind: str = "siglip"
     ranks: int = 1
     rows: int = 16
@@ -77,7 +78,7 @@ class Setting:
         config = {
             "model_type": self.kind,
             "vision_config": {**tower, "image_size": self.side, "patch_size": 8},
-            "text_config": {**tower, "max_position_embeddings": self.tokens, "vocab_size": 1000},
+            "text_config": {**tower, "max_position_embeddings": self.tokens, "vocab_size": self.vocabulary},
         }
         if self.kind == "clip":
             config["projection_dim"] = self.width
@@ -88,6 +89,8 @@ NARROW: dict[str, Any] = {"width": 128, "layers": 8, "side": 128, "micro_batch":
 """Activations far above the weights."""
 MANY = {**NARROW, "rows": 48, "micro_batch": 24}
 """So many rows that activations decide even when they are recomputed."""
+FP16: dict[str, Any] = {"precision": "fp16", "width": 64, "layers": 8, "micro_batch": 8, "ds_config": "zero0"}
+"""Little to compute: few processors multiply float16."""
 RECOMPUTE = {"recompute": {"image": "all", "text": "all"}}
 SETTINGS = [
     Setting("plain pass", micro_batch=16, ds_config="zero0"),
@@ -106,6 +109,10 @@ SETTINGS = [
     Setting("locked image tower", model={"lock": {"image": True}}, micro_batch=8),
     Setting("bf16", precision="bf16", **NARROW),
     Setting("bf16 recomputation", precision="bf16", model=RECOMPUTE, **MANY),
+    Setting("fp16", **FP16),
+    Setting("fp16 recomputation", model=RECOMPUTE, **{**FP16, "rows": 96, "micro_batch": 48}),
+    Setting("fp16 LoRA, float16 base", model={"lora": {"rank": 8, "base": "float16"}}, **FP16),
+    Setting("fp16, wide vocabulary", vocabulary=30000, **FP16),
     Setting("2 ranks", ranks=2, ds_config="zero0"),
     Setting("2 ranks", ranks=2, ds_config="zero1"),
     Setting("2 ranks", ranks=2, ds_config="zero2"),
@@ -116,6 +123,7 @@ SETTINGS = [
     Setting("2 ranks, offload", ranks=2, ds_config="zero2_offload"),
     Setting("2 ranks, offload", ranks=2, ds_config="zero3_offload"),
     Setting("2 ranks, offload parameters", ranks=2, ds_config="zero3_offload_params"),
+    Setting("2 ranks, fp16", ranks=2, **{**FP16, "ds_config": "zero3"}),
     Setting(
         "2 ranks, bf16 recomputation LoRA",
         ranks=2,

@@ -39,7 +39,7 @@ def plan(
         gpu_memory: of one card: "16GiB", "24GB".
         inputs: for a module: examples with a row for each pair; only shapes and dtypes count.
         batch_size: pairs of the global batch; for a recipe None keeps its own, for a module it is required.
-        precision: for a module: bf16, fp32, or auto (what the card does best).
+        precision: for a module: bf16, fp16, fp32, or auto (what the card does best).
         reserve: left to the CUDA context, cuBLAS and NCCL.
 
     Returns:

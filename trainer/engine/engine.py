@@ -335,5 +335,5 @@ def _forget_reductions(optimizer: Any) -> None:
     if optimizer.cpu_offload:
         optimizer.reset_cpu_buffers()
         optimizer._offload_accumulated_param_ids = set()
-    optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-    optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+    for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        gradients.update(dict.fromkeys(gradients))  # in place: each parameter refers to the first as well

@@ -113,28 +113,33 @@ class LossScale:
         self._good_in_a_row = int(state["good_in_a_row"])
 
 
-def autocast_forward(model: nn.Module, dtype: torch.dtype, scale: LossScale | None = None) -> None:
+def autocast_forward(
+    model: nn.Module, dtype: torch.dtype, scale: LossScale | None = None, device: str | None = None
+) -> None:
     """Makes ``model.forward`` compute in ``dtype`` under torch autocast, weights and gradients staying float32.
+
+    ``device`` is the kind of device (None: this rank's).
 
     Around the model and not around the engine, because DeepSpeed switches an autocast from outside off; and not through
     DeepSpeed's ``torch_autocast`` or ``fp16``, because the one averages the gradients of linear layers in 16 bits (the
     result would depend on the ZeRO stage and on the number of micro-batches) and the other holds the weights in them.
     """
     forward: Callable[..., Any] = model.forward
-    device = distributed.device().type
+    kind = device or distributed.device().type
     if scale is not None:
         scale.unscale_gradients_of(model)
 
     def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype):
+        with torch.autocast(kind, dtype):
             outputs = forward(*args, **kwargs)
         return outputs if scale is None else scale.scale_gradients_of(outputs)
 
     model.forward = autocast
 
 
-def keep_float32(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Modules whose full name matches one of the regular ``patterns`` (anywhere) compute in float32 under autocast."""
+def keep_float32(model: nn.Module, patterns: tuple[str, ...], device: str | None = None) -> None:
+    """Modules whose full name matches one of the regular ``patterns`` (anywhere) compute in float32 under the autocast
+    of ``device``, a kind of device (None: this rank's)."""
     for pattern in patterns:
         try:
             found = [module for name, module in model.named_modules() if name and re.search(pattern, name)]
@@ -143,20 +148,22 @@ def keep_float32(model: nn.Module, patterns: tuple[str, ...]) -> None:
         if not found:
             raise UserError(f"engine.float32_modules {pattern!r} matches no module; names look like {_example(model)}")
         for module in found:
-            module.forward = _in_float32(module.forward)
+            module.forward = InFloat32(module.forward, device or distributed.device().type)
 
 
-def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
-    device = distributed.device().type
+class InFloat32:
+    """A module's ``forward`` outside autocast, its inputs cast to float32."""
 
-    def upcast(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    def __init__(self, forward: Callable[..., Any], device: str) -> None:
+        self.forward, self.device = forward, device
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, enabled=False):
-            return forward(*tree_map(upcast, args), **tree_map(upcast, kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device, enabled=False):
+            return self.forward(*tree_map(_upcast, args), **tree_map(_upcast, kwargs))
 
-    return wrapped
+
+def _upcast(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _example(model: nn.Module) -> str:

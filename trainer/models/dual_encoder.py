@@ -271,8 +271,8 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
             load_adapter(towers, settings.lora.path, base)
             recorded = read_sidecar(settings.lora.path)
             log_scale, bias = recorded.get("logit_scale", log_scale), recorded.get("logit_bias", bias)
-        if settings.lora.base == "bfloat16":
-            hold_base(towers, torch.bfloat16)
+        if settings.lora.base in ("bfloat16", "float16"):
+            hold_base(towers, getattr(torch, settings.lora.base))
     recompute(towers.get_submodule("vision_model"), settings.recompute.image, settings.recompute.offload)
     recompute(towers.get_submodule("text_model"), settings.recompute.text, settings.recompute.offload)
     head = Head(log_scale, bias)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from trainer.config import Recipe
 from trainer.core import distributed
+from trainer.plan.device import Device
 from trainer.plan.memory import Job
-from trainer.plan.profile import Device, Survey, look
+from trainer.plan.profile import Survey, look
 from trainer.plan.search import largest, usable_bytes, zero_section
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,8 @@ def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device:
     """
     precision = recipe.engine.computes_in
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
-    rows, _ = largest(
-        look(recipe.model, precision, device), zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes)
-    )
+    survey = look(recipe.model, precision, device, float32_modules=recipe.engine.float32_modules)
+    rows, _ = largest(survey, zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes))
     return max(1, rows)
 
 

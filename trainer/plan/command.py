@@ -28,8 +28,9 @@ from trainer.models.adapt.lora import LoraSettings
 from trainer.models.adapt.recompute import RecomputeSettings
 from trainer.plan.auto import job_of, teacher_of
 from trainer.plan.bar_chart import bars
+from trainer.plan.device import Device
 from trainer.plan.memory import Job
-from trainer.plan.profile import Curve, Device, look
+from trainer.plan.profile import Curve, look
 from trainer.plan.roofline import CARDS, STREAM, Card, default_card, wire_bytes
 from trainer.plan.search import RESERVE, Option, Way, choose, options, usable_bytes, zero_section
 
@@ -72,7 +73,7 @@ def plan(
     slowest = min(card.link, link) if link and nodes > 1 else card.link
     precision = card.precision(recipe.engine.precision)
     job = replace(job_of(recipe, gpus, nodes), teacher=teacher_of(recipe, precision, device))
-    ways, notes = _ways(recipe.model, precision, device)
+    ways, notes = _ways(recipe, precision, device)
     budget = usable_bytes(memory_bytes, reserve)
     found = options(ways, job, budget, card, precision, slowest, tflops)
     return Plan(found, choose(found), budget, notes + _of_teacher(job), job)
@@ -89,9 +90,10 @@ def _of_teacher(job: Job) -> list[str]:
     ]
 
 
-def _ways(model: ModelSettings, precision: str, device: Device) -> tuple[list[Way], list[str]]:
+def _ways(recipe: Recipe, precision: str, device: Device) -> tuple[list[Way], list[str]]:
     """The recipe's model under every recomputation, with the recipe's LoRA and without (or with a plain one where it
     has none)."""
+    model = recipe.model
     ways: list[Way] = []
     notes: list[str] = []
     recomputations = {
@@ -109,7 +111,7 @@ def _ways(model: ModelSettings, precision: str, device: Device) -> tuple[list[Wa
                 variant = ModelSettings.model_validate({**dict(model), "lora": lora, "recompute": recompute})
             except ValueError:
                 continue  # a locked tower takes no adapter
-            survey = look(variant, precision, device, inference)
+            survey = look(variant, precision, device, inference, float32_modules=recipe.engine.float32_modules)
             inference = survey.inference
             keys = (
                 []
@@ -203,7 +205,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="cards in all nodes together")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--link", default="", help="between nodes: 25Gbit, 100Gbit, ...")
-    parser.add_argument("--card", choices=sorted(CARDS), help="default: a common card with that much memory")
+    parser.add_argument(
+        "--card", choices=sorted(CARDS), help="default: a common card with that much memory (15GiB: t4, 16GiB: v100)"
+    )
     parser.add_argument("--tflops", type=float, help="matrix TFLOP/s that a card attains, where you have measured it")
     parser.add_argument("--global-batch", type=int, help="the same as batch.size=...")
     parser.add_argument("--reserve", default="1GiB", help="for the CUDA context, cuBLAS and NCCL")

@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.func import functional_call
 
 from trainer.core.types import UserError
+from trainer.engine.precision import DTYPES
 from trainer.optim import trained_shapes
-from trainer.plan.profile import SIZES, Curve, Device, Parking, Survey, as_on
+from trainer.plan.device import Device, Parking, as_on
+from trainer.plan.profile import SIZES, Curve, Survey
 from trainer.plan.trace import Recorder, Trace
 
 
@@ -28,7 +30,7 @@ def survey_module(model: nn.Module, inputs: Sequence[Tensor], precision: str, de
     Args:
         model: on any device, meta included; in training mode or not, as it will be trained.
         inputs: examples with a row for each pair; only shapes and dtypes count. The first is taken for the picture.
-        precision: bf16 (autocast) or fp32.
+        precision: bf16 or fp16 (autocast), or fp32.
 
     Raises:
         UserError: the outputs hold no embeddings [rows, width], nothing is trainable, or forward looks at values.
@@ -78,7 +80,7 @@ def _trace(
     recorder = parking.recorder = Recorder(weights.values())
     try:
         with recorder, torch.set_grad_enabled(training):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"):
                 outputs = functional_call(model, fake, batch)
             features = [value for value in _tensors(outputs) if value.dim() == 2 and value.shape[0] == rows]
             if not features:

@@ -12,25 +12,24 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from trainer.core.types import Preprocess, UserError
+from trainer.engine.precision import DTYPES, LossScale, autocast_forward, keep_float32
 from trainer.models import ModelSettings, build
 from trainer.models.adapt.lora import hold_base
 from trainer.models.adapt.quantize import QUANTIZED
 from trainer.optim import Shapes, trained_shapes
+from trainer.plan.device import Device, Parking, as_on
 from trainer.plan.model_shapes import lookup, stand_in
 from trainer.plan.repeated_layers import Shortened
 from trainer.plan.trace import Floats, Recorder, Trace
 
-Device = Literal["cpu", "cuda"]
 SIZES = (2, 4)  # rows of the two traces; a single row would meet kernels' special cases
 
 
@@ -58,6 +57,7 @@ class Curve:
     gradients: Floats
     """Bytes of finished gradients after each operator; they do not depend on the rows."""
     flops: Line
+    flops32: Line
     traffic: Line
     host: Line
     turn: int
@@ -65,9 +65,9 @@ class Curve:
     @staticmethod
     def through(small: Trace, large: Trace) -> Curve:
         assert len(small.live) == len(large.live), "the same operators whatever the rows"
-        names = ("live", "flops", "traffic", "host")
-        live, flops, traffic, host = (Line.through(getattr(small, name), getattr(large, name)) for name in names)
-        return Curve(live, small.gradients, flops, traffic, host, small.turn)
+        names = ("live", "flops", "flops32", "traffic", "host")
+        lines = {name: Line.through(getattr(small, name), getattr(large, name)) for name in names}
+        return Curve(gradients=small.gradients, turn=small.turn, **lines)
 
     def peak(self, rows: int, gradients: bool = False) -> float:
         """Most bytes alive at once; ``gradients`` counts those of parameters as they appear (the first micro-batch of a
@@ -86,9 +86,11 @@ class Curve:
         """Bytes of activations parked in host memory."""
         return float(self.host.at(rows)[-1])
 
-    def seconds(self, rows: int, flops_per_second: float, bytes_per_second: float) -> float:
-        """Roofline: every operator takes as long as its arithmetic or its traffic, whichever is longer."""
-        arithmetic = self.flops.at(rows) / flops_per_second
+    def seconds(self, rows: int, flops_per_second: float, flops32_per_second: float, bytes_per_second: float) -> float:
+        """Roofline: every operator takes as long as its arithmetic (at the second rate where it multiplies float32
+        numbers) or its traffic, whichever is longer."""
+        in_float32 = self.flops32.at(rows)
+        arithmetic = (self.flops.at(rows) - in_float32) / flops_per_second + in_float32 / flops32_per_second
         return float(np.maximum(arithmetic, self.traffic.at(rows) / bytes_per_second).sum())
 
 
@@ -122,23 +124,25 @@ class Survey:
 
 
 def look(
-    settings: ModelSettings, precision: str, device: Device, inference: Curve | None = None, held: bool = False
+    settings: ModelSettings,
+    precision: str,
+    device: Device,
+    inference: Curve | None = None,
+    held: bool = False,
+    float32_modules: tuple[str, ...] = (),
 ) -> Survey:
     """Builds the model without weights and traces it; ``device`` says whose autocast and whose memory is meant.
 
     ``inference`` saves a trace where it is known already: recomputation does not change it. ``held`` keeps locked
-    weights as a teacher does: in bf16 where that is computed in.
+    weights as a teacher does: in what is computed in. ``float32_modules`` are those of ``engine.float32_modules``.
     """
-    if precision != "bf16" and settings != settings.at_rest:
-        raise UserError(
-            "model.lora.base bfloat16 is for cards that compute in bf16, and this one computes in fp32: leave it out"
-        )
-    if settings.lora is not None and settings.lora.base in QUANTIZED:  # an upper bound
-        settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"base": "bfloat16"})})
+    settings = _as_held(settings, precision)
     with _readable(settings) as (readable, note), torch.device("meta"):
         model = build(readable, weights=False)
-    if held and precision == "bf16":
-        hold_base(model.towers, torch.bfloat16)
+    if held and precision != "fp32":
+        hold_base(model.towers, DTYPES[precision])
+    if precision != "fp32":
+        keep_float32(model, float32_modules, "cpu")
     model.train()
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
@@ -167,13 +171,26 @@ def look(
     shortened = Shortened(model, math.lcm(*periods))
     with FakeTensorMode(allow_non_fake_inputs=True), as_on(device) as parking:
         fake: Any = model.to_empty(device="cpu")
-        training = Curve.through(
-            *(_trace(fake, shortened, rows, precision, census["towers_trained"], parking) for rows in SIZES)
-        )
-        inference = inference or Curve.through(
-            *(_trace(fake, shortened, rows, precision, None, parking) for rows in SIZES)
-        )
+        if precision != "fp32":
+            autocast_forward(fake, DTYPES[precision], LossScale() if precision == "fp16" else None, "cpu")
+        training = Curve.through(*(_trace(fake, shortened, rows, census["towers_trained"], parking) for rows in SIZES))
+        inference = inference or Curve.through(*(_trace(fake, shortened, rows, None, parking) for rows in SIZES))
     return Survey(**census, training=training, inference=inference, note=note)
+
+
+def _as_held(settings: ModelSettings, precision: str) -> ModelSettings:
+    """``settings`` with the base as this precision's training holds it; an upper bound for one in few bits."""
+    if settings.lora is None:
+        return settings
+    computed = str(DTYPES[precision]).removeprefix("torch.")
+    if settings.lora.base in QUANTIZED:
+        return settings.model_copy(update={"lora": settings.lora.model_copy(update={"base": computed})})
+    if settings.lora.base not in ("float32", computed):
+        raise UserError(
+            f"model.lora.base {settings.lora.base} is for cards that compute in it, and this one computes in "
+            f"{precision}: {'leave it out' if precision == 'fp32' else f'take {computed}, or leave it out'}"
+        )
+    return settings
 
 
 @contextlib.contextmanager
@@ -207,56 +224,6 @@ def _cached(name: str) -> bool:
     )
 
 
-class Parking:
-    """Stands for host memory: what is parked there leaves the device's account and enters the host's."""
-
-    def __init__(self) -> None:
-        self.recorder: Recorder | None = None
-
-    def hooks(self, pin_memory: bool = False, device_type: str = "cuda") -> Any:
-        def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-            assert self.recorder is not None
-            self.recorder.host += tensor.nbytes
-            return tensor.shape, tensor.dtype
-
-        def unpack(parked: tuple[torch.Size, torch.dtype]) -> Tensor:
-            return torch.empty(parked[0], dtype=parked[1])
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-@contextlib.contextmanager
-def as_on(device: Device) -> Iterator[Parking]:
-    """The traced tensors say "cpu", since a PyTorch without CUDA refuses fake ones; what a GPU does otherwise is put in
-    its place here."""
-    parking = Parking()
-    layer_norm, save_on_cpu = F.layer_norm, torch.autograd.graph.save_on_cpu
-
-    def layer_norm_in_float32(
-        input: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
-    ) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):  # CUDA's autocast runs norms in float32, the CPU's in what comes
-            input = input.float()
-        return layer_norm(input, shape, weight, bias, eps)
-
-    def full_grids(weights: Tensor, shapes: Tensor, max_length: int) -> Tensor:
-        rows = F.interpolate(weights.permute(2, 0, 1)[None], size=(1, max_length), mode="bilinear")
-        return rows.reshape(-1, max_length).T.expand(len(shapes), -1, -1).clone()
-
-    # NaFlex reads the shape of each picture's grid, which a fake tensor does not have: the budget is taken to be full.
-    own_grids = Siglip2VisionEmbeddings.resize_positional_embeddings
-    setattr(Siglip2VisionEmbeddings, "resize_positional_embeddings", staticmethod(full_grids))  # noqa: B010 (mypy knows it as a method)
-    if device == "cuda":
-        F.layer_norm = layer_norm_in_float32  # type: ignore[assignment]
-        torch.autograd.graph.save_on_cpu = parking.hooks  # type: ignore[assignment,misc]
-    try:
-        yield parking
-    finally:
-        setattr(Siglip2VisionEmbeddings, "resize_positional_embeddings", staticmethod(own_grids))  # noqa: B010
-        F.layer_norm = layer_norm
-        torch.autograd.graph.save_on_cpu = save_on_cpu  # type: ignore[misc]
-
-
 def _image_inputs(rows: int, preprocess: Preprocess) -> Tensor:
     precomputed = preprocess.precomputed
     if precomputed is not None and precomputed.side == "image":
@@ -271,16 +238,13 @@ def _text_inputs(rows: int, preprocess: Preprocess) -> Tensor:
     return torch.zeros(rows, preprocess.num_tokens, dtype=torch.int64)
 
 
-def _trace(
-    model: Any, shortened: Shortened, rows: int, precision: str, trained: tuple[bool, bool] | None, parking: Parking
-) -> Trace:
+def _trace(model: Any, shortened: Shortened, rows: int, trained: tuple[bool, bool] | None, parking: Parking) -> Trace:
     """One micro-batch; ``trained`` None stops after the forward pass, without gradient."""
     pixels, tokens = _image_inputs(rows, model.preprocess), _text_inputs(rows, model.preprocess)
     image, text = trained if trained is not None and any(trained) else (True, True)
     recorder = parking.recorder = shortened.recorder = Recorder(model.parameters())
     with recorder, torch.set_grad_enabled(trained is not None):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            z = model(pixels if image else None, tokens if text else None)
+        z = model(pixels if image else None, tokens if text else None)
         if trained is not None:
             leaf = [torch.zeros_like(part) for part in z[:4]]
             terms = [

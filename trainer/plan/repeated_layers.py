@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trainer.engine.precision import InFloat32
 from trainer.plan.trace import Recorder, Trace
 
 FIRST = 2  # around the first layers memory is not yet periodic: whoever called the stack still holds its input
@@ -81,7 +82,8 @@ class Shortened:
 
 
 def stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost lists of equal layers in ``model``; a list whose layers are frozen unevenly is not one."""
+    """The outermost lists of equal layers in ``model``; one whose layers are frozen or kept in float32 unevenly is
+    not one."""
     for child in model.children():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({_kind(layer) for layer in child}) == 1:
             yield child
@@ -90,4 +92,5 @@ def stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    return (type(layer), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()))
+    weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return type(layer), weights, tuple(isinstance(module.forward, InFloat32) for module in layer.modules())

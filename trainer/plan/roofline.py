@@ -2,8 +2,8 @@
 printed.
 
 Every operator takes max(FLOPs / attained FLOP/s, bytes / attained bandwidth), attained being MATRIX and STREAM of the
-datasheet's dense figures. Collectives run at the slowest link on their ring and overlap with nothing: a step in
-practice is somewhat faster where DeepSpeed overlaps them.
+datasheet's dense figures, for the dtype that the operator multiplies. Collectives run at the slowest link on their ring
+and overlap with nothing: a step in practice is somewhat faster where DeepSpeed overlaps them.
 """
 
 from __future__ import annotations
@@ -21,29 +21,36 @@ BUS_BYTES = 20e9  # between host and device
 
 @dataclass(frozen=True)
 class Card:
-    """Dense datasheet figures: bf16 (0 where there are no units for it) and fp32 FLOP/s, bytes a second of memory and
-    to the next card."""
+    """Dense datasheet figures: FLOP/s of products of 16-bit numbers summed in float32 (as cuBLAS does) and of float32
+    numbers, bytes a second of memory and to the next card."""
 
     name: str
     half: float
     single: float
     memory: float
     link: float
+    bf16: bool = True
+    """Whether the 16-bit numbers may be bf16; otherwise they are fp16 and bf16 is computed as fp32."""
 
     def precision(self, wanted: str) -> str:
         """What ``engine.precision`` comes to on this card."""
-        return ("bf16" if self.half else "fp32") if wanted == "auto" else wanted
+        return ("bf16" if self.bf16 else "fp16") if wanted == "auto" else wanted
 
     def attained(self, precision: str) -> float:
-        """FLOP/s of matrix products; a card without bf16 units computes it as fp32."""
-        return MATRIX * (self.half or self.single if precision == "bf16" else self.single)
+        """FLOP/s of matrix products."""
+        return MATRIX * (self.half if precision == "fp16" or (precision == "bf16" and self.bf16) else self.single)
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("t4", 0, 8.1e12, 320e9, 10e9),
-        Card("v100", 0, 15.7e12, 900e9, 120e9),
+        Card("gtx1660ti", 5.4e12, 5.4e12, 288e9, 10e9, bf16=False),  # no tensor cores
+        Card(
+            "rtx2080ti", 53.8e12, 13.4e12, 616e9, 10e9, bf16=False
+        ),  # twice that with float16 sums, which are not used
+        Card("titanrtx", 130.5e12, 16.3e12, 672e9, 10e9, bf16=False),
+        Card("t4", 65e12, 8.1e12, 320e9, 10e9, bf16=False),
+        Card("v100", 125e12, 15.7e12, 900e9, 120e9, bf16=False),
         Card("rtx3090", 71e12, 35.6e12, 936e9, 20e9),
         Card("rtx4090", 165e12, 82.6e12, 1008e9, 20e9),
         Card("rtx5090", 210e12, 105e12, 1792e9, 40e9),
@@ -60,7 +67,8 @@ CARDS = {
 
 def default_card(memory_bytes: float) -> Card:
     """A common card with about that much memory."""
-    for limit, name in ((17, "v100"), (25, "rtx4090"), (49, "l40s"), (81, "a100"), (142, "h200")):
+    known = ((12, "rtx2080ti"), (15.5, "t4"), (17, "v100"))
+    for limit, name in (*known, (25, "rtx4090"), (49, "l40s"), (81, "a100"), (142, "h200")):
         if memory_bytes <= limit * 2**30:
             return CARDS[name]
     return CARDS["b200"]
@@ -73,23 +81,25 @@ def step_seconds(
     ranks; ``tflops`` replaces the attained matrix rate.
     """
     matrix = tflops * 1e12 if tflops else card.attained(precision)
+    matrix32 = matrix if precision == "fp32" else card.attained("fp32")
     stream = STREAM * card.memory
     sizes = [job.micro_batch] * (job.local_batch // job.micro_batch)
     sizes += [job.local_batch % job.micro_batch] if job.local_batch % job.micro_batch else []
     seconds = {"pass 1": 0.0, "pass 2": 0.0}
     for rows in set(sizes):
-        seconds["pass 2"] += sizes.count(rows) * survey.training.seconds(rows, matrix, stream)
+        seconds["pass 2"] += sizes.count(rows) * survey.training.seconds(rows, matrix, matrix32, stream)
         if len(sizes) > 1:
-            seconds["pass 1"] += sizes.count(rows) * survey.inference.seconds(rows, matrix, stream)
+            seconds["pass 1"] += sizes.count(rows) * survey.inference.seconds(rows, matrix, matrix32, stream)
     if job.teacher is not None:
         seconds["teacher"] = sum(
-            sizes.count(rows) * job.teacher.inference.seconds(rows, matrix, stream) for rows in set(sizes)
+            sizes.count(rows) * job.teacher.inference.seconds(rows, matrix, matrix32, stream) for rows in set(sizes)
         )
     parked = sum(2 * survey.training.host_bytes(rows) for rows in sizes)
-    seconds["loss"] = 6.0 * job.local_batch * job.local_batch * job.ranks * survey.embed_dim / (MATRIX * card.single)
+    products = card.attained("fp16" if job.loss is not None and job.loss.precision == "fast" else "fp32")
+    seconds["loss"] = 6.0 * job.local_batch * job.local_batch * job.ranks * survey.embed_dim / products
     if job.teacher is not None:  # two sweeps, each with the logits of both models; gradients in one
         widths = 4.0 * survey.embed_dim + 2.0 * job.teacher.embed_dim
-        seconds["loss"] += 2 * widths * job.local_batch * job.local_batch * job.ranks / (MATRIX * card.single)
+        seconds["loss"] += 2 * widths * job.local_batch * job.local_batch * job.ranks / card.attained("fp32")
     stage, part = int(zero.get("stage", 0)), survey.trainable / (job.ranks if zero.get("stage", 0) else 1)
     offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     seconds["optimizer"] = 7 * part / (HOST_BYTES if offloads else stream)

@@ -32,10 +32,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 Floats = NDArray[np.float64]
+ASKS_FOR_DEVICE = torch.ops.prim.device.default  # of fake tensors this is an operator, and the most frequent one
 NEVER = 2**62  # the end of a storage that outlives the trace
 # The CPU's attention has no entry in torch's registry: two products forward, five backward.
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # the only view whose schema does not say so
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Trace:
     gradients: Floats
     """Bytes of parameter gradients finished by then."""
     flops: Floats
+    flops32: Floats
+    """Those of them that multiply float32 numbers: under autocast, what is kept out of it."""
     traffic: Floats
     """Bytes that each operator reads and writes."""
     lives: NDArray[np.int64]
@@ -88,6 +92,7 @@ class Trace:
             gradients=np.cumsum(_repeated(np.diff(self.gradients, prepend=0.0), start, stop, times)),
             host=np.cumsum(_repeated(np.diff(self.host, prepend=0.0), start, stop, times)),
             flops=_repeated(self.flops, start, stop, times),
+            flops32=_repeated(self.flops32, start, stop, times),
             traffic=_repeated(self.traffic, start, stop, times),
             lives=lives,
             turn=self.turn + (length if stop <= self.turn else 0),
@@ -114,13 +119,15 @@ class Recorder(TorchDispatchMode):
         self._finished = 0
         self._known: dict[int, int] = {}
         self._lives: list[list[int]] = []
-        self._columns: tuple[list[float], ...] = ([], [], [], [], [])
+        self._columns: tuple[list[float], ...] = ([], [], [], [], [], [])
         self._hooks = [p.register_post_accumulate_grad_hook(self._book) for p in parameters if p.requires_grad]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is ASKS_FOR_DEVICE:
+            return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in inputs:
@@ -128,8 +135,7 @@ class Recorder(TorchDispatchMode):
         for tensor in outputs:
             self._see(tensor, made_here=True)
         operations, moved = _operations(func, args, kwargs or {}, out), _traffic(func, inputs, outputs)
-        for column, value in zip(self._columns, (self.live, self._finished, operations, moved, self.host), strict=True):
-            column.append(value)
+        self._note(operations, operations if inputs and inputs[0].dtype == torch.float32 else 0.0, moved)
         return out
 
     def turn(self) -> None:
@@ -150,11 +156,16 @@ class Recorder(TorchDispatchMode):
         """What was recorded; the recorder is done."""
         for hook in self._hooks:
             hook.remove()
-        for column, value in zip(self._columns, (self.live, self._finished, 0.0, 0.0, self.host), strict=True):
-            column.append(value)  # what the last operator left behind shows only now
-        live, gradients, flops, traffic, host = (np.array(column, dtype=np.float64) for column in self._columns)
+        self._note(0.0, 0.0, 0.0)  # what the last operator left behind shows only now
+        columns = [np.array(column, dtype=np.float64) for column in self._columns]
+        live, gradients, flops, flops32, traffic, host = columns
         lives = np.array(self._lives, dtype=np.int64).reshape(-1, 3)
-        return Trace(live - gradients, gradients, flops, traffic, lives, host, self._turn or len(live))
+        return Trace(live - gradients, gradients, flops, flops32, traffic, lives, host, self._turn or len(live))
+
+    def _note(self, flops: float, flops32: float, traffic: float) -> None:
+        values = (self.live, self._finished, flops, flops32, traffic, self.host)
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
 
     def _book(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -188,6 +199,8 @@ def _operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
 
 def _traffic(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     schema = func._schema
+    if func is UNSAFE_VIEW:
+        return 0.0
     if not schema.is_mutable and schema.returns and all(value.alias_info is not None for value in schema.returns):
         return 0.0  # a view
     return float(sum(t.nbytes for t in inputs) + sum(t.nbytes for t in outputs))

@@ -56,9 +56,9 @@ class LoraSettings(Settings):
     "Modules that train whole and are saved with the adapter, such as visual_projection."
     path: str | None = None
     "An adapter directory to start from; its base must be this model."
-    base: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
-    """How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training; int8 and nf4 round
-    (GPU, bitsandbytes)."""
+    base: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
+    """How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training, float16 none of fp16
+    training; int8 and nf4 round (GPU, bitsandbytes)."""
 
     @model_validator(mode="after")
     def _dora_reads_weights(self) -> LoraSettings:
@@ -162,7 +162,7 @@ def hold_base(towers: PreTrainedModel, dtype: torch.dtype) -> None:
     ``dtype`` for good.
 
     Norms, embeddings and the projections inside nn.MultiheadAttention are read in float32 and stay so: the numbers of
-    bf16 training do not change. The adapter, the temperature and the bias are float32.
+    training under autocast to ``dtype`` do not change. The adapter, the temperature and the bias are float32.
     """
     for module in towers.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

@@ -35,9 +35,11 @@ def quantize(towers: PreTrainedModel, kind: str) -> None:
     Raises UserError without bitsandbytes or a GPU.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"model.lora.base {kind} needs bitsandbytes: pip install bitsandbytes, or take bfloat16")
+        raise UserError(
+            f"model.lora.base {kind} needs bitsandbytes: pip install bitsandbytes, or take bfloat16 or float16"
+        )
     if not has_gpu():
-        raise UserError(f"model.lora.base {kind} needs a GPU, and there is none: take bfloat16, or float32")
+        raise UserError(f"model.lora.base {kind} needs a GPU, and there is none: take bfloat16, float16, or float32")
     for name, module in list(towers.named_modules()):
         if type(module) is nn.Linear and in_layer(name):
             parent, _, last = name.rpartition(".")
@@ -45,6 +47,12 @@ def quantize(towers: PreTrainedModel, kind: str) -> None:
     setattr(
         towers, {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}[kind], True
     )  # PEFT chooses its layers by this
+
+
+def _computes_in() -> torch.dtype:
+    """What the GPU has units for."""
+    before_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    return torch.float16 if before_ampere else torch.bfloat16
 
 
 def _packed(layer: nn.Linear, kind: str) -> nn.Module:
@@ -58,6 +66,6 @@ def _packed(layer: nn.Linear, kind: str) -> nn.Module:
     if kind == "int8":
         packed = bitsandbytes.nn.Linear8bitLt(**sizes, has_fp16_weights=False)
     else:
-        packed = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
+        packed = bitsandbytes.nn.Linear4bit(**sizes, compute_dtype=_computes_in(), quant_type="nf4")
     packed.load_state_dict(layer.state_dict())
     return packed.requires_grad_(False)
