@@ -64,11 +64,11 @@ ROWS = [
 KEYS = ["loss.name=softmax", "batch.size=64", "eval.every=0", "checkpoint.every=1000000000", "engine.ds_config=zero0"]
 
 
-def cost(settings: OptimSettings) -> tuple[float, float]:
+def cost(settings: OptimSettings, layers: int = 6, where: torch.device | None = None) -> tuple[float, float]:
     """Bytes of state a trained parameter, and nanoseconds an update takes for one."""
-    torch.set_num_threads(1)
+    tiny_tokenizer()
     torch.manual_seed(0)
-    model = build(Setting("", width=512, layers=6).settings())
+    model = build(Setting("", width=512, layers=layers).settings()).to(where or torch.device("cpu"))
     optimizer = build_optimizer(model, settings, model.parameter_groups())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -76,6 +76,8 @@ def cost(settings: OptimSettings) -> tuple[float, float]:
     for _ in range(7):
         start = time.perf_counter()
         optimizer.step()
+        if where is not None and where.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     count = sum(parameter.numel() for parameter in model.parameters())
     held = [value for state in optimizer.state.values() for value in state.values()]
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32_000)
     parser.add_argument("--no-training", action="store_true", help="bytes and time alone")
     options = parser.parse_args()
-    tiny_tokenizer()
+    torch.set_num_threads(1)
     if not options.no_training:
         make_data(options.data)
     print(

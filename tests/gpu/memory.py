@@ -17,7 +17,7 @@ from trainer.core.types import Batch
 from trainer.engine import EngineSettings, build_engine
 from trainer.losses import SigmoidLoss, SigmoidSettings
 from trainer.models import ModelSettings, build
-from trainer.optim import AdamWSettings, build_optimizer
+from trainer.optim import AdafactorSettings, AdamWSettings, MuonSettings, OptimSettings, build_optimizer
 from trainer.plan.memory import Job, forecast
 from trainer.plan.model_shapes import KNOWN, stand_in
 from trainer.plan.profile import look
@@ -39,11 +39,18 @@ def batch_for(model: Any, rows: int) -> Batch:
     return Batch(pixels, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(rows), torch.arange(rows))
 
 
-def peak_of_training(settings: ModelSettings, rows: int, micro_batch: int, ds_config: str, precision: str) -> int:
+def peak_of_training(
+    settings: ModelSettings,
+    rows: int,
+    micro_batch: int,
+    ds_config: str,
+    precision: str,
+    optim: OptimSettings | None = None,
+) -> int:
     """Largest memory of tensors in the third step."""
     engine_settings = EngineSettings(ds_config=ds_config, precision=precision)  # type: ignore[arg-type]
     model = build(settings)
-    engine = build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0)
+    engine = build_engine(model, build_optimizer(model, optim or AdamWSettings()), engine_settings, clip=1.0)
     batch, loss = batch_for(model, rows), SigmoidLoss()
     del model
     for _ in range(2):
@@ -55,16 +62,24 @@ def peak_of_training(settings: ModelSettings, rows: int, micro_batch: int, ds_co
     return torch.cuda.max_memory_allocated()
 
 
-def planned(name: str, extra: dict[str, Any], rows: int, micro_batch: int, ds_config: str, precision: str) -> Measured:
+def planned(
+    name: str,
+    extra: dict[str, Any],
+    rows: int,
+    micro_batch: int,
+    ds_config: str,
+    precision: str,
+    optim: OptimSettings | None = None,
+) -> Measured:
     if not on_gpu():
         raise Skip("tests/benchmarks/plan.py measures the planner on the CPU")
     distributed.init(60)
     with tempfile.TemporaryDirectory(), stand_in(ModelSettings(path=name), KNOWN[name]) as known:
         settings = real_settings(name, known, extra)
         survey = look(settings, precision, "cuda")
-        job = Job(1, rows, micro_batch, loss=SigmoidSettings())
+        job = Job(1, rows, micro_batch, loss=SigmoidSettings(), optim=optim or AdamWSettings())
         guess = forecast(survey, zero_section(ds_config), job).total
-        truth = peak_of_training(settings, rows, micro_batch, ds_config, precision)
+        truth = peak_of_training(settings, rows, micro_batch, ds_config, precision, optim)
     gc.collect()
     torch.cuda.empty_cache()
     error = guess / truth - 1
@@ -122,6 +137,19 @@ def checks(dry: bool) -> list[Check]:
         Check(title, f"within {100 * LIMIT:.0f}%", partial(planned, name, extra, rows, micro, config, precision))
         for title, name, extra, rows, micro, config, precision in (cases[:1] if dry else cases)
     ]
+    optimizers = [
+        Check(
+            f"SigLIP ViT-B/16, {title}",
+            f"within {100 * LIMIT:.0f}%",
+            partial(planned, base, {}, 64, 16, "zero0", "bf16", optim),
+        )
+        for title, optim in (
+            ("AdamW, int8 moments", AdamWSettings(moments="int8")),
+            ("Adafactor", AdafactorSettings()),
+            ("Muon", MuonSettings()),
+        )
+    ]
+    found += [] if dry else optimizers
     return [
         Check("the planner answers", "a peak", tiny_forecast),
         *found,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.benchmarks.optimizers import ROWS, Row, cost
 from tests.gpu import emulated
 from tests.gpu.checks import Check, Measured, Skip, on_gpu, peak_bytes, seconds
 from tests.gpu.memory import batch_for
@@ -175,6 +176,12 @@ def loader(rows: int, batches: int) -> Measured:
     return Measured(f"{rate:.0f} tiny pairs/s on {batch.pixels.device}", batch.pixels.device == distributed.device())
 
 
+def update(row: Row, layers: int) -> Measured:
+    """An optimizer's step alone."""
+    held, nanoseconds = cost(row.settings, layers, distributed.device())
+    return Measured(f"{nanoseconds:.2f} ns and {held:.2f} bytes a parameter", None, {"ns": nanoseconds, "bytes": held})
+
+
 def checks(dry: bool) -> list[Check]:
     rows = 256 if dry else 65536
     half = torch.float32 if dry else torch.bfloat16
@@ -188,5 +195,6 @@ def checks(dry: bool) -> list[Check]:
             "one pass >= 0.95x, two >= 0.7x of plain torch",
             partial(towers, dry, 16 if dry else 1024, 4 if dry else 256),
         ),
+        *(Check(f"update, {row.name}", "", partial(update, row, 1 if dry else 6)) for row in ROWS),
         Check("loader into the device", "arrives", partial(loader, 32, 4 if dry else 50)),
     ]
