@@ -16,7 +16,7 @@ LAYERS = [
     {"plan", "defaults", "blend"},
     {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
-    {"api", "search", "runs"},
+    {"api", "search", "runs", "finetune"},
     {"cli"},
     {"__main__"},
 ]

@@ -23,6 +23,7 @@ from trainer.core.shipped import shipped
 TRAINER: Groups = {
     "Training": {
         "train": "train or finetune, as a recipe says; resumes a run",
+        "finetune": "finetune a model on your pairs by one line: chooses, trains, measures what is forgotten",
         "plan": "forecast memory and time per GPU; choose ds_config and micro-batch",
         "doctor": "check this machine or a cluster before a run",
         "embed": "store the embeddings of a locked tower beside the shards (SigLiT)",

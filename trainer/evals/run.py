@@ -129,7 +129,7 @@ def evaluate(
             found.sizes[path] = counts | {"damaged": sum(pictures.damaged.values())}
         return embedded[path]
 
-    for path, prefix in zip(paths, _prefixes(paths), strict=True):
+    for path, prefix in zip(paths, prefixes(paths), strict=True):
         pictures = pictures_at(path)
         if any(seen.captions for seen in pictures.seen):
             whole = found.retrieved[prefix] = _retrieve(pictures, encoder)
@@ -206,7 +206,7 @@ def _by_value(whole: Retrieved, name: str, encoder: Encoder) -> dict[str, Retrie
     return found
 
 
-def _prefixes(paths: list[str]) -> list[str]:
+def prefixes(paths: list[str]) -> list[str]:
     """Empty for one dataset; else the folder's name and a slash, or the whole path where two folders are called the
     same."""
     if len(paths) == 1:

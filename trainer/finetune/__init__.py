@@ -1,0 +1,1 @@
+"""``python -m trainer.finetune``: see __main__.py."""

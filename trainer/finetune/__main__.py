@@ -1,0 +1,122 @@
+"""Finetunes a model on one's own pairs by one line, and says whether it was worth it.
+
+    python -m trainer.finetune openai/clip-vit-base-patch32 pictures/                   # shards, a folder or a table
+    python -m trainer.finetune MODEL shards/train --general shards/coco                 # and what must not be forgotten
+    python -m trainer.finetune MODEL shards/train --for species                         # a metadata field that is the
+    class python -m trainer.finetune MODEL shards/train --dry-run                             # the recipe alone, with
+    the reasons
+
+It looks at the model and the data, holds out validation pairs, chooses a recipe and says why, tries rates in short
+runs, trains, and exports the best checkpoint: where a general set is given, mixed with the base (WiSE-FT) as far as
+needed to lose at most one point there. OUT then holds recipe.yaml (edit it and start the same command again to go your
+own way), run/ (the run), model/ (for transformers) and report.html. A stopped command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data_tools.io.errors import run_command
+from data_tools.io.files import write_atomic
+from trainer import config
+from trainer.core.logs import to_the_terminal
+from trainer.core.types import UserError
+from trainer.finetune.choose import Plan, choose
+from trainer.finetune.data import prepare
+from trainer.finetune.finish import finish
+from trainer.finetune.sweep import sweep, train
+from trainer.models import DualEncoder
+
+PLAN = "plan.yaml"
+
+
+def main(argv: list[str]) -> int:
+    options = _options(argv)
+    to_the_terminal()
+    out = options.out or Path("runs") / f"finetune-{Path(options.model).name}"
+    model = DualEncoder.from_pretrained(options.model)
+    data, told = prepare(options.data, out, options.validation, options.label, model)
+    say(f"{options.model}: {model.family}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", *told)
+    adapter = {"whole": False, "lora": True, None: None}[options.train]
+    gpus = max(1, torch.cuda.device_count())
+    plan = choose(
+        options.model,
+        model,
+        data,
+        out,
+        label=options.label,
+        general=options.general,
+        replay=options.replay,
+        adapter=adapter,
+        gpus=gpus,
+    )
+    del model
+    recipe = out / "recipe.yaml"
+    if recipe.is_file():
+        say(f"{recipe} is there: it is used as it is; remove it to choose anew")
+    else:
+        say(*plan.reasons)
+        if not options.dry_run and not options.no_sweep:
+            sweep(plan, out / "sweep", options.minutes, gpus)
+        write_recipe(plan, recipe)
+    if options.dry_run:
+        print(f"{recipe} written; train it with: deepspeed --module trainer.train {recipe}")
+        return 0
+    train(recipe, out / "run", gpus)
+    return finish(plan, options.model, config.load(recipe), out)
+
+
+def say(*lines: str) -> None:
+    """At once, so that the first line comes before the hours."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def write_recipe(plan: Plan, path: Path) -> None:
+    """The recipe, with what was chosen and why above it."""
+    import yaml
+
+    plan.recipe()  # a mistake of ours is told before hours of training
+    head = "".join(f"# {line}\n" for line in plan.reasons)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, head + "\n" + yaml.safe_dump(plan.tree, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face CLIP or SigLIP: a directory or a hub name")
+    parser.add_argument("data", metavar="DATA", help="shards, a folder of pictures, or a table of pairs")
+    parser.add_argument(
+        "--for",
+        dest="label",
+        default="retrieval",
+        metavar="retrieval|FIELD",
+        help="what it is for: retrieval (default), or classifying by a field of the metadata",
+    )
+    parser.add_argument(
+        "--general", metavar="SHARDS", help="pairs of what must not be forgotten; measured, not trained on"
+    )
+    parser.add_argument(
+        "--replay", metavar="SHARDS", help="pairs to remember: three in ten of each batch come from there"
+    )
+    parser.add_argument("--validation", metavar="SHARDS", help="your own validation pairs, instead of holding some out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where all goes (default runs/finetune-MODEL)")
+    parser.add_argument("--train", choices=("whole", "lora"), help="whole towers or an adapter, instead of choosing")
+    parser.add_argument("--minutes", type=float, metavar="N", help="shorten the run so that it takes about so long")
+    parser.add_argument("--no-sweep", action="store_true", help="take the usual rate without trying others")
+    parser.add_argument("--dry-run", action="store_true", help="write the recipe and stop")
+    options = parser.parse_args(argv)
+    options.label = None if options.label == "retrieval" else options.label
+    if options.minutes is not None and options.minutes <= 0:
+        raise UserError(f"--minutes {options.minutes:g} is no time to train in; leave it out, or give more than 0")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

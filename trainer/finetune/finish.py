@@ -1,0 +1,104 @@
+"""What a finished run leaves: the model to use, its card, the report and one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from data_tools.io.files import write_atomic
+from trainer import checkpoint, evaluate, export, report
+from trainer.blend import blend, whole
+from trainer.config import Recipe
+from trainer.core import distributed
+from trainer.evals import Evaluation
+from trainer.evals import evaluate as measure
+from trainer.evals.gallery import make_gallery
+from trainer.finetune.choose import Plan
+from trainer.finetune.sweep import LOSS, Scores
+from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.card import measured_table
+
+SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+"""Of the trained weights in the model that is exported; the largest that keeps what must be kept."""
+
+
+def finish(plan: Plan, path: str, recipe: Recipe, out: Path) -> int:
+    """Exports the model that gains most and loses at most LOSS of the general set, and says what was gained."""
+    source, record = checkpoint.find_best(recipe.run.directory)
+    model, _ = checkpoint.load_model(recipe.model, source)
+    tuned = whole(model).to(distributed.device()).eval()
+    tuned.settings = tuned.settings.model_copy(update={"path": path})
+    base = base_of(recipe, path)
+    before = _measure(base, recipe)
+    start = Scores.of(plan, before.metrics)
+    share, chosen, after = _choose(plan, base, tuned, recipe, start)
+    found = Scores.of(plan, after.metrics)
+    about = {
+        "model": str(out / "model"),
+        "average": False,
+        "against": path,
+        "command": f"python -m trainer.finetune {path} ...",
+    }
+    result = evaluate.result(after, before, recipe.eval, about)
+    _write(chosen, recipe, source, share, path, out, result)
+    for folder in (out, recipe.run.directory):
+        write_atomic(folder / "evaluation.json", json.dumps(result, ensure_ascii=False, indent=1))
+        write_atomic(folder / "gallery.json", json.dumps(make_gallery(after), ensure_ascii=False))
+    report.write_report(recipe.run.directory, out / "report.html")
+    print(f"{out / 'model'}: for transformers; {out / 'report.html'}: what happened; recipe: {out / 'recipe.yaml'}")
+    if record is not None and record["samples_seen"] == 0:
+        print(
+            "no evaluation was better than the base, which is what is exported: more data, or another --train, may help"
+        )
+    print(last_line(plan, start, found, share))
+    return 0
+
+
+def last_line(plan: Plan, before: Scores, after: Scores, share: float) -> str:
+    """The one that people look for."""
+    what = plan.own[0].removesuffix("_top1") + " top-1" if plan.own[0].endswith("_top1") else "R@1"
+    text = f"{what} {100 * before.own:.1f} -> {100 * after.own:.1f}"
+    if before.general is None or after.general is None:
+        return f"{text} on held-out pairs (what was forgotten is unknown: give --general SHARDS)"
+    mixed = f" (weights: {share:g} trained, {1 - share:g} base)" if share < 1 else ""
+    return f"{text}; on your general set {100 * before.general:.1f} -> {100 * after.general:.1f}{mixed}"
+
+
+def _choose(
+    plan: Plan, base: DualEncoder, tuned: DualEncoder, recipe: Recipe, start: Scores
+) -> tuple[float, DualEncoder, Evaluation]:
+    """(share of the trained weights, that model, what it can do)."""
+    for share in SHARES:
+        model = tuned if share == 1 else _between(base, tuned, share)
+        found = _measure(model, recipe)
+        scores = Scores.of(plan, found.metrics)
+        if scores.lost(start) <= LOSS:
+            return share, model, found
+    return 0.0, base, _measure(base, recipe)
+
+
+def base_of(recipe: Recipe, path: str) -> DualEncoder:
+    """The model that the run began with, for pictures and captions of the run's sizes."""
+    sizes = {key: getattr(recipe.model, key) for key in ("image_size", "num_patches", "num_tokens")}
+    return build(ModelSettings(path=path, **sizes)).to(distributed.device()).eval()
+
+
+def _between(base: DualEncoder, tuned: DualEncoder, share: float) -> DualEncoder:
+    return blend([copy.deepcopy(tuned), base], [share, 1 - share], ["the run", "the model that it began with"])
+
+
+def _measure(model: DualEncoder, recipe: Recipe) -> Evaluation:
+    return measure(model, recipe.eval, model.preprocess, 0, 1, recipe.data)
+
+
+def _write(
+    model: DualEncoder, recipe: Recipe, source: Path, share: float, path: str, out: Path, result: dict[str, Any]
+) -> None:
+    between = f"{share:g} of the trained ones, {1 - share:g} of {path} (WiSE-FT, arXiv 2109.01903)"
+    mixed = [f"weights: {between if share < 1 else 'as trained'}"]
+    text = export.card(model, recipe, recipe.run.directory, source, out / "model", False, False, "transformers", mixed)
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out / "model")
+    (out / "model" / "README.md").write_text(text + measured_table(result), encoding="utf-8")
