@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ class Survey:
     """Forward with gradient, and backward."""
     inference: Curve
     """Forward without gradient: pass 1."""
-    shapes: Shapes = field(default_factory=dict)
+    shapes: Shapes
     """Of the trained parameters: what the optimizer's moments take."""
     note: str = ""
     """Where the shapes come from when not from the recipe's own model."""
