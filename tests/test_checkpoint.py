@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_model_is_one_line_on_every_rank(tmp_path: Path)
     run_ranks(make, 1)
     for message, untouched in run_ranks(wrong, 2, 9, None):
         assert (
-            "of another model: body.weight is [7, 5] there and [9, 5] here; body.bias is [7] there and [9] here"
+            "does not match the model: body.weight is [7, 5] in the checkpoint, [9, 5] here; body.bias is [7] in the checkpoint, [9] here"
             in message
         )
         assert "and 1 more" in message and "\n" not in message and untouched
@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, on_failure: Any, a
         assert left == [8] and good is not None
         assert after == [16]
         if on_failure == "stop":
-            assert "File too large" in error and str(tmp_path) in error and "make room" in error
+            assert "File too large" in error and str(tmp_path) in error and "free some space" in error
         else:
             assert error == ""
 

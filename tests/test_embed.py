@@ -301,7 +301,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
         ([STORED, "model.mask.drop=0.5"], "cannot be dropped"),
         (["model.precomputed.image=../../x"], "'model.precomputed.image': '../../x' cannot name a column"),
         (["model.precomputed.image=''"], "'model.precomputed.image': '' cannot name a column"),
-        (["model.precomputed={image: a, text: b}"], "one tower can be stored"),
+        (["model.precomputed={image: a, text: b}"], "only one tower can be precomputed"),
     ],
 )
 def test_a_mistake_is_one_clear_line(embedded: Path, tmp_path: Path, overrides: list[str], says: str) -> None:

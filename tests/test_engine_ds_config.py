@@ -73,9 +73,9 @@ def test_misspelt_keys_are_not_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["x", -4, [1]])
 def test_values_of_another_kind_are_refused(tmp_path: Path, value: Any) -> None:
     message = refusal(tmp_path, {"zero_optimization": {"stage": 1, "reduce_bucket_size": value}})
-    assert f"'zero_optimization.reduce_bucket_size' is {value!r}: a number" in message
-    assert "'comms_logger' is 3: it is a section" in refusal(tmp_path, {"comms_logger": 3})
-    assert "'steps_per_print' is 'x': a number" in refusal(tmp_path, {"steps_per_print": "x"})
+    assert f"'zero_optimization.reduce_bucket_size' is {value!r}: it must be a number" in message
+    assert "'comms_logger' is 3, but it is a section" in refusal(tmp_path, {"comms_logger": 3})
+    assert "'steps_per_print' is 'x': it must be a number" in refusal(tmp_path, {"steps_per_print": "x"})
 
 
 def test_stages_and_offload_must_fit(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_run_without_one_says_so_and_dropping_it_drops_it(recipe: Path, tmp_pa
     assert averages(run, 32)
     run_ranks(call, 1, recipe, *EMA, "run.samples=48", "optim.ema=0")
     assert not averages(run, 48)
-    with pytest.raises(UserError, match=r"no running average of the weights there; set optim\.ema"):
+    with pytest.raises(UserError, match=r"has no running average of the weights; set optim\.ema"):
         evaluate.load_model(str(run), average=True)
     run_ranks(call, 1, recipe, *EMA, "run.samples=64")
     assert averages(run, 64)

@@ -55,7 +55,7 @@ def test_memory_of_ones_own_in_a_transfer_does_not_blame_the_peer() -> None:
 def test_after_nccl_itself_ran_out_of_memory_the_step_is_not_repeated() -> None:
     """Its communicator is lost, wherever the call was made."""
     trouble = OutOfMemory()
-    message = r"ran out of memory in the loss, in the midst of an exchange.*'out of memory'"
+    message = r"ran out of memory in the loss, during communication.*'out of memory'"
     with pytest.raises(UserError, match=message), trouble.during("in the loss"):
         raise dist.DistBackendError(NCCL)
     with trouble.during("in the first pass"):

@@ -280,7 +280,7 @@ def test_captions_of_clip_benchmark_end_where_it_ends_them(tmp_path: Path) -> No
         ({"label": "face", "accept": "font"}, "has no 'font'"),
         ({"label": "face", "classes": "{folder}/two.txt"}, "face 'mono' of .* is not among its 2 classes"),
         ({"label": "face", "classes": "{folder}/none.txt"}, "no such file"),
-        ({"label": "face", "templates": ["fotos"]}, "'fotos' is no template"),
+        ({"label": "face", "templates": ["fotos"]}, "'fotos' is neither a template"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, zeroshot: dict[str, Any], message: str) -> None:

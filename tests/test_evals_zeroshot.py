@@ -89,7 +89,7 @@ def test_templates_come_from_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (["openai_imagnet"], "none of the sets name, photo"),
+        (["openai_imagnet"], "one of the sets name, photo"),
         (["{"], "is not a template"),
         (["{a.b}"], "a place is written"),
         (["{} {}"], "a place is written"),

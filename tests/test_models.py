@@ -344,12 +344,12 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             "vision_config",
             "num_attention_heads",
             3,
-            "model.config: no model can be made of it .*must be divisible by num_heads",
+            "model.config: invalid model config .*must be divisible by num_heads",
         ),
         ("vision_config", "patch_size", 0, "model.config.vision_config.patch_size. is 0: a whole number"),
         ("vision_config", "image_size", 4, "image_size. 4 is less than one patch .8."),
         ("text_config", "num_hidden_layers", -1, "num_hidden_layers. is -1: a whole number"),
-        ("text_config", "hidden_act", "foo", "model.config: no model can be made of it .*foo"),
+        ("text_config", "hidden_act", "foo", "model.config: invalid model config .*foo"),
     ):
         siglip = tiny_config("siglip")
         refused(words, config={**siglip, tower: {**siglip[tower], key: value}}, tokenizer=tiny_tokenizer())
@@ -380,7 +380,7 @@ def test_a_damaged_directory_is_one_line(tmp_path: Path, file: str, content: byt
 def test_a_hub_name_without_a_network_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        RunFailed, match=r"model\.path 'ringlip/none' is no directory here, and its config could not be fetched"
+        RunFailed, match=r"model\.path 'ringlip/none' is not a local directory, and its config could not be fetched"
     ):
         build(ModelSettings(path="ringlip/none"))
 
@@ -419,7 +419,7 @@ def test_a_siglip_whose_tokenizer_masks_is_named_and_mended(tmp_path: Path, caps
     assert "attention mask" not in "".join(capsys.readouterr())
     path.write_text(json.dumps({**tree, "model_input_names": ["input_ids", "attention_mask"]}))
     model = DualEncoder.from_pretrained(tmp_path / "base").eval()
-    assert "its tokenizer hands out an attention mask" in "".join(capsys.readouterr())
+    assert "its tokenizer returns an attention mask" in "".join(capsys.readouterr())
     model.save_pretrained(tmp_path / "out")
     texts = {}
     for name in ("base", "out"):

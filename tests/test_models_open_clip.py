@@ -199,7 +199,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(
     read.unlink()
     with pytest.raises(UserError, match="is a pickle, which can run code"):
         DualEncoder.from_pretrained(pickled)
-    with pytest.raises(UserError, match="holds a pickle") as error:
+    with pytest.raises(UserError, match="has a pickle") as error:
         DualEncoder.from_pretrained(tmp_path)
     command = str(error.value).partition("python -c ")[2]
     assert command.startswith('"') and command.endswith('"')

@@ -192,8 +192,8 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["data.workers=foo"], "'data.workers': Input should be a valid integer, unable"),
         (["batch.micro_batch=0"], "'batch.micro_batch': Input should be greater than 0 (got 0)"),
         (["data.workers=-1"], "'data.workers': -1 processes are not possible"),
-        (["model.recompute.image=0"], "'model.recompute.image': every 0-th layer cannot be"),
-        (["model.recompute.image=99"], "SiglipVisionModel has 2 layers, every 99-th of them is none"),
+        (["model.recompute.image=0"], "'model.recompute.image': 0 is not possible"),
+        (["model.recompute.image=99"], "SiglipVisionModel has only 2 layers, so there is no 99-th"),
         (["run.directory={recipe}"], "run.directory {recipe} is no directory that can be written to"),
         (["run.directory={recipe}/run"], "run.directory {recipe}/run is no directory that can be written to"),
         (["data.validation=/nowhere/pictures"], "data.validation: /nowhere/pictures: no such folder"),
@@ -202,7 +202,7 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["eval.zeroshot=[{label: colour}]"], "eval.zeroshot 'colour': "),
         (["eval.zeroshot=[{label: a, data: /nowhere/a}]"], "eval.zeroshot 'a': /nowhere/a: no such folder"),
         (["eval.zeroshot=[{label: sample, classes: /nowhere/a.txt}]"], "/nowhere/a.txt: no such file"),
-        (["eval.zeroshot=[{label: sample, templates: [photoo]}]"], "'photoo' is no template"),
+        (["eval.zeroshot=[{label: sample, templates: [photoo]}]"], "'photoo' is neither a template"),
     ],
 )
 def test_a_mistake_in_the_recipe_is_one_clear_line(

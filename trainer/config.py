@@ -3,7 +3,7 @@
     python -m trainer.train --help                                 # every key, its default and what it does
     python -m trainer.train trainer/recipes/glyphs.yaml optim.lr=1e-3 loss.tile_rows=256
 
-What is computed stands here; where tensors live stands in ``ds_configs/``.
+A recipe decides what is computed, a file in ``ds_configs/`` where tensors live.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from trainer.step import BatchSettings
 
 
 class RunSettings(Settings):
-    """What a run is called and how long it is."""
+    """A run's directory, length and seed."""
 
     renamed: ClassVar = {"silence": "heartbeat_timeout"}
 
     directory: Annotated[Path, OPERATIONAL] = Path("runs/default")
-    "Where everything the run writes goes; a run that is there already is resumed."
+    "Output directory; if it has checkpoints, the run is resumed."
     samples: int = Field(gt=0)
-    "Pairs to train on, repeats counted; the run ends at the first global batch that reaches it."
+    "Pairs to train on, counting repeats; the run ends with the first global batch that reaches this number."
     seed: int = 0
-    "Fixes the initial weights, the order of samples, augmentation and dropout."
+    "Seed of the initial weights, the order of samples, augmentation and dropout."
     timeout: Annotated[float, OPERATIONAL] = Field(600.0, gt=0)
-    """Seconds that ranks wait in a collective for one that does not come; then the run ends and names it. A checkpoint
-    or an evaluation as a whole may take longer."""
+    """Seconds that ranks wait for a missing rank in a collective; then the run ends and names it. A whole checkpoint or
+    evaluation may take longer."""
     heartbeat_timeout: Annotated[float, OPERATIONAL] = Field(20.0, ge=0)
-    """Seconds without a sign of life of a machine or a process that end the job (one that dies ends it at once); 0: no
+    """End the job if a rank is silent for this many seconds (a rank that dies ends it at once); 0 disables the
     watchdog."""
 
 
 class Recipe(Settings):
-    """All that decides what is computed."""
+    """A recipe: everything that decides what is computed."""
 
     run: RunSettings
     "Name, length and seed."
@@ -101,8 +101,8 @@ class Recipe(Settings):
 
 
 def load(path: Path, assignments: list[str] | None = None) -> Recipe:
-    """The recipe in ``path`` (or the one of that name that comes with RingLIP: ``glyphs``) with ``section.key=value``
-    laid over it; UserError names file and key."""
+    """The recipe in ``path`` (or a shipped one by its name, such as ``glyphs``) with ``section.key=value`` overrides.
+    Raises UserError that names file and key."""
     named = shipped("recipes") / f"{path}.yaml"
     if not path.exists() and named.is_file():
         path = named
@@ -110,13 +110,12 @@ def load(path: Path, assignments: list[str] | None = None) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key, so that a run directory explains itself and loads again."""
+    """The resolved recipe as YAML with every key, to document a run and to load it again."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=140)
 
 
 def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
-    """Reads ``RECIPE [section.key=value ...]``; the ``--local_rank`` that the deepspeed launcher adds is not ours to
-    use."""
+    """Parses ``RECIPE [section.key=value ...]``; ignores the ``--local_rank`` that the deepspeed launcher adds."""
     parser = argparse.ArgumentParser(
         prog=prog, description=about, epilog=describe(Recipe), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,17 +123,17 @@ def from_command_line(prog: str, about: str, argv: list[str]) -> Recipe:
         "recipe",
         type=Path,
         metavar="RECIPE",
-        help="a YAML file, or the name of a recipe that comes with RingLIP (trainer/recipes/)",
+        help="a YAML file, or the name of a shipped recipe (trainer/recipes/)",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="section.key=value",
-        help="laid over the recipe; values are read as YAML",
+        help="override the recipe; values are parsed as YAML",
     )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(argv)
     if rest:
-        raise UserError(f"{rest[0]!r} is not an option: settings are written section.key=value, without dashes")
+        raise UserError(f"{rest[0]!r} is not an option: write settings as section.key=value, without dashes")
     return load(options.recipe, options.overrides)

@@ -1,12 +1,12 @@
-"""Distillation: a frozen teacher looks at the same batch, and the student's similarities follow its own
+"""Distillation: a frozen teacher embeds the same batch, and the student's similarities are trained to match its own
 (trainer/losses/distill.py).
 
     python -m trainer.train RECIPE distill.teacher=openai/clip-vit-large-patch14 distill.weight=1
 
-The teacher lives outside the engine: whole on every rank, without gradient, in evaluation mode, in the engine's
-precision. It sees the pixels and tokens that the loader made for the student (each model normalises pixels its own
-way), whole ones where the student drops patches or tokens. It is in no checkpoint: a run that goes on is told by a
-fingerprint whether it still is the same teacher.
+The teacher is outside the engine: complete on every rank, without gradient, in evaluation mode, in the engine's
+precision. It gets the pixels and tokens that the loader made for the student (each model normalises pixels itself),
+without dropped patches or tokens. It is not part of checkpoints: a fingerprint tells a resumed run whether it is the
+same teacher.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from trainer.models.precomputed import fingerprint, token_inputs
 
 
 class DistillSettings(Settings):
-    """A teacher whose similarities over the global batch the student follows (CLIP-KD, arXiv 2307.12732; TinyCLIP,
-    arXiv 2309.12314)."""
+    """A teacher whose similarities over the global batch the student is trained to match (CLIP-KD, arXiv 2307.12732;
+    TinyCLIP, arXiv 2309.12314)."""
 
     teacher: str
     "Directory or hub name of a Hugging Face CLIP or SigLIP model with the student's image size and tokenizer."
     weight: float = Field(default=1.0, gt=0)
-    "Of the divergence from the teacher, beside the recipe's loss."
+    "Weight of the divergence from the teacher, relative to the recipe's loss."
 
     @property
     def model(self) -> ModelSettings:
-        """The teacher as a model section: its towers locked."""
+        """The teacher as a model section, with locked towers."""
         return ModelSettings(path=self.teacher, lock=LockSettings(image=True, text=True))
 
 
 class TeacherModel:
-    """Embeds a batch as the teacher sees it; draws no random numbers, so that the student's are the same with and
-    without it."""
+    """Embeds a batch with the teacher; draws no random numbers, so that the student's are the same with and without
+    it."""
 
     def __init__(self, model: DualEncoder, path: str, precision: Precision = "fp32") -> None:
         self.path, self.dtype = path, DTYPES[precision]
@@ -53,7 +53,7 @@ class TeacherModel:
             "text": fingerprint(towers, preprocess, "text"),
             "scale": model.head.logit_scale.item(),
         }
-        """What makes it the same teacher, wherever it lies."""
+        """Identifies the teacher, independent of its path."""
         self.model = model.requires_grad_(False).eval().to(distributed.device())
         if self.dtype != torch.float32:
             hold_base(towers, self.dtype)
@@ -73,23 +73,22 @@ class TeacherModel:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of it."""
+        """The teacher's entry in a checkpoint."""
         return {"path": self.path, **self.identity}
 
     def check_resumed(self, recorded: dict[str, Any] | None) -> None:
-        """Raises UserError where this run had another teacher before; one that had none may go on with this one."""
+        """Raises UserError if the run had another teacher before; a run without one may continue with this one."""
         if recorded is None:
             return
         if any(recorded.get(key) != value for key, value in self.identity.items()):
             raise UserError(
                 f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): "
-                "give that one, or begin another run.directory"
+                "use that one, or start another run.directory"
             )
 
 
 def build_teacher(settings: DistillSettings, student: Preprocess, precision: Precision) -> TeacherModel:
-    """Reads the teacher. Raises UserError for a path without a model, and for one that cannot see what the student
-    sees."""
+    """Loads the teacher. Raises UserError for a path without a model, or one that cannot use the student's inputs."""
     try:
         model = build(settings.model)
     except UserError as error:
@@ -99,9 +98,9 @@ def build_teacher(settings: DistillSettings, student: Preprocess, precision: Pre
 
 
 def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
-    """Raises UserError where the student's pixels or tokens would mean something else to the teacher.
+    """Raises UserError if the student's pixels or tokens have another meaning for the teacher.
 
-    Mean and standard deviation may differ: pixels arrive as bytes, each model normalises them itself.
+    Mean and standard deviation may differ: pixels are bytes, and each model normalises them itself.
     """
     compared = (
         ("pictures resized by", student.resize, teacher.resize, "take a teacher of the student's kind"),
@@ -122,7 +121,7 @@ def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
         if mine != theirs:
             units = {"captions of": " tokens", "pictures of": " pixels"}.get(what, "")
             raise UserError(
-                f"distill.teacher {path!r} wants {what} {theirs}{units}, the student's are {mine}: {remedy}"
+                f"distill.teacher {path!r} needs {what} {theirs}{units}, but the student's are {mine}: {remedy}"
             )
     if token_inputs(student) != token_inputs(teacher):
         raise UserError(

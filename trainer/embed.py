@@ -1,15 +1,15 @@
 """Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv
 2303.15343, section 4.2).
 
-    python -m trainer.embed RECIPE  # what RECIPE's model.precomputed names, for its data.train
+    python -m trainer.embed RECIPE                                  # the columns of model.precomputed, for data.train
     python -m trainer.embed RECIPE model.precomputed.image=vit_b16 --storage int8
-    torchrun --nproc-per-node 8 -m trainer.embed RECIPE  # or deepspeed --module: every rank embeds its share
-    deepspeed --module trainer.train RECIPE                                    # reads them
+    torchrun --nproc-per-node 8 -m trainer.embed RECIPE             # each rank embeds its share (or deepspeed --module)
+    deepspeed --module trainer.train RECIPE                         # reads them
 
-The column lies beside the tars (columns/NAME.npy, named in the manifest with the tower's fingerprint), as `python -m
-data_tools join` lays them. A run that was killed goes on when the same command is given again; the manifest is written
-last. fp16 takes 2 bytes a number, int8 one and a factor a row. Rank 0 joins the parts in the end: raise run.timeout
-where that takes more than ten minutes. Exit codes: 0 written (or there already), 2 a mistake in the recipe or the data.
+The column is stored beside the tars (columns/NAME.npy, with the tower's fingerprint in the manifest), like those of
+`python -m data_tools join`. To continue a killed run, give the same command again; the manifest is written last. fp16
+takes 2 bytes per number, int8 one and a factor per row. Rank 0 joins the parts at the end: raise run.timeout if that
+takes more than ten minutes. Exit codes: 0 written (or already there), 2 a mistake in the recipe or the data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     options = _options(argv)
     recipe = config.load(options.recipe, options.overrides)
     if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
+        raise UserError(f"--batch-size {options.batch_size}: must be 1 or more")
     if recipe.model.precomputed.side is None:
         raise UserError(
             "model.precomputed is empty: name the column to write, for example model.precomputed.image=vit_b16 (with "
@@ -71,27 +71,27 @@ def main(argv: list[str]) -> int:
 
 @torch.inference_mode()
 def embed(embedder: Embedder, source: ShardedDataset, storage: Storage) -> None:
-    """Writes the column of one dataset; every rank calls."""
+    """Writes the column of one dataset; every rank calls it."""
     writer = ColumnWriter(source.dataset, embedder.precomputed, storage, embedder.facts(source))
     if on_main(lambda: {"there": writer.finished()})["there"]:
-        logger.info(f"{source.dataset.root}: {embedder.precomputed.column!r} is there already, made by this tower")
+        logger.info(f"{source.dataset.root}: {embedder.precomputed.column!r} is already there, written by this tower")
         return
     with ExitStack() as lock:
         missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
         mine = missing[distributed.rank() :: distributed.world_size()]
         done = source.size - sum(len(writer.samples(part)) for part in missing)
         if done:
-            logger.info(f"going on: {done:,} of {source.size:,} samples are embedded already")
+            logger.info(f"continuing: {done:,} of {source.size:,} samples are already embedded")
         with Progress(source.size, done, "samples", quiet=not distributed.is_main()) as progress:
             for part in mine:
                 batches = []
                 for batch in embedder.rows(source, writer.samples(part)):
                     batches.append(batch)
-                    progress.add(len(batch) * distributed.world_size())  # the other ranks are taken to be as fast
+                    progress.add(len(batch) * distributed.world_size())  # assumes that the other ranks are as fast
                 writer.write(part, np.concatenate(batches))
         collectives.barrier()
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
-    left = f", {empty:,} could not be used and have none" if empty else ""
+    left = f", {empty:,} samples could not be used" if empty else ""
     logger.info(
         f"{source.dataset.root}: {source.size:,} embeddings of {embedder.precomputed.width} numbers as "
         f"{embedder.precomputed.column!r}{left}"
@@ -99,7 +99,7 @@ def embed(embedder: Embedder, source: ShardedDataset, storage: Storage) -> None:
 
 
 class Embedder:
-    """Samples of a source -> what the locked tower gives for them."""
+    """Computes the locked tower's outputs for samples of a source."""
 
     def __init__(
         self,
@@ -116,13 +116,13 @@ class Embedder:
         self.threads = distributed.cores()
 
     def facts(self, source: ShardedDataset) -> dict[str, object]:
-        """What the manifest says of the column beside its tower."""
+        """The column's entry in the manifest, besides the tower."""
         texts = {"captions": source.fields} if self.precomputed.side == "text" else {}
         return {"model": self.origin, "precision": self.precision, **texts}
 
     def rows(self, source: ShardedDataset, samples: range) -> Iterator[Half]:
-        """[b, k] float16 for each batch of ``samples`` in order, zeros for those that cannot be used. Reading runs
-        ahead of the tower."""
+        """Yields [b, k] float16 for each batch of ``samples`` in order, with zeros for unusable ones. Reads ahead of
+        the tower."""
         starts = range(samples.start, samples.stop, self.batch_size)
         batches = [range(start, min(start + self.batch_size, samples.stop)) for start in starts]
         with ThreadPoolExecutor(self.threads) as pool:
@@ -134,7 +134,7 @@ class Embedder:
                     yield self._embed([future.result() for future in ahead.pop(0)])
 
     def _read(self, source: ShardedDataset, sample: int) -> Tensor | str | None:
-        """The tower's input: uint8 [3, h, w], or a caption; None where the sample cannot be used."""
+        """The tower's input: uint8 [3, h, w], or a caption; None if the sample cannot be used."""
         least = least_size(self.data.jpeg_scaling, self.model.preprocess)
         try:
             if self.precomputed.side == "text":
@@ -175,7 +175,7 @@ class Embedder:
 
 
 def tower_path(settings: ModelSettings) -> str:
-    """Where the stored tower comes from."""
+    """The path of the locked tower."""
     tower = settings.image if settings.precomputed.side == "image" else settings.text
     return str(settings.path or (tower.path if tower else ""))
 
@@ -188,20 +188,18 @@ def _options(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="override the recipe")
     parser.add_argument(
-        "--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be given again"
+        "--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be repeated"
     )
+    parser.add_argument("--storage", choices=get_args(Storage), default="fp16", help="storage format (default fp16)")
     parser.add_argument(
-        "--storage", choices=get_args(Storage), default="fp16", help="how they are stored (default fp16)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="samples the tower sees at once (default 256)"
+        "--batch-size", type=int, default=256, metavar="N", help="samples per forward pass (default 256)"
     )
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
-        help="what the tower computes in (default: bf16 where the recipe trains in it, else fp32)",
+        help="precision of the tower (default: bf16 if the recipe trains in it, else fp32)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

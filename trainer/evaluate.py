@@ -5,12 +5,12 @@ classification.
     python -m trainer.evaluate runs/quickstart/export --data demo/shards/test --out evaluation.json
     python -m trainer.evaluate google/siglip-base-patch16-224 --data coco/test --limit 0
     python -m trainer.evaluate runs/lora --against google/siglip-base-patch16-224   # both, and the change
-    python -m trainer.evaluate runs/quickstart --ema  # the running average of its weights (optim.ema)
-    python -m trainer.evaluate MODEL --data wds_imagenet1k                          # CLIP_benchmark's layout, as it is
+    python -m trainer.evaluate runs/quickstart --ema                                # its averaged weights (optim.ema)
+    python -m trainer.evaluate MODEL --data wds_imagenet1k                          # CLIP_benchmark's layout
     python -m trainer.evaluate MODEL --data shards/test --label face --templates '{character}, {face}' --accept faces
 
-Several GPUs: `torchrun --nproc_per_node 8 -m trainer.evaluate ...`. Beside the JSON lies gallery.json, queries with
-their best answers, which `python -m trainer.report` shows.
+On several GPUs: `torchrun --nproc_per_node 8 -m trainer.evaluate ...`. Beside the JSON it writes gallery.json, example
+queries with their best answers, which `python -m trainer.report` shows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def find_recipe(given: str | None, model: str) -> config.Recipe | None:
-    """The recipe named, or that of the run which ``model`` is, is a checkpoint of, or is an export of; None where there
+    """The ``given`` recipe, or that of the run to which ``model`` (a run, checkpoint or export) belongs; None if there
     is none."""
     if given:
         return config.load(Path(given))
@@ -92,11 +92,11 @@ def _settings(options: argparse.Namespace, recipe: config.Recipe | None) -> Eval
         ]
     elif options.classes or options.templates or options.accept:
         raise UserError(
-            "--classes, --templates and --accept belong to --label: name the metadata field that holds the class"
+            "--classes, --templates and --accept need --label: name the metadata field that holds the class"
         )
     bad = [assignment for assignment in options.overrides if not assignment.startswith("eval.")]
     if bad:
-        raise UserError(f"{bad[0]!r}: here only eval.key=value can be set; the rest is the model's own")
+        raise UserError(f"{bad[0]!r}: only eval.key=value can be set here; the rest belongs to the model")
     tree = override(tree, [assignment.removeprefix("eval.") for assignment in options.overrides])
     return parse(EvalSettings, tree, "command line" if recipe is None else "eval")
 
@@ -110,8 +110,8 @@ def _evaluate(model: DualEncoder, settings: EvalSettings, data: DataSettings, pr
 def result(
     found: Evaluation, base: Evaluation | None, settings: EvalSettings, source: dict[str, Any]
 ) -> dict[str, Any]:
-    """What evaluation.json holds: shares in [0, 1], standard errors, ceilings, and all that is needed to get them
-    again."""
+    """The content of evaluation.json: shares in [0, 1], standard errors, ceilings, and all that is needed to reproduce
+    them."""
     return {
         **source,
         "metrics": found.metrics,
@@ -133,8 +133,7 @@ def result(
 
 
 def table(found: Evaluation, base: Evaluation | None, source: str, against: str | None) -> str:
-    """The numbers for people, in percent, with their standard error, the base model's and the ceiling where it is below
-    100%."""
+    """The results as text, in percent, with standard errors, the base model's results, and ceilings below 100%."""
     lines = [f"\n{source}" + (f"  against {against}" if base else "")]
     for path, size in found.sizes.items():
         of = f" of {size['samples']:,}" if size["pictures"] + size["damaged"] < size["samples"] else ""
@@ -172,7 +171,7 @@ def _save(out: Path, report: dict[str, Any], gallery: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content, indent in ((out.with_name("gallery.json"), gallery, None), (out, report, 1)):
         write_atomic(path, json.dumps(content, ensure_ascii=False, indent=indent))
-    print(f"\n{out} and {out.with_name('gallery.json')} written")
+    print(f"\nwrote {out} and {out.with_name('gallery.json')}")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -186,42 +185,38 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "model", metavar="DIR", help="a run, one of its checkpoints, a Hugging Face directory or a hub name"
     )
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="eval.key=value", help="laid over the recipe's eval: section"
+        "overrides", nargs="*", default=[], metavar="eval.key=value", help="override the recipe's eval: section"
     )
+    parser.add_argument("--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be repeated")
     parser.add_argument(
-        "--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be given again"
+        "--limit", type=int, metavar="N", help="pictures per dataset; 0: all, the default without a recipe"
     )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="pictures used of each dataset; 0 uses all, the default without a recipe"
-    )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows embedded at once")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass")
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="take eval: and data: from this recipe instead of the run's own"
     )
+    parser.add_argument("--ema", action="store_true", help="use the running average of a run's weights (optim.ema)")
     parser.add_argument(
-        "--ema", action="store_true", help="the running average of a run's weights, where optim.ema was set"
+        "--against", metavar="BASE", help="another model to compare with, such as the base of a finetuned one"
     )
     parser.add_argument(
-        "--against", metavar="BASE", help="another model, such as the one finetuning began from; shows the change"
+        "--out", metavar="evaluation.json", help="write the results to this file, and gallery.json beside it"
     )
-    parser.add_argument("--out", metavar="evaluation.json", help="write the numbers there, and gallery.json beside")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="what the towers compute in (default fp32)"
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the towers (default fp32)"
     )
     parser.add_argument("--label", metavar="FIELD", help="zero-shot: the metadata field that holds the class")
     parser.add_argument(
-        "--classes", metavar="FILE", help="zero-shot: class names, one a line (default: all that occur)"
+        "--classes", metavar="FILE", help="zero-shot: class names, one per line (default: all that occur)"
     )
     parser.add_argument(
         "--templates",
         action="append",
         metavar="TEXT",
-        help="zero-shot: a template, a set or a file; may be given again",
+        help="zero-shot: a template, a set or a file; may be repeated",
     )
-    parser.add_argument(
-        "--accept", metavar="FIELD", help="zero-shot: the field with all names that are true of a sample"
-    )
-    parser.add_argument("--name", help="zero-shot: what its metrics are called")
+    parser.add_argument("--accept", metavar="FIELD", help="zero-shot: the field with all right class names of a sample")
+    parser.add_argument("--name", help="zero-shot: prefix of its metrics")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 

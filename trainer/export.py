@@ -36,14 +36,14 @@ from trainer.models.formats import FORMATS
 from trainer.models.pooling import other_pooling
 
 MARKS = ("config.json", "adapter_config.json", "open_clip_config.json")
-"""One of these is in every directory written here, and is written last."""
+"""Every export has one of these files; it is written last."""
 WRITTEN = (
     *MARKS,
     *("ringlip.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json"),
     *("open_clip_model.safetensors", "modules.json", "sentence_bert_config.json", "image.onnx", "text.onnx"),
 )
-"""What would be read beside another export: transformers lays an adapter that it finds in a model's directory on that
-model."""
+"""Files that would be read together with another export: transformers applies an adapter that it finds in a model's
+directory."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> int:
     recipe = config.load(run / "recipe.yaml")
     if options.merge and recipe.model.lora is None:
         raise UserError(
-            f"{run}: --merge, but its recipe has no model.lora: leave --merge out, the whole model is written anyway"
+            f"{run}: --merge, but its recipe has no model.lora: remove --merge, the whole model is written anyway"
         )
     if recipe.model.lora is not None and not options.merge and options.format != "transformers":
-        raise UserError(f"{run}: --format {options.format} holds the whole model: add --merge")
+        raise UserError(f"{run}: --format {options.format} needs the whole model: add --merge")
     if recipe.model.lora is not None and recipe.model.path is None and not options.merge:
         raise UserError(f"{run}: its base is not a pretrained model that PEFT could load the adapter on: add --merge")
     if recipe.model.lora is not None and not options.merge and (options.average or options.interpolate):
@@ -119,7 +119,7 @@ def _share(text: str) -> float:
 
 
 def replace(aside: Path, out: Path) -> None:
-    """Moves an export from ``aside`` to ``out``; nothing of an earlier one stays that would be read with it."""
+    """Moves an export from ``aside`` to ``out`` and removes files of an earlier one that would be read with it."""
     made = {path.name for path in aside.iterdir()}
     earlier = [path for pattern in WRITTEN for path in out.glob(pattern) if path.name not in made]
     for path in sorted(earlier, key=lambda path: path.name not in MARKS):
@@ -131,7 +131,7 @@ def replace(aside: Path, out: Path) -> None:
 
 
 def find_run(where: Path) -> Path:
-    """The run directory that ``where`` is, or is a checkpoint of."""
+    """The run directory of ``where``, which is a run or one of its checkpoints."""
     for folder in (where, where.parent.parent):
         if (folder / "recipe.yaml").is_file():
             return folder
@@ -142,7 +142,7 @@ def _check_out(out: Path) -> None:
     if out.is_file():
         raise UserError(f"{out} is a file: name a directory")
     if out.is_dir() and any(out.iterdir()) and not any(next(out.glob(pattern), None) for pattern in WRITTEN):
-        raise UserError(f"{out} holds something else than a model: name a new directory, or empty it")
+        raise UserError(f"{out} contains something other than a model: name a new directory, or empty it")
 
 
 def card(
@@ -187,7 +187,7 @@ def _evaluation(run: Path, source: Path, average: bool) -> dict[str, Any] | None
     if Path(found["model"]).resolve() == source.resolve() and found.get("average", False) == average:
         return found
     which = " (averaged weights)" if found.get("average") else ""
-    print(f"{path} was measured on {found['model']}{which}, not on {source}: its numbers are left out of the card")
+    print(f"{path} was measured on {found['model']}{which}, not on {source}: the card does not show its results")
     return None
 
 
@@ -202,11 +202,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
         help="a run directory (its best checkpoint where checkpoint.best kept one, else the newest), or a checkpoint",
     )
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="the directory to write; an earlier export there is replaced"
+        "out", type=Path, metavar="OUT", help="the directory to write; replaces an earlier export there"
     )
-    parser.add_argument(
-        "--ema", action="store_true", help="the running average of the weights, where optim.ema was set"
-    )
+    parser.add_argument("--ema", action="store_true", help="export the running average of the weights (optim.ema)")
     parser.add_argument(
         "--format",
         choices=FORMATS,

@@ -33,7 +33,7 @@ Teacher = Callable[[Batch, int], Embeddings]
 
 @dataclass(frozen=True)
 class Gradient:
-    """The engine holds it; this is what is known of it."""
+    """What is known of a gradient that the engine has."""
 
     loss: float
     norm: float
@@ -42,13 +42,13 @@ class Gradient:
 
     @property
     def overflowed(self) -> bool:
-        """True where the loss is finite and its gradient is not: under fp16, the loss scale is too large."""
+        """Whether the loss is finite but the gradient is not: in fp16 the loss scale is then too large."""
         return math.isfinite(self.loss) and not math.isfinite(self.norm)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of the engine's forward in pass 1, and the random state before it: pass 2 repeats it."""
+    """A forward call of pass 1 and the random state before it, for pass 2 to repeat."""
 
     rows: slice
     image: bool
@@ -57,7 +57,7 @@ class _Call:
 
 
 class Attempt:
-    """One try at a gradient with a given micro-batch. ``run`` returns None when some rank ran out of memory."""
+    """An attempt at a gradient with a given micro-batch. ``run`` returns None if any rank ran out of memory."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Attempt:
         self.clock = Stopwatch(engine.device)
 
     def run(self) -> Gradient | None:
-        if self.teacher is not None:  # first: nothing of the student is held yet
+        if self.teacher is not None:  # first, while the student has not allocated anything
             with self.trouble.during("in the teacher"):
                 self.taught = self.teacher(self.batch, self.rows)
             if self.trouble.anywhere():
@@ -84,7 +84,7 @@ class Attempt:
 
     @torch.no_grad()
     def name_overflowing_modules(self) -> None:
-        """Embeds the batch once more and prints the modules whose outputs are beyond float16; all ranks together."""
+        """Embeds the batch once more and warns of modules whose outputs overflow float16. Call it on all ranks."""
         with self.engine.find_overflow() as found:
             for start in range(0, self.batch.rows, self.rows):
                 self._forward(slice(start, min(start + self.rows, self.batch.rows)), image=True, text=True)
@@ -151,7 +151,7 @@ class Attempt:
         )
 
     def _towers_trained(self) -> tuple[bool, bool]:
-        """Which embeddings depend on a trainable parameter; asked of one row, once in a run."""
+        """Which embeddings depend on a trainable parameter; tested with one row, once per run."""
         if self.engine.towers_trained is None:
             before = RandomState.take(self.engine.device)
             with self.trouble.during("embedding one pair", self.engine.forward_communicates):
@@ -183,36 +183,38 @@ class Attempt:
                     for column, (part, wanted) in enumerate([(z.image, call_image), (z.text, call_text)]):
                         if wanted:
                             columns[column] = _place(part, columns[column], rows, self.batch.rows)
-            if not calls:  # both towers are locked: scale and bias alone
+            if not calls:  # both towers are locked: only scale and bias are trained
                 calls.append(_Call(slice(0, 0), False, False, RandomState.take(self.engine.device)))
         self.clock.stop()
         if self.trouble.anywhere():
             return None
         assert columns[0] is not None and columns[1] is not None and scale is not None and bias is not None
         leaves = [field.detach().clone().requires_grad_() for field in (scale, bias)]
-        # A locked tower's gradient is not asked for: it would cost a product, and the texts' a way around the ring.
+        # A locked tower's gradient is not computed: it would cost a matrix product, and for texts a trip round the
+        # ring.
         return Embeddings(
             columns[0].requires_grad_(image), columns[1].requires_grad_(text), leaves[0], leaves[1]
         ), calls
 
     def _run_loss(self, z: Embeddings) -> tuple[Tensor | None, float]:
-        """The loss of the local batch, and its mean over ranks; None when some rank ran out of memory beside the
-        towers' activations."""
+        """The loss of the local batch, and its mean over ranks; None if any rank ran out of memory while activations of
+        the towers were allocated."""
         value: Tensor | None = None
         taught, self.taught = self.taught, None
         with self.trouble.during("in the loss", communicates=distributed.world_size() > 1):
             value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
         mine = 0.0 if value is None else value.item()
         mean, failed = collectives.mean_over_ranks([mine, float(self.trouble.here)])
-        if failed and self.rows < self.batch.rows:  # nothing of the towers is held
+        if failed and self.rows < self.batch.rows:  # no activations are allocated: a smaller micro-batch does not help
             raise UserError(
-                f"out of memory in the loss, which takes the same with any batch.micro_batch: {LOSS_REMEDY}"
+                f"out of memory in the loss, which needs the same memory with any batch.micro_batch: {LOSS_REMEDY}"
             )
         return (None, mean) if failed else (value, mean)
 
     def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:
-        """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the loss's gradient."""
-        # Reducing in every backward, ZeRO wants to meet the same parameters in each: scale and bias then come in equal
+        """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the gradient of the
+        loss."""
+        # If every backward reduces, ZeRO expects the same parameters in each: scale and bias are divided into equal
         # parts.
         shares = len(calls) if self.reduces_early else 1
         for index, call in enumerate(calls):
@@ -231,7 +233,7 @@ class Attempt:
 
 
 def _place(part: Tensor, whole: Tensor | None, rows: slice, num_rows: int) -> Tensor:
-    """Writes a micro-batch's embeddings into those of the local batch, which exist once."""
+    """Writes a micro-batch's embeddings into the tensor of the local batch, to avoid a second copy."""
     if whole is None:
         whole = part.new_empty(num_rows, part.shape[1])
     whole[rows] = part

@@ -1,4 +1,4 @@
-"""The parts of a run, its one position, and what it does besides stepping.
+"""The parts of a run, its position, and its hooks.
 
 run = build(recipe)
 run.hooks.append(Hook("measuring drift", every=100_000, call=my_function))
@@ -40,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hook:
-    """Something that the training loop does now and then: saving, evaluating, a function of your own.
+    """A periodic action of the training loop: saving, evaluating, or your own function.
 
     ``call`` runs on every rank at the same step and may use collectives; a dict that it returns becomes a line of
-    ``log.jsonl``. Its time counts in no rate.
+    ``log.jsonl``. Its time does not count in rates.
     """
 
     activity: str
-    """What the watchdog and error messages call it: "evaluating"."""
+    """Its name in messages of the watchdog, such as "evaluating"."""
     every: int
-    """Samples between two calls; 0: only where the flags below say so."""
+    """Samples between two calls; 0: only as the flags below say."""
     call: Callable[[Run], dict[str, Any] | None]
     at_end: bool = True
     """Also after the last step of the run."""
@@ -59,7 +59,7 @@ class Hook:
     """Also before the first step."""
 
     def due(self, before: int, after: int, finished: bool, stopped: bool) -> bool:
-        """Whether it runs after a step that went from position ``before`` to ``after`` (samples seen)."""
+        """Whether it runs after a step from position ``before`` to ``after`` (samples seen)."""
         if stopped:
             return self.at_stop
         return (finished and self.at_end) or crosses(self.every, before, after)
@@ -67,7 +67,7 @@ class Hook:
 
 @dataclass
 class Run:
-    """The parts of a run and its one position."""
+    """The parts of a run and its position."""
 
     recipe: Recipe
     model: DualEncoder
@@ -84,7 +84,7 @@ class Run:
     history: evals.History = field(default_factory=evals.History)
     """What was evaluated so far."""
     hooks: list[Hook] = field(default_factory=list)
-    """What the loop does besides stepping, in this order."""
+    """Called in this order."""
 
     @property
     def directory(self) -> Path:
@@ -92,11 +92,11 @@ class Run:
 
     @property
     def total(self) -> int:
-        """Samples at the end: whole global batches."""
+        """Samples at the end of the run, in whole global batches."""
         return self.recipe.num_steps * self.recipe.batch.size
 
     def step(self, batch: Batch) -> StepResult:
-        """One update at the present position; everything random in it follows from (seed, position, rank)."""
+        """One update at the current position; all its random numbers depend on (seed, position, rank)."""
         recipe, engine = self.recipe, self.engine
         checkpoint.seed_step(recipe.run.seed, self.samples_seen, distributed.rank())
         engine.set_learning_rate(self.rate)
@@ -121,14 +121,14 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the step that begins here, taken at its middle: neither the first step nor the last is
-        wasted on a rate of 0."""
+        """Learning rate of the next step, taken at its middle, so that neither the first nor the last step has rate
+        0."""
         return learning_rate(self.recipe.optim, self.samples_seen + self.recipe.batch.size // 2, self.total)
 
     @property
     def main_loss(self) -> PairLoss:
-        """The recipe's own loss: what it remembers (a queue) has one name in checkpoints, with a teacher's loss around
-        it or without."""
+        """The recipe's own loss, also inside a distillation loss, so that its buffers (a queue) have one name in
+        checkpoints."""
         return self.loss.main if isinstance(self.loss, TaughtLoss) else self.loss
 
     @property
@@ -157,8 +157,8 @@ class Run:
         return 0 < self.recipe.eval.patience <= self.history.since_best
 
     def evaluate(self) -> dict[str, Any]:
-        """What this model can do by now, as a note for the log: with the averaged weights (``optim.ema``) where there
-        are some."""
+        """Evaluates the current model, with averaged weights if there are any (``optim.ema``); returns a note for the
+        log."""
         recipe, rank, world = self.recipe, distributed.rank(), distributed.world_size()
         with (
             self.engine.averaged() if recipe.optim.ema else nullcontext(False) as average,
@@ -182,7 +182,7 @@ class Run:
         return note
 
     def save(self, loader: Loader) -> None:
-        """A checkpoint of this position; it counts and names the samples that had to be replaced."""
+        """Saves a checkpoint of this position, with the number and names of replaced samples."""
         extra = {"guard": self.guard.state_dict(), "skipped": gather_skipped(loader.skipped), "tower": self.model.tower}
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record
@@ -192,7 +192,7 @@ class Run:
 
 
 def build(recipe: Recipe) -> Run:
-    """Model, engine, loss: the same weights on all ranks, from the seed or from a checkpoint of other people's."""
+    """Builds model, engine and loss, with the same weights on all ranks, from the seed or from a pretrained model."""
     world = distributed.world_size()
     distributed.per_rank(recipe.batch.size, world)
     checkpoint.seed_step(recipe.run.seed, 0, 0)
@@ -211,7 +211,7 @@ def build(recipe: Recipe) -> Run:
         recipe=recipe,
         model=model,
         engine=engine,
-        loss=loss.to(distributed.device()),  # a queue is where the embeddings are
+        loss=loss.to(distributed.device()),  # a queue must be on the embeddings' device
         teacher=teacher,
         guard=Guard(recipe.optim),
         checkpointer=Checkpointer(recipe.run.directory, recipe.checkpoint),
@@ -222,18 +222,19 @@ def build(recipe: Recipe) -> Run:
 
 
 def check_tower(run: Run, resumed: Resumed) -> None:
-    """A tower whose embeddings are stored is no part of the checkpoint: the rest was trained for this one."""
+    """Checks that a precomputed tower, which is not part of the checkpoint, is the one that the rest was trained
+    for."""
     before, now = resumed.extra.get("tower", ""), run.model.tower
     if before and now and before != now:
         raise UserError(
             f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
-            f"model.precomputed is {now[:12]}): give that tower again, or begin another run.directory"
+            f"model.precomputed is {now[:12]}): use that tower, or start another run.directory"
         )
 
 
 def describe(run: Run) -> None:
-    """The run directory explains itself: what was asked for, what DeepSpeed was told."""
-    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed keeps the true size beside it.
+    """Writes the recipe and DeepSpeed's configuration into the run directory."""
+    # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed stores its size in an attribute.
     sizes = [
         (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel()))
         for parameter in run.model.parameters()
@@ -259,8 +260,7 @@ def describe(run: Run) -> None:
 
 
 def keep_other_recipe(run: Run) -> None:
-    """A run may go on under another recipe: nobody should learn of it from the curve, and the one before stays beside
-    the new one."""
+    """If a run resumes with another recipe, logs what has changed and keeps the former recipe beside the new one."""
     before = run.directory / "recipe.yaml"
     if not run.samples_seen or not before.is_file():
         return
@@ -272,15 +272,15 @@ def keep_other_recipe(run: Run) -> None:
     if changed:
         kept = before.with_name(f"recipe-until-{run.samples_seen:09d}.yaml")
         os.replace(before, kept)
-        logger.info(f"from here on another recipe than before (now in {kept}): {'; '.join(changed)}")
+        logger.info(f"the recipe has changed (the former one is now {kept}): {'; '.join(changed)}")
 
 
 def say_finished(run: Run, hint: str = "") -> None:
-    """The last line of a run, once a node. launch/multinode.sh looks for it: DeepSpeed's launcher also exits with 0
-    when it was killed."""
+    """Logs the last line of a run, once per node. launch/multinode.sh looks for it, because DeepSpeed's launcher also
+    exits with 0 when it was killed."""
     logger.info(f"{run.directory}: finished at {run.samples_seen:,} samples{hint}", extra=EVERY_NODE)
 
 
 def crosses(every: int, before: int, after: int) -> bool:
-    """True when a multiple of ``every`` lies in (before, after]; never when it is 0."""
+    """Whether a multiple of ``every`` is in (before, after]; False if it is 0."""
     return every > 0 and before // every != after // every

@@ -1,16 +1,16 @@
-"""One training step: the exact gradient of the global batch, in as little memory as a micro-batch of the towers takes.
+"""One training step: the exact gradient of the global batch, in the memory that the towers need for a micro-batch.
 
     result = train_step(engine, batch, loss, micro_batch=64, guard=guard)
 
-Gradient caching (Gao et al., arXiv 2101.06983) with the details that make it exact: pass 1 embeds the local batch in
-micro-batches without gradient and notes the random state of each; the loss runs ONCE on all embeddings; pass 2 draws
-the same random numbers, embeds again with gradient and backpropagates the inner product of embeddings and their
-gradients. Scale and bias count once, towers without a trainable parameter are left out of pass 2, and a local batch of
-one micro-batch needs no second pass.
+Gradient caching (Gao et al., arXiv 2101.06983), made exact: pass 1 embeds the local batch in micro-batches without
+gradient and records the random state of each; the loss runs ONCE on all embeddings; pass 2 restores the random states,
+embeds again with gradient and backpropagates the inner product of embeddings and their gradients. Scale and bias count
+once, towers without trainable parameters are skipped in pass 2, and a local batch of one micro-batch needs no second
+pass.
 
-The gradient does not depend on the micro-batch: a step that runs out of memory on any rank is repeated with half of it
-on all of them. Nor does it depend on fp16's loss scale: a step whose gradient overflows is repeated at half the scale.
-trainer/gradient.py makes the gradient, this module repeats, judges and applies it.
+The gradient does not depend on the micro-batch: if a step runs out of memory on any rank, all ranks repeat it with half
+the micro-batch. Nor does it depend on fp16's loss scale: a step whose gradient overflows is repeated at half the scale.
+trainer/gradient.py computes the gradient; this module repeats, checks and applies it.
 """
 
 from __future__ import annotations
@@ -41,39 +41,40 @@ Skipped = Literal["", "not finite", "spike"]
 
 
 class BatchSettings(Settings):
-    """How many pairs a step sees, and how many of them at once."""
+    """Number of pairs per step, and of pairs at once."""
 
     renamed: ClassVar = {"reduce": "grad_reduction", "grad_reduction": {"once": "per_step", "each": "per_micro_batch"}}
 
     size: int = Field(gt=0)
-    """Pairs in the global batch: every one is contrasted with every other. It changes what is learnt; the other keys do
+    """Pairs in the global batch: each is contrasted with all others. It changes what is learned; the other keys do
     not."""
     micro_batch: Annotated[Annotated[int, Field(gt=0)] | Literal["auto"] | None, OPERATIONAL] = Field(None)
-    """Pairs per rank that the towers see at once. None: the whole local batch, in a single pass. auto: what the planner
-    finds to fit."""
+    """Pairs per rank that the towers process at once. null: the whole local batch, in a single pass. auto: the most
+    that fits, according to the planner."""
     grad_reduction: Annotated[GradReduction, OPERATIONAL] = "auto"
-    """per_step averages gradients once a step (least traffic, but a rank holds all of them until then); per_micro_batch
-    does after every micro-batch (at ZeRO 2 and 3 a rank then holds its shard alone); auto: per_micro_batch at ZeRO-3,
-    and at ZeRO-2 on one GPU with an offloaded optimizer."""
+    """per_step: average gradients once per step (least traffic, but every rank holds all gradients until then).
+    per_micro_batch: average after every micro-batch (at ZeRO 2 and 3 a rank then holds only its shard). auto:
+    per_micro_batch at ZeRO-3, and at ZeRO-2 on one GPU with an offloaded optimizer."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the log wants to know of a step; the same on all ranks except ``local_seconds``."""
+    """The metrics of a step; the same on all ranks except ``local_seconds``."""
 
     loss: float
     """Of the global batch."""
     grad_norm: float
-    """Of the global gradient, before clipping; inf where it was not finite, nan where the loss was not."""
+    """Of the global gradient, before clipping; inf if it was not finite, nan if the loss was not."""
     scale: float
     bias: float
     skipped: Skipped
-    """Why the weights were left as they are; empty when they were updated."""
+    """Why the weights were not updated; empty if they were."""
     micro_batch: int
-    """What it was done with: half of what was asked, or less, where memory did not suffice. Keep it for later steps."""
+    """The micro-batch that was used: half of the requested one, or less, if memory did not suffice. Keep it for later
+    steps."""
     local_seconds: float = dataclasses.field(default=0.0, compare=False)
-    """Seconds that this rank took to embed its pairs, before it needed the others (at ZeRO-3 it does so earlier). Each
-    rank has its own."""
+    """Seconds that this rank took to embed its pairs, before it first waited for others (at ZeRO-3 earlier). Differs
+    between ranks."""
 
 
 def train_step(
@@ -88,9 +89,9 @@ def train_step(
 ) -> StepResult:
     """Updates the model once with this rank's ``batch`` (host or device memory; the same number of rows on all ranks).
 
-    ``micro_batch`` rows go through the towers at a time, all of them when None. ``guard`` judges the gradient; without
-    one only a gradient that is not finite is skipped. ``teacher``(batch, rows) embeds the local batch for a loss that
-    distils. Raises UserError when not even one row at a time fits into memory.
+    ``micro_batch`` rows go through the towers at a time, all if None. ``guard`` checks the gradient; without one only
+    non-finite gradients are skipped. ``teacher(batch, rows)`` embeds the local batch for distillation. Raises UserError
+    if not even one row at a time fits in memory.
     """
     assert batch.rows > 0, "an empty local batch"
     rows = min(micro_batch or batch.rows, batch.rows)
@@ -119,18 +120,17 @@ def train_step(
 
 
 def _half(rows: int) -> int:
-    """The micro-batch to go on with after running out of memory."""
+    """The next smaller micro-batch after an out-of-memory error."""
     if rows == 1:
         raise UserError(f"out of memory with one pair at a time: {REMEDY}")
     logger.info(
-        f"out of memory with batch.micro_batch {rows}: the same step again with {rows // 2}, and so from now on"
+        f"out of memory with batch.micro_batch {rows}: repeating the step with {rows // 2}, also for later steps"
     )
     return rows // 2
 
 
 def _snapshot(loss: Loss) -> Callable[[], None]:
-    """What brings the loss's state (a queue of past embeddings) back to what it is now: a repeated step must meet it
-    unchanged."""
+    """A function that restores the loss's present state (a queue of past embeddings) for a repeated step."""
     snapshot: Callable[[], Callable[[], None]] | None = getattr(loss, "snapshot", None)
     return snapshot() if snapshot is not None else lambda: None
 

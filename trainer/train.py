@@ -4,10 +4,9 @@
     torchrun --nproc-per-node 8 -m trainer.train RECIPE                                      # the same
     python -m trainer.train RECIPE                                                           # one rank
 
-A run directory that holds checkpoints is continued where it stopped, with any number of ranks, any micro-batch and any
-ds_config. Exit codes: 0 finished, 2 a mistake in the recipe or the data, 75 stopped by a signal after saving (start the
-same command again), anything else a failure around the run (a rank or a machine is gone, a worker hangs: start it
-again; launch/ holds scripts that do).
+A run directory with checkpoints is resumed, with any number of ranks, any micro-batch and any ds_config. Exit codes:
+0 finished; 2 a mistake in the recipe or the data; 75 stopped by a signal after saving (start the same command again);
+anything else a failure of a rank, a machine or a worker (start again; the scripts in launch/ do).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 
 def start(recipe: Recipe, hooks: Sequence[Hook] = ()) -> int:
-    """Joins the other ranks, holds the run directory, trains; returns the exit code."""
+    """Joins the process group, locks the run directory, trains; returns the exit code."""
     watchdog = Watchdog(recipe.run.heartbeat_timeout, recipe.run.timeout)
     with (
         distributed.process_group(recipe.run.timeout + watchdog.head_start),
@@ -49,8 +48,9 @@ def start(recipe: Recipe, hooks: Sequence[Hook] = ()) -> int:
 
 
 def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
-    """Trains to the end, or until a signal; returns the exit code. ``hooks`` run beside saving and evaluating."""
-    on_main(partial(evals.check, recipe.eval, recipe.data))  # before the hours that a wrong path would cost
+    """Trains to the end, or until a signal; returns the exit code. ``hooks`` run in addition to saving and
+    evaluating."""
+    on_main(partial(evals.check, recipe.eval, recipe.data))  # before a wrong path costs hours of training
     run = build(recipe)
     recipe = run.recipe  # nothing in it is `auto` any more
     resumed = resume(run)
@@ -73,7 +73,7 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
     )
     if resumed is not None and distributed.is_main():
         loader.skipped = SkippedSamples(**resumed.extra["skipped"])
-    # Saving comes first: a queue that sent a signal does not wait for ever.
+    # Saving comes first: a scheduler that has sent a signal does not wait forever.
     saving = Hook("saving a checkpoint", recipe.checkpoint.every, lambda run: run.save(loader), at_stop=True)
     evaluating = Hook(
         "evaluating", recipe.eval.every, lambda run: run.evaluate_and_keep(loader), at_start=run.owes_evaluation
@@ -92,7 +92,7 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
 
 
 def resume(run: Run) -> Resumed | None:
-    """Loads the checkpoint that the run goes on from, if there is one."""
+    """Loads the checkpoint to resume from, if there is one."""
     resumed = run.checkpointer.resume(run.engine, run.main_loss)
     if resumed is None:
         return None
@@ -104,7 +104,7 @@ def resume(run: Run) -> Resumed | None:
         run.engine.loss_scale.load_state_dict(resumed.extra["loss_scale"])
     check_tower(run, resumed)
     if not run.recipe.optim.ema:
-        run.engine.average_weights(0.0)  # drops the average of a run that had one: it would never move again
+        run.engine.average_weights(0.0)  # drops a former average, which would never be updated again
     logger.info(f"resumed at {run.samples_seen:,} samples from {resumed.folder}")
     return resumed
 
@@ -128,7 +128,7 @@ def patience_words(run: Run) -> str:
 def call_hooks(run: Run, due: list[Hook], log: RunLog, watch: Watchdog, step: int) -> None:
     """Runs them in their order, and writes down what they return."""
     if due:
-        log.flush()  # what lies before a checkpoint must be in the log when the run goes on from it
+        log.flush()  # a run that resumes from this checkpoint must find the earlier lines in the log
     for hook in due:
         watch.doing(hook.activity, step)
         with log.paused():
@@ -138,7 +138,7 @@ def call_hooks(run: Run, due: list[Hook], log: RunLog, watch: Watchdog, step: in
 
 
 def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Watchdog) -> int:
-    """Step, log, run the hooks that are due; returns the exit code."""
+    """The training loop: steps, logs, runs the hooks that are due. Returns the exit code."""
     stop: str | None = None
     size = run.recipe.batch.size
     call_hooks(run, [hook for hook in run.hooks if hook.at_start], log, watch, run.samples_seen // size)
@@ -173,7 +173,7 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
     watch.doing("waiting for the last checkpoint", run.samples_seen // size)
     run.checkpointer.close(run.samples_seen)
     if stop is not None:
-        logger.info(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command goes on from here")
+        logger.info(f"stopped by {stop} at {run.samples_seen:,} samples, all saved: the same command resumes from here")
         return EXIT_AGAIN
     say_finished(run, patience_words(run) if run.out_of_patience else "")
     return 0

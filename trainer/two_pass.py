@@ -1,4 +1,4 @@
-"""The step in two passes for training loops that are not RingLIP's: a batch of any size in the memory of a micro-batch.
+"""The two-pass step for other training loops: a batch of any size in the memory of a micro-batch.
 
     value = two_pass(model, (images, texts), loss, micro_batch=64)         # model may be wrapped in DDP or FSDP2
     optimizer.step()
@@ -39,25 +39,25 @@ def two_pass(
 
     Args:
         encode: the model, wrapped or not, or any function of two encoders. Given a slice of each tensor of ``batch`` it
-            returns a mapping or a sequence: tensors of two or more dimensions hold a row for each pair, those of fewer
-            (scale, bias) are the same for every slice.
+            returns a mapping or a sequence: tensors of two or more dimensions have a row for each pair, others (scale,
+            bias) are the same for every slice.
         batch: tensors with a row for each pair of this rank.
         loss: called once, as ``loss(**outputs)`` for a mapping and ``loss(*outputs)`` for a sequence; returns a scalar.
-        micro_batch: rows that ``encode`` sees at once; from the batch's rows on there is one pass.
-        backward: what is called in the place of ``Tensor.backward``: ``fabric.backward``, ``accelerator.backward``,
+        micro_batch: rows per call of ``encode``; if that is the whole batch, there is one pass only.
+        backward: called instead of ``Tensor.backward``: ``fabric.backward``, ``accelerator.backward``,
             ``lambda loss: scaler.scale(loss).backward()``.
-        no_sync: makes a context in which gradients are not averaged over ranks; all micro-batches but the last run in
-            it. None: that of ``encode`` where it is DDP or FSDP2; else every micro-batch averages (right, but slower).
+        no_sync: returns a context in which gradients are not averaged over ranks, for all micro-batches but the last.
+            None: that of ``encode`` if it is DDP or FSDP2; otherwise every micro-batch averages (correct, but slower).
 
     Returns:
         The loss, detached; with RingLIP's losses this rank's share, whose mean over ranks is the global loss.
 
     Raises:
-        UserError: tensors of unequal length, an empty batch, or an ``encode`` that returns no row for each pair.
+        UserError: tensors of unequal length, an empty batch, or an ``encode`` that does not return a row per pair.
     """
     rows = _rows(batch)
     if micro_batch < 1:
-        raise UserError(f"two_pass: micro_batch {micro_batch} cannot be; give 1 or more")
+        raise UserError(f"two_pass: micro_batch is {micro_batch}; it must be 1 or more")
     if micro_batch >= rows:
         value = _apply(loss, encode(*batch))
         backward(value)
@@ -65,7 +65,7 @@ def two_pass(
     slices = [slice(start, min(start + micro_batch, rows)) for start in range(0, rows, micro_batch)]
     leaves, states = _embed(encode, batch, slices)
     value = _apply(loss, leaves)
-    value.backward()  # of the leaves alone: neither a wrapper nor a loss scale has a part in it
+    value.backward()  # for the leaves only: involves neither a wrapper nor a loss scale
     device = _device(batch)
     after = RandomState.take(device)
     quiet = no_sync or _quiet(encode)
@@ -82,7 +82,7 @@ def two_pass(
 def _rows(batch: Sequence[Tensor]) -> int:
     lengths = {tensor.shape[0] for tensor in batch}
     if len(lengths) != 1 or 0 in lengths:
-        raise UserError(f"two_pass: the tensors of a batch have one length above 0, these have {sorted(lengths)}")
+        raise UserError(f"two_pass: the tensors of a batch must have one length above 0, these have {sorted(lengths)}")
     return lengths.pop()
 
 
@@ -95,7 +95,7 @@ def _apply(loss: Callable[..., Tensor], outputs: Any) -> Tensor:
 
 
 def _device(batch: Sequence[Tensor]) -> torch.device:
-    """Where random numbers are drawn: the batch may still wait in host memory."""
+    """The device that draws random numbers: the batch may still be in host memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.device("cuda", torch.cuda.current_device())
     return batch[0].device
@@ -105,7 +105,7 @@ def _device(batch: Sequence[Tensor]) -> torch.device:
 def _embed(
     encode: Callable[..., Outputs], batch: Sequence[Tensor], slices: list[slice]
 ) -> tuple[Outputs, list[RandomState]]:
-    """Pass 1: what ``encode`` says of the local batch, as leaves, and the random state before each micro-batch."""
+    """Pass 1: the outputs of ``encode`` for the local batch as leaves, and the random state before each micro-batch."""
     rows, device = slices[-1].stop, _device(batch)
     states: list[RandomState] = []
     joined: dict[Any, Tensor] = {}
@@ -130,13 +130,13 @@ def _embed(
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Half precision would round the gradients that wait for pass 2."""
+    """float32 for half precision, which would round the gradients for pass 2."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _surrogate(outputs: Outputs, leaves: Outputs, part: slice, last: bool) -> Tensor:
-    """What has the loss's gradient: the inner product of outputs and their gradients. Scale and bias come with the last
-    micro-batch, in whose backward pass a wrapper expects to meet every parameter."""
+    """The inner product of outputs and their gradients, which has the gradient of the loss. Scale and bias are in the
+    last micro-batch only, in whose backward pass wrappers expect every parameter."""
     terms = []
     for (_, value), (_, leaf) in zip(_items(outputs), _items(leaves), strict=True):
         gradient = leaf.grad
@@ -144,12 +144,12 @@ def _surrogate(outputs: Outputs, leaves: Outputs, part: slice, last: bool) -> Te
             continue
         terms.append(torch.sum(value.to(leaf.dtype) * (gradient[part] if value.dim() >= 2 else gradient)))
     if not terms:
-        raise UserError("two_pass: nothing that encode returns needs a gradient: every parameter is locked")
+        raise UserError("two_pass: no output of encode needs a gradient: every parameter is locked")
     return torch.stack(terms).sum()
 
 
 def _quiet(encode: Callable[..., Outputs]) -> Callable[[], AbstractContextManager[Any]]:
-    """The context of ``encode``'s own wrapper in which nothing is averaged over ranks."""
+    """The ``no_sync`` context of ``encode``'s wrapper."""
     if not isinstance(encode, nn.Module):
         return nullcontext
     switch = getattr(encode, "set_requires_gradient_sync", None)

@@ -1,12 +1,12 @@
-"""RingLIP from Python: ``import ringlip``. Importing it is cheap; what it names is loaded on first use.
+"""RingLIP's Python API: ``import ringlip``. The import is cheap; each name is loaded on first use.
 
     ringlip.train("recipe.yaml", {"optim.lr": 1e-3})         a run, in this process, on one rank or under any launcher
     ringlip.SigLipLoss(), ringlip.ClipLoss()                 the losses with open_clip's signatures, for your own loop
     ringlip.two_pass(model, batch, loss, micro_batch=64)     a step in the memory of a micro-batch, for your own loop
     ringlip.dataset("shards/train", preprocess, 4096)        the loader as a torch IterableDataset
-    ringlip.plan("recipe.yaml", "24GiB", gpus=8)             memory per GPU before any GPU is rented; of a module, too
+    ringlip.plan("recipe.yaml", "24GiB", gpus=8)             forecast of memory per GPU, also for your own module
 
-Examples that run lie in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass,
+Runnable examples are in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass,
 dataset, plan, train.
 """
 

@@ -1,4 +1,4 @@
-"""``ringlip.plan``: memory and time per GPU, forecast for a recipe or for a module of the user's own."""
+"""``ringlip.plan``: forecasts memory and time per GPU for a recipe or any module."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def plan(
     precision: str = "auto",
     reserve: str = "1GiB",
 ) -> Plan:
-    """What fits: every ds_config with the largest micro-batch, its memory by parts and its time, and which to take.
+    """Finds what fits: for every ds_config the largest micro-batch, its memory by parts and its time, and the best
+    choice.
 
-    Of a recipe every recomputation and LoRA is considered too. A module is taken as it is, with AdamW in float32 and
-    the two-pass step, laid out as DeepSpeed does; DDP holds what zero0 holds, FSDP2 about what zero3 does.
+    For a recipe, recomputation and LoRA are considered too. A module is taken as it is, with AdamW in float32 and the
+    two-pass step, partitioned as by DeepSpeed; DDP needs the memory of zero0, FSDP2 about that of zero3.
 
     Args:
         target: a recipe (file, name or sections), or a module whose forward takes ``inputs`` and returns embeddings.

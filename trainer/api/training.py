@@ -26,7 +26,7 @@ class TrainResult:
     metrics: dict[str, Any]
     """The last value of everything in log.jsonl: loss, grad_norm, scale, bias, lr, eval, ..."""
     exit_reason: Literal["finished", "stopped"]
-    """stopped: by a signal, after saving; the same call goes on from there."""
+    """stopped: by a signal, after saving; the same call resumes from there."""
 
 
 def train(
@@ -58,7 +58,7 @@ def train(
 def read_recipe(
     recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str] | None = None
 ) -> Recipe:
-    """A recipe from a file, by its name or from its sections, with ``overrides`` laid over it."""
+    """A recipe from a file, by its name or from its sections, with ``overrides`` applied."""
     if isinstance(recipe, Mapping):
         return parse(Recipe, override(dict(recipe), _assignments(overrides)), "recipe")
     return config.load(Path(recipe), _assignments(overrides))

@@ -1,13 +1,13 @@
-"""Saving and resuming: one integer (``samples_seen``) is the position, whole tensors by name are the state, and nothing
-is pickled.
+"""Saves and resumes runs: the position is one integer (``samples_seen``), the state is whole tensors by name, and
+nothing is pickled.
 
     checkpointer = Checkpointer(run_dir, settings)
-    resumed = checkpointer.resume(engine, loss)                        # None, or where to go on
+    resumed = checkpointer.resume(engine, loss)                        # the restored state, or None
     checkpointer.save(engine, samples_seen, {"step": step}, loss)      # every rank calls; rank 0 writes
     checkpointer.close(samples_seen)
 
-A run may go on with another number of ranks, another ZeRO stage, micro-batch or ds_config. Random states are not saved:
-a step's randomness follows from (seed, samples_seen, rank), see ``seed_step``.
+A run may resume with another number of ranks, ZeRO stage, micro-batch or ds_config. Random states are not saved: the
+random numbers of a step depend on (seed, samples_seen, rank), see ``seed_step``.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer, CheckpointSettings

@@ -1,4 +1,4 @@
-"""When a run saves, what it keeps and what it goes on from."""
+"""Decides when a run saves, which checkpoints it keeps and what it resumes from."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class CheckpointSettings(Settings):
     every: int = Field(default=1_000_000, ge=1)
     "Pairs between checkpoints; the end of the run, a signal and a stop save too."
     keep: int = Field(default=2, ge=1)
-    "How many of the newest checkpoints stay."
+    "Number of newest checkpoints to keep."
     keep_every: int = Field(default=0, ge=0)
-    "Beside them, the first checkpoint in every so many pairs stays for good (0: none)."
+    "Also keep, permanently, the first checkpoint in every interval of so many pairs (0: none)."
     best: tuple[str, ...] = ()
-    """Metric of log.jsonl, such as image_to_text_r1, or several, whose mean counts: the checkpoint of the best
-    evaluation stays too, and is the one that `export` and `evaluate` take. A run that starts from a checkpoint of other
-    people's counts as its first, at 0 samples. Needs eval.every."""
+    """Metric of log.jsonl, such as image_to_text_r1, or several, of which the mean counts: also keep the checkpoint of
+    the best evaluation, which `export` and `evaluate` then use. A finetuning run starts with the pretrained model's, at
+    0 samples. Needs eval.every."""
     resume: str = "auto"
-    """`auto` goes on from the run's newest good checkpoint; `never` demands a run directory without any; a path (a
-    checkpoint or another run) is where a run that has none of its own yet begins."""
+    """`auto`: resume from the run's newest undamaged checkpoint; `never`: fail if the run directory has any; a path (a
+    checkpoint or another run): start from it while the run has no checkpoint of its own."""
     asynchronous: bool = False
-    "Write from a copy in the memory of rank 0 (12 bytes a parameter) while training goes on."
+    "Write from a copy in rank 0's memory (12 bytes per parameter) while training continues."
     on_failure: Literal["continue", "stop"] = "continue"
-    """A disk that is full or fails: warn and train on with the checkpoints there are, or end the run. The last
-    checkpoint, that of the end or of a signal, ends it in any case with an error."""
+    """If a checkpoint cannot be written: warn and continue, or stop the run. If it is the last one (at the end, or
+    after a signal), the run ends with an error in any case."""
 
     @field_validator("best", mode="before")
     @classmethod
@@ -50,7 +50,7 @@ class CheckpointSettings(Settings):
 
 
 class Checkpointer:
-    """A run's checkpoints. Every rank makes one and calls its methods at the same points; rank 0 alone touches the
+    """The checkpoints of a run. Every rank creates one and calls its methods at the same points; only rank 0 uses the
     disk."""
 
     def __init__(self, run_dir: Path, settings: CheckpointSettings) -> None:
@@ -59,7 +59,7 @@ class Checkpointer:
         self._background: Background | None = Background() if settings.asynchronous else None
 
     def resume(self, engine: Any, loss: nn.Module | None = None) -> state_io.Resumed | None:
-        """Loads what the settings say, if there is anything; None for a run that begins."""
+        """Loads the checkpoint that the settings select; None for a new run."""
         start = on_main(lambda: {"folder": self._start()})["folder"]
         if start is None:
             return None
@@ -82,13 +82,13 @@ class Checkpointer:
             return str(store.find(Path(self._settings.resume)))
         if own:
             raise UserError(
-                f"{store.checkpoints_dir(self._run_dir)}: every checkpoint is damaged; remove them to begin anew"
+                f"{store.checkpoints_dir(self._run_dir)}: every checkpoint is damaged; remove them to start again"
             )
         return None
 
     def save(self, engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Module | None = None) -> None:
-        """Saves this position, unless it is saved already. A failing disk warns or raises UserError, as the settings
-        say."""
+        """Saves this position, unless it is saved already. If the disk fails, warns or raises UserError, as the
+        settings say."""
         self.wait()
         if self._at == samples_seen:
             return
@@ -129,7 +129,7 @@ class Checkpointer:
         return None
 
     def wait(self) -> None:
-        """Until what is being written in the background lies on the disk."""
+        """Waits until a background write is on the disk."""
         if self._background is None:
             return
         background = self._background
@@ -139,29 +139,29 @@ class Checkpointer:
             self._failed(error)
 
     def join(self) -> None:
-        """Lets a write in the background end, whatever becomes of the run; asks no other rank."""
+        """Waits for a background write, without communication: also called when the run fails."""
         if self._background is not None:
             self._background.join()
 
     def _failed(self, error: str) -> None:
-        text = f"no checkpoint could be written: {error}; the ones before it are untouched"
+        text = f"cannot write a checkpoint: {error}; earlier ones are intact"
         if self._settings.on_failure == "stop":
-            raise UserError(f"{text}; make room and start again")
-        logger.warning(f"{text}; training goes on (checkpoint.on_failure)")
+            raise UserError(f"{text}; free some space and start again")
+        logger.warning(f"{text}; training continues (checkpoint.on_failure)")
 
     def close(self, samples_seen: int) -> None:
-        """At the end of a run, or where it is told to stop: raises RunFailed unless this position lies on the disk."""
+        """Call at the end of a run, or when it stops: raises RunFailed unless this position is on the disk."""
         self.wait()
         if self._at != samples_seen:
             raise RunFailed(
                 f"{store.checkpoints_dir(self._run_dir)}: the last checkpoint, at {samples_seen:,} samples, could "
                 f"not be written (see the "
-                "warning above): make room and start the same command again, it goes on from the one before"
+                "warning above): free some space and start the same command again; it resumes from the one before"
             )
 
 
 class Background:
-    """One thread that writes copies of tensors. The copies' memory is kept from one checkpoint to the next."""
+    """A thread that writes copies of tensors. The memory of the copies is reused for the next checkpoint."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, str], Tensor] = {}
@@ -169,7 +169,7 @@ class Background:
         self._future: Future[str | None] | None = None
 
     def copy(self, tensors: Iterable[state_io.Piece]) -> list[state_io.Piece]:
-        """The tensors in host memory, on rank 0."""
+        """Copies the tensors to host memory, on rank 0."""
         copies: list[state_io.Piece] = []
         for file, name, tensor in tensors:
             memory = self._memory.get((file, name))
@@ -179,11 +179,11 @@ class Background:
         return copies
 
     def start(self, work: Callable[[], str | None]) -> None:
-        """Runs ``work``, which returns what went wrong."""
+        """Runs ``work``, which returns an error message or None."""
         assert self._future is None
         self._future = self._pool.submit(work)
 
     def join(self) -> str | None:
-        """Waits for it; what went wrong."""
+        """Waits for the thread; returns the error message or None."""
         future, self._future = self._future, None
         return future.result() if future else None

@@ -1,9 +1,9 @@
-"""What is in a checkpoint, and the way of tensors between an engine and its files.
+"""The contents of a checkpoint, and the transfer of tensors between an engine and files.
 
 ``model.safetensors`` holds weights and buffers in fp32 by the names of ``DualEncoder``, ``optimizer.safetensors`` the
 moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` (and ``NAME.ema``, where the run averages its weights),
-``loss.safetensors`` the buffers of a loss that has some (a queue), ``state.json`` the position, the optimizer's step
-counts and what the training loop adds. Rank 0 alone touches the disk.
+``loss.safetensors`` the buffers of a loss that has any (a queue), ``state.json`` the position, the optimizer's step
+counts and what the training loop adds. Only rank 0 uses the disk.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Piece = tuple[str, str, Tensor]
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on."""
+    """The state that a run resumes from."""
 
     samples_seen: int
     extra: dict[str, Any]
-    """What the training loop gave to ``save``."""
+    """What the training loop passed to ``save``."""
     folder: Path
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint before its tensors: what each file will hold, and ``state.json``."""
+    """The plan of a checkpoint: the tensors of each file, and ``state.json``."""
 
     samples_seen: int
     entries: dict[str, list[Entry]]
@@ -60,7 +60,7 @@ class Contents:
 
 
 def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Module | None) -> Contents:
-    """What ``pieces`` will give; no communication."""
+    """The tensors that ``pieces`` will yield. No communication."""
     from trainer.engine import state  # DeepSpeed takes seconds to import, and evaluating or exporting does without
 
     buffers, loss_state = _buffers(engine.module), _loss_state(loss)
@@ -88,8 +88,7 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
 
 
 def pieces(engine: Any, loss: nn.Module | None) -> Iterator[Piece]:
-    """Every tensor in the order of ``contents``, on rank 0 (file by file the order is that of its entries). All ranks
-    exhaust it."""
+    """Yields every tensor on rank 0; within a file, in the order of its entries. All ranks must exhaust it."""
     from trainer.engine import state
 
     if distributed.is_main():
@@ -102,8 +101,8 @@ def pieces(engine: Any, loss: nn.Module | None) -> Iterator[Piece]:
 
 
 def write(run_dir: Path, plan: Contents, tensors: Iterable[Piece], keep: int = 0, keep_every: int = 0) -> Path:
-    """Rank 0: puts a checkpoint on the disk and removes those that are over (``keep`` 0: none). A failure (OSError)
-    leaves the others as they were.
+    """On rank 0: writes a checkpoint and removes the surplus ones (``keep`` 0: none). After an OSError the other
+    checkpoints are intact.
     """
     draft = Draft(run_dir, plan.samples_seen)
     try:
@@ -133,10 +132,9 @@ def save(
     keep: int = 0,
     keep_every: int = 0,
 ) -> Path:
-    """Writes a checkpoint of an ``Engine`` and returns its directory; every rank calls. ``extra`` is what JSON can
-    hold.
+    """Writes a checkpoint of an ``Engine`` and returns its directory. Every rank calls it; ``extra`` must be JSON.
 
-    Raises OSError on all ranks when the disk is full or fails; the checkpoints before it are untouched.
+    Raises OSError on all ranks if the disk is full or fails; earlier checkpoints are intact.
     """
     plan, tensors = contents(engine, samples_seen, extra, loss), pieces(engine, loss)
     answer: dict[str, Any] = {}
@@ -145,7 +143,7 @@ def save(
             answer["folder"] = str(write(run_dir, plan, tensors, keep, keep_every))
         except OSError as error:
             answer["error"] = explain(error, run_dir, plan)
-    for _ in tensors:  # the other ranks, and rank 0 after a failure: every rank takes part to the end
+    for _ in tensors:  # the other ranks, and rank 0 after a failure, must take part in all collectives
         pass
     answer = share(answer)
     if "error" in answer:
@@ -154,15 +152,15 @@ def save(
 
 
 def explain(error: OSError, run_dir: Path, plan: Contents) -> str:
-    """What failed, where, and how much room a checkpoint takes."""
+    """The error, its place, and the size of a checkpoint."""
     return f"{error.strerror or error} ({run_dir}; a checkpoint takes {plan.size / 1e9:.3f} GB)"
 
 
 def load(where: Path, engine: Any, loss: nn.Module | None = None) -> Resumed:
-    """Puts the newest good checkpoint of a run, or the given one, into an ``Engine`` (and the loss's buffers); every
-    rank calls.
+    """Loads the newest undamaged checkpoint of a run, or the given one, into an ``Engine`` and the loss's buffers.
+    Every rank calls it.
 
-    Raises UserError, before anything is changed, for a damaged checkpoint or one of another model.
+    Raises UserError, before changing anything, if the checkpoint is damaged or belongs to another model.
     """
     return restore(Path(on_main(lambda: {"folder": str(find(where))})["folder"]), engine, loss)
 
@@ -203,12 +201,12 @@ def _open(
 
 
 def load_model(settings: ModelSettings, where: Path, average: bool = False) -> tuple[DualEncoder, Path]:
-    """(a run's model as evaluation and export want it, the checkpoint it came from): ``where`` is a run or one of its
-    checkpoints.
+    """(A run's model for evaluation and export, the checkpoint that it was loaded from); ``where`` is a run or one of
+    its checkpoints.
 
-    An adapter that was trained on a rounded base (``model.lora.base``) is laid on the base itself, which is read from
-    ``model.path``; so is a tower whose embeddings were stored. ``average`` takes the running average of the weights
-    that were trained (``optim.ema``).
+    An adapter that was trained on a rounded base (``model.lora.base``) is put on the exact base, read from
+    ``model.path``. A tower whose embeddings were precomputed is read from there too. With ``average``, trained weights
+    are replaced by their running average (``optim.ema``).
     """
     rounded = settings != settings.at_rest
     model = build_to_load(settings.at_rest, weights=rounded)
@@ -216,10 +214,10 @@ def load_model(settings: ModelSettings, where: Path, average: bool = False) -> t
 
 
 def load_weights(model: nn.Module, where: Path, only_trained: bool = False, average: bool = False) -> Path:
-    """The weights and buffers of a checkpoint (or of a run's newest good one) into a plain module."""
+    """Loads weights and buffers of a checkpoint (or of a run's newest undamaged one) into a plain module."""
     folder = find(where)
     reader = _reader(folder / MODEL)
-    unsaved: frozenset[str] = getattr(model, "unsaved", frozenset())  # trained without: they are what they were
+    unsaved: frozenset[str] = getattr(model, "unsaved", frozenset())  # not part of the training: unchanged
     targets = {
         name: target
         for name, target in {**dict(model.named_parameters()), **_buffers(model)}.items()
@@ -236,7 +234,7 @@ def load_weights(model: nn.Module, where: Path, only_trained: bool = False, aver
         if tower != ours:
             raise UserError(
                 f"{folder} was trained on stored embeddings of another tower (fingerprint {tower[:12]}, that of the "
-                f"recipe's path is {ours[:12]} now): put the pretrained tower back"
+                f"recipe's path is now {ours[:12]}): restore the pretrained tower"
             )
     averages = _averages(folder) if average else {}
     with torch.no_grad():
@@ -246,13 +244,13 @@ def load_weights(model: nn.Module, where: Path, only_trained: bool = False, aver
 
 
 def _averages(folder: Path) -> dict[str, TensorReader]:
-    """Names of the weights that have a running average, and where it is."""
+    """Name of each weight that has a running average -> the reader of its file."""
     reader = _reader(folder / OPTIMIZER)
     ending = f".{AVERAGE}"
     found = {name.removesuffix(ending): reader for name in reader.names if name.endswith(ending)}
     if not found:
         raise UserError(
-            f"{folder}: no running average of the weights there; set optim.ema in the recipe and train, or leave "
+            f"{folder}: has no running average of the weights; set optim.ema in the recipe and train, or remove "
             f"--ema out"
         )
     return found
@@ -268,14 +266,14 @@ def _reader(path: Path) -> TensorReader:
 def _same(folder: Path, what: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError naming the first tensors that differ."""
     differ = [
-        f"{name} is {_words(saved.get(name))} there and {_words(wanted.get(name))} here"
+        f"{name} is {_words(saved.get(name))} in the checkpoint, {_words(wanted.get(name))} here"
         for name in [*wanted, *(name for name in saved if name not in wanted)]
         if saved.get(name) != wanted.get(name)
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise UserError(
-            f"{folder} is of another {what}: {'; '.join(differ[:3])}{more}; resume with the recipe it was made by"
+            f"{folder} does not match the {what}: {'; '.join(differ[:3])}{more}; resume with the recipe that wrote it"
         )
 
 
@@ -292,7 +290,7 @@ def _shapes(engine: Any, state: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the state (those a module computes anew are not)."""
+    """Persistent buffers (without those that a module recomputes)."""
     belonging = module.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in belonging}
 

@@ -1,13 +1,12 @@
-"""Checkpoints as directories that are whole or not there, whatever dies in between.
+"""Checkpoint directories, written atomically: each is complete or absent, even if the process is killed.
 
     <run>/checkpoints/samples-000123456/{model.safetensors, optimizer.safetensors, state.json, checkpoint.json}
-    <run>/checkpoints/latest                                         the name of the newest: resuming begins there
+    <run>/checkpoints/latest                                         the name of the newest: a run resumes from it
     <run>/checkpoints/best.json                                      the one that checkpoint.best keeps, and its score
 
-A checkpoint is written under another name, each file synced, the manifest (``checkpoint.json``: sizes and digests)
-last; then the directory is renamed, and then ``latest`` moves. To go back to an older one, write its name into
-``latest``: what comes after it belongs to a course the run has left, and is removed at the next save. Everything here
-happens on rank 0 alone.
+A checkpoint is written under a temporary name; each file is synced, the manifest (``checkpoint.json``: sizes and
+digests) last. Then the directory is renamed, and ``latest`` updated. To go back to an older checkpoint, write its name
+into ``latest``: later checkpoints are then obsolete, and the next save removes them. All of this happens on rank 0.
 """
 
 from __future__ import annotations
@@ -45,28 +44,28 @@ def name_of(samples_seen: int) -> str:
 
 
 def samples_of(folder: Path) -> int:
-    """The position in its name."""
+    """The position (samples seen) in a checkpoint's name."""
     match = NAME.fullmatch(folder.name)
     assert match, folder
     return int(match.group(1))
 
 
 def listing(run_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, good or not, oldest first."""
+    """Checkpoint directories of a run, damaged or not, oldest first."""
     folder = checkpoints_dir(run_dir)
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=samples_of)
 
 
 class Draft:
-    """A checkpoint on its way: ``file`` for each part, then ``finish``; or ``abandon``."""
+    """A checkpoint being written: ``file`` for each part, then ``finish`` or ``abandon``."""
 
     def __init__(self, run_dir: Path, samples_seen: int) -> None:
         self.samples_seen = samples_seen
         self.final = checkpoints_dir(run_dir) / name_of(samples_seen)
         self._parent = checkpoints_dir(run_dir)
         self._parent.mkdir(parents=True, exist_ok=True)
-        for left_over in self._parent.glob(".*"):  # of a run that died while it wrote
+        for left_over in self._parent.glob(".*"):  # of a run that died while writing
             _remove(left_over)
         self._folder = self._parent / f".{self.final.name}.partial"
         self._folder.mkdir()
@@ -77,18 +76,18 @@ class Draft:
         return self._files[name]
 
     def write(self, name: str, data: dict[str, Any]) -> None:
-        """A JSON file."""
+        """Writes a JSON file."""
         self.file(name).write(json.dumps(data, indent=1).encode())
 
     def finish(self) -> Path:
-        """Makes it a checkpoint, and the latest."""
+        """Publishes the checkpoint and makes it the latest."""
         files = {name: file.close() for name, file in self._files.items()}
         manifest = {"format": FORMAT, "version": VERSION, "samples_seen": self.samples_seen, "files": files}
         last = DigestFile(self._folder / MANIFEST)
         last.write(json.dumps(manifest, indent=1).encode())
         last.close()
         sync_folder(self._folder)
-        if self.final.exists():  # written before, by a course of the run that is replaced now
+        if self.final.exists():  # written before the run went back to an older checkpoint
             os.rename(self.final, self._parent / f".{self.final.name}.replaced")
         publish(self._folder, self.final)
         write_atomic(self._parent / "latest", self.final.name + "\n")
@@ -96,7 +95,7 @@ class Draft:
         return self.final
 
     def abandon(self) -> None:
-        """Gives the space back."""
+        """Removes the draft."""
         for file in self._files.values():
             file.abandon()
         _remove(self._folder)
@@ -110,11 +109,11 @@ def _remove(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; raises UserError when this is no whole checkpoint."""
+    """A checkpoint's manifest. Raises UserError if the checkpoint is incomplete."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder}: no {MANIFEST} there, so it is not a whole checkpoint; name another, or its run directory"
+            f"{folder}: has no {MANIFEST}, so it is not a complete checkpoint; name another, or its run directory"
         )
     try:
         manifest = json.loads(path.read_bytes())
@@ -125,14 +124,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error})") from error
     if manifest["version"] > VERSION:
         raise UserError(
-            f"{path}: written by a newer RingLIP (format {manifest['version']}, known here: {VERSION}); update this one"
+            f"{path}: written by a newer RingLIP (format {manifest['version']}, known here: {VERSION}); update RingLIP"
         )
     return manifest
 
 
 def verify(folder: Path, only: str | None = None) -> None:
-    """Raises UserError when a file of the checkpoint is missing, too short or changed (``only`` looks at that one).
-    Reads every byte."""
+    """Reads every byte of a checkpoint (of the file ``only``, if given); raises UserError if a file is missing, too
+    short or changed."""
     for name, entry in read_manifest(folder)["files"].items():
         if only not in (None, name):
             continue
@@ -140,14 +139,14 @@ def verify(folder: Path, only: str | None = None) -> None:
         if not path.is_file():
             raise UserError(f"{path}: missing")
         if path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes where {entry['bytes']} were written")
+            raise UserError(f"{path}: has {path.stat().st_size} bytes, but {entry['bytes']} were written")
         if digest_of(path) != entry["xxh3_128"]:
-            raise UserError(f"{path}: its content has changed since it was written (digest)")
+            raise UserError(f"{path}: its content has changed since it was written (digest mismatch)")
 
 
 def newest_good(run_dir: Path, warn: Callable[[str], None] = logger.warning) -> Path | None:
-    """The checkpoint to go on from: the one ``latest`` names, or the first before it that is undamaged. None when there
-    is none."""
+    """The checkpoint to resume from: the one in ``latest``, or the newest undamaged one before it; None if there is
+    none."""
     candidates = listing(run_dir)
     pointer = checkpoints_dir(run_dir) / "latest"
     named = checkpoints_dir(run_dir) / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
@@ -164,7 +163,8 @@ def newest_good(run_dir: Path, warn: Callable[[str], None] = logger.warning) -> 
 
 
 def find(where: Path) -> Path:
-    """A run directory's newest good checkpoint, or the checkpoint itself, verified; raises UserError."""
+    """A run directory's newest undamaged checkpoint, or ``where`` itself if it is a checkpoint, verified. Raises
+    UserError."""
     if (where / MANIFEST).is_file():
         verify(where)
         return where
@@ -178,12 +178,12 @@ def find(where: Path) -> Path:
 
 
 def write_best(run_dir: Path, record: dict[str, Any]) -> None:
-    """Notes which checkpoint is the best; ``record`` has its ``samples_seen`` and how it was judged."""
+    """Records the best checkpoint; ``record`` has its ``samples_seen`` and its score."""
     write_atomic(checkpoints_dir(run_dir) / BEST, json.dumps(record, indent=1) + "\n")
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """What ``write_best`` noted; None where nothing was, or the checkpoint is gone."""
+    """The record of ``write_best``; None if there is none, or the checkpoint is gone."""
     path = checkpoints_dir(run_dir) / BEST
     if not path.is_file():
         return None
@@ -192,16 +192,16 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
 
 
 def find_best(where: Path) -> tuple[Path, dict[str, Any] | None]:
-    """What to use of a run that is done: (its best checkpoint, how that was judged) where ``checkpoint.best`` kept one;
-    else as ``find``, with None."""
+    """(The checkpoint to use from a finished run, its record): the best one if ``checkpoint.best`` kept it; else as
+    ``find``, with None."""
     record = None if (where / MANIFEST).is_file() else read_best(where)
     folder = where if record is None else checkpoints_dir(where) / name_of(record["samples_seen"])
     return find(folder), record
 
 
 def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Keeps the last ``keep`` up to position ``newest``, the best one and, where ``keep_every`` is not 0, the first one
-    in every so many samples."""
+    """Keeps the last ``keep`` checkpoints up to position ``newest``, the best one and, unless ``keep_every`` is 0, the
+    first one in every interval of so many samples."""
     folders = listing(run_dir)
     ours = [folder for folder in folders if samples_of(folder) <= newest]
     kept = set(ours[-keep:])
@@ -216,6 +216,6 @@ def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
         if folder in kept:
             continue
         if samples_of(folder) > newest:
-            logger.info(f"removed {folder}: the run went back to before it and took another course")
-        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is never taken for whole
+            logger.info(f"removed {folder}: the run was resumed from an earlier checkpoint")
+        (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a partly removed one never counts as complete
         shutil.rmtree(folder)

@@ -1,8 +1,7 @@
-"""safetensors files written as a stream (header first, then tensor after tensor as it comes, digested on the way) and
-read by name.
+"""safetensors files, written as a stream (header first, then one tensor after another, hashed on the way) and read by
+name. No pickle.
 
-The safetensors library writes from a dict of all tensors at once; a model's optimizer state does not fit beside itself.
-No pickle.
+The safetensors library writes from a dict of all tensors; a second copy of an optimizer state would not fit in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """One tensor of a file to be written."""
+    """One tensor of a file to write."""
 
     name: str
     dtype: torch.dtype
@@ -49,9 +48,10 @@ SYNC_BYTES = 256 << 20
 
 
 class DigestFile:
-    """A new file that knows the xxh3-128 digest and size of what went into it; closing puts it on the disk (fsync).
+    """A new file that computes its size and xxh3-128 digest while written; ``close`` syncs it.
 
-    It is synced on the way too: other ranks wait while it is closed, and must not wait for all of it to reach the disk.
+    It is also synced on the way, because other ranks wait for ``close`` and must not wait for the whole file to reach
+    the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class DigestFile:
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:  # an unbuffered write may take a part only
+        while view:  # an unbuffered write may be partial
             written = self._file.write(view)
             self._digest.update(view[:written])
             self.size += written
@@ -73,7 +73,7 @@ class DigestFile:
             view = view[written:]
 
     def close(self) -> dict[str, Any]:
-        """The file's line in the manifest."""
+        """Closes the file; returns its entry for the manifest."""
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self.size, "xxh3_128": self._digest.hexdigest()}
@@ -83,7 +83,7 @@ class DigestFile:
 
 
 class TensorWriter:
-    """Writes ``entries`` in their order into ``file``."""
+    """Writes ``entries`` into ``file``, in order."""
 
     def __init__(self, file: DigestFile, entries: list[Entry]) -> None:
         self._file = file
@@ -102,7 +102,7 @@ class TensorWriter:
         file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """The next tensor; it must be the next entry."""
+        """Writes the next tensor, which must match the next entry."""
         entry = self._left.pop()
         assert (name, tensor.dtype, tuple(tensor.shape)) == entry, (
             f"{name} {tensor.dtype} {tuple(tensor.shape)} where {entry} was announced"
@@ -115,12 +115,12 @@ class TensorWriter:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's memory, row-major; no copy where it lies on the CPU already."""
+    """The tensor's memory, row-major; without a copy if it is on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 class TensorReader:
-    """A safetensors file, memory-mapped: one tensor at a time comes into memory."""
+    """A memory-mapped safetensors file; loads one tensor at a time."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt")

@@ -4,8 +4,9 @@
     ringlip completion zsh > ~/.zfunc/_ringlip            # a folder of $fpath
     ringlip completion fish > ~/.config/fish/completions/ringlip.fish
 
-The script holds all words: pressing TAB starts no Python (argcomplete would import torch each time) and needs no
-package. It completes commands, their options, ``section.key=`` of a recipe, the recipes that come with RingLIP, files.
+The script contains all words: pressing TAB does not start Python (argcomplete would import torch each time) and needs
+no package. It completes commands, their options, ``section.key=`` of a recipe, the recipes that RingLIP ships, and
+files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Start = Callable[[str, list[str]], None]
 
 
 def script(arguments: list[str], groups: Groups, start: Start) -> str:
-    """The completion script for the shell named by ``arguments``. Raises UserError where that is none of the three."""
+    """The completion script for the shell in ``arguments``. Raises UserError for an unknown shell."""
     shells = {"bash": _bash, "zsh": _zsh, "fish": _fish}
     if len(arguments) != 1 or arguments[0] not in shells:
         raise UserError(

@@ -86,7 +86,7 @@ def main(argv: list[str], program: str, groups: Groups) -> int:
 
 
 def launchers(arguments: list[str]) -> str:
-    """How to use several GPUs, where `ringlip train` should say it: in its help, and where it leaves some unused."""
+    """How to use several GPUs: for the help of `ringlip train`, and for a start that leaves some GPUs unused."""
     if not arguments or arguments[0] in ("-h", "--help"):
         return LAUNCHERS
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -95,8 +95,8 @@ def launchers(arguments: list[str]) -> str:
 
 
 def start(name: str, arguments: list[str]) -> None:
-    """Runs the module behind a command as ``python -m`` does, so that both forms are the same to the last detail
-    (worker processes look at ``__main__``)."""
+    """Runs a command's module as ``python -m`` does, so that both forms are identical (worker processes use
+    ``__main__``)."""
     is_data = name in DATA_COMMANDS
     module = "data_tools" if is_data else f"trainer.{name}"
     before, sys.argv = sys.argv, [module, *([name] if is_data else []), *arguments]

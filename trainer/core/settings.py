@@ -229,7 +229,8 @@ def sections(annotation: Any) -> Iterator[type[Settings]]:
 
 
 def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """ "loss.name sigmoid -> softmax" for every key that makes two dumps of ``cls`` learn something else."""
+    """ "loss.name sigmoid -> softmax" for every key that differs between two dumps of ``cls`` and is not
+    OPERATIONAL."""
     return [f"{key} {old} -> {new}" for key, old, new, operational in differences(cls, before, now) if not operational]
 
 

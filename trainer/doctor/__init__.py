@@ -1,1 +1,1 @@
-"""Looks at every node before a run: ``python -m trainer.doctor [--hostfile F]``."""
+"""Checks every node before a run: ``python -m trainer.doctor [--hostfile F]``."""

@@ -1,13 +1,12 @@
-"""Checks every node before a run: a line a node, and the remedy for what fails.
+"""Checks every node before a run: prints one line per node, and a remedy for each problem.
 
-    # Over ssh, as launch/multinode.sh goes.
-    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards
-    python -m trainer.doctor                                                             # this machine alone
+    python -m trainer.doctor                                                             # this machine only
+    python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards     # over ssh
 
-Versions equal, GPUs as many as the hostfile says, /dev/shm large enough for NCCL, the port of the first node reachable,
-paths there and writable and the same on all nodes, clocks together, bandwidth of one exchange between neighbours on the
-ring, DeepSpeed's extensions buildable. Exit code 1 when something fails. RINGLIP_SSH holds options for ssh
-(RINGLIP_SSH="-p 2222 -F config").
+Checks that versions are equal, that there are as many GPUs as in the hostfile, that /dev/shm is large enough for NCCL,
+that the first node's port is reachable, that paths exist, are writable and shared by all nodes, that clocks agree, and
+that DeepSpeed's extensions can be built; measures the bandwidth between neighbours on the ring. Exits with 1 if a check
+fails. RINGLIP_SSH has options for ssh (RINGLIP_SSH="-p 2222 -F config").
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ from data_tools.io.errors import run_command
 from trainer.core.types import UserError
 
 CLOCK_SECONDS = 2.0
-"""Clocks further apart make logs and file times lie."""
+"""Larger differences between clocks make logs and file times misleading."""
 SHM_BYTES = 1 << 30
-"""Docker gives a container 64 MiB, and NCCL fails with "unhandled system error"; it takes some 10 MiB a connection."""
+"""NCCL needs some 10 MiB per connection; with Docker's default of 64 MiB it fails with "unhandled system error"."""
 LIMIT_SECONDS = 420
 
 
 @dataclass
 class Node:
-    """A line of the hostfile, and what was found there."""
+    """A line of the hostfile, and the results of the checks on that node."""
 
     name: str
     slots: int
     here: bool = False
     found: dict[str, Any] = field(default_factory=dict)
     offset: float = 0.0
-    """Seconds that its clock is ahead of this machine's."""
+    """Seconds by which its clock is ahead of this machine's."""
     failure: str = ""
-    """Why it said nothing."""
+    """Why the node did not answer."""
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """``NAME slots=N`` a line; raises UserError with the line's number."""
+    """Reads lines of ``NAME slots=N``; raises UserError with the line number."""
     if not path.is_file():
         raise UserError(f"{path}: no such hostfile; launch/hostfile.example shows one")
     nodes = []
@@ -58,15 +57,15 @@ def read_hostfile(path: Path) -> list[Node]:
         if not words:
             continue
         if len(words) != 2 or not words[1].removeprefix("slots=").isdigit() or not words[1].startswith("slots="):
-            raise UserError(f"{path}, line {number}: a line reads NAME slots=RANKS, this one {line.strip()!r}")
+            raise UserError(f"{path}, line {number}: expected NAME slots=RANKS, got {line.strip()!r}")
         nodes.append(Node(words[0], int(words[1].removeprefix("slots="))))
     if not nodes:
-        raise UserError(f"{path}: names no node")
+        raise UserError(f"{path}: has no nodes")
     return nodes
 
 
 def ask(node: Node, task: dict[str, Any]) -> None:
-    """Runs the checks on a node and notes what it says."""
+    """Runs the checks on a node and records the results."""
     command = [sys.executable, "-m", "trainer.doctor.node", json.dumps(task)]
     if not node.here:
         there = f"cd {shlex.quote(os.getcwd())} && PATH={shlex.quote(os.environ['PATH'])} {shlex.join(command)}"
@@ -79,7 +78,7 @@ def ask(node: Node, task: dict[str, Any]) -> None:
     for line in process.stdout:
         try:
             node.found |= json.loads(line)
-        except ValueError:  # a login message
+        except ValueError:  # not ours: a login message
             continue
         if "clock" in node.found and not node.offset:
             node.offset = node.found["clock"] - time.time()
@@ -89,7 +88,7 @@ def ask(node: Node, task: dict[str, Any]) -> None:
 
 
 def problems(nodes: list[Node], slots_known: bool) -> list[str]:
-    """Everything that would break or falsify a run, each with its remedy."""
+    """Everything that would break a run or falsify its results, with a remedy for each."""
     found: list[str] = []
     heard = [node for node in nodes if "versions" in node.found]
     for node in nodes:
@@ -98,7 +97,7 @@ def problems(nodes: list[Node], slots_known: bool) -> list[str]:
                 f"{node.name}: {node.failure}; `ssh {node.name} true` must work, repository and .venv lie at one path"
             )
         elif node.failure:
-            found.append(f"{node.name}: the checks broke off: {node.failure}")
+            found.append(f"{node.name}: the checks did not finish: {node.failure}")
     for node in heard:
         found += _own(node, slots_known)
     if heard:
@@ -123,7 +122,8 @@ def _own(node: Node, slots_known: bool) -> list[str]:
     gpus = len(facts["gpus"])
     if slots_known and gpus and gpus < node.slots:
         found.append(
-            f"{node.name}: {gpus} GPUs, the hostfile says slots={node.slots}; correct it, or see `nvidia-smi` there"
+            f"{node.name}: has {gpus} GPUs, but the hostfile says slots={node.slots}; correct it, or run `nvidia-smi` "
+            "there"
         )
     if gpus > 1 and facts["shm"] < SHM_BYTES:
         found.append(
@@ -152,7 +152,7 @@ def _own(node: Node, slots_known: bool) -> list[str]:
 
 
 def table(nodes: list[Node]) -> str:
-    """A line a node."""
+    """One line per node."""
     rows: list[tuple[str, ...]] = [
         ("node", "ranks", "devices", "torch", "deepspeed", "ringlip", "clock", "paths", "from left", "extensions")
     ]
@@ -187,7 +187,7 @@ def table(nodes: list[Node]) -> str:
 
 
 def _extensions(facts: dict[str, Any]) -> str:
-    """RingLIP needs none of them; a ds_config may (NVMe offload: AsyncIO)."""
+    """DeepSpeed's extensions. RingLIP needs none; a ds_config may (NVMe offload: AsyncIO)."""
     tools = [name for name in ("compiler", "ninja") if not facts.get(name)]
     if tools:
         return f"none: no {' and no '.join(tools)}"
@@ -203,7 +203,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hostfile", type=Path, help="NAME slots=RANKS a line; without it this machine alone")
+    parser.add_argument(
+        "--hostfile", type=Path, help="lines of NAME slots=RANKS; without it only this machine is checked"
+    )
     parser.add_argument(
         "--paths",
         nargs="*",
@@ -211,9 +213,11 @@ def main(argv: list[str]) -> int:
         metavar="DIR",
         help="directories that all nodes must see and write: runs, shards",
     )
-    parser.add_argument("--master-addr", default="", help="address of the first node, where it is not its name")
-    parser.add_argument("--port", type=int, default=29500, help="port on the first node that ranks meet on")
-    parser.add_argument("--megabytes", type=float, default=64, help="of the exchange between neighbours")
+    parser.add_argument("--master-addr", default="", help="address of the first node (default: its name)")
+    parser.add_argument("--port", type=int, default=29500, help="rendezvous port on the first node (default 29500)")
+    parser.add_argument(
+        "--megabytes", type=float, default=64, help="size of the exchange between neighbours (default 64)"
+    )
     options = parser.parse_args(argv)
     nodes = read_hostfile(options.hostfile) if options.hostfile else [Node("localhost", 0, here=True)]
     task = {
@@ -231,7 +235,7 @@ def main(argv: list[str]) -> int:
     wrong = problems(nodes, options.hostfile is not None)
     for line in wrong:
         print(f"FAIL {line}")
-    print("all good" if not wrong else f"{len(wrong)} to mend")
+    print("no problems found" if not wrong else f"{len(wrong)} problem{'s' if len(wrong) > 1 else ''} found")
     return 1 if wrong else 0
 
 

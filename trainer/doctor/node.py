@@ -1,10 +1,10 @@
-"""What one node finds out about itself and its neighbours; started on each by ``python -m trainer.doctor``.
+"""The checks of one node and of its connections; ``python -m trainer.doctor`` starts it on each node.
 
     python -m trainer.doctor.node '{"rank": 0, "world": 2, "address": "node-a", "port": 29500, "paths": ["/shared"],
                                     "bytes": 1000000}'
 
-Prints JSON lines: facts first, then what needs the others. A check that fails says so in words and does not end the
-rest.
+Prints JSON lines: local facts first, then the checks that need other nodes. A failed check is reported in words and
+does not stop the others.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.core import collectives, distributed
 from trainer.metrics.environment import PACKAGES, git_revision
 
 PATIENCE = 60
-"""Seconds to find each other."""
+"""Seconds for the nodes to connect."""
 OPS = ("CPUAdamBuilder", "FusedAdamBuilder", "AsyncIOBuilder")
 
 
 def facts(paths: list[str]) -> dict[str, Any]:
-    """What needs nobody else."""
+    """Checks that need no other node."""
     packages = {}
     for package in PACKAGES:
         try:
@@ -57,9 +57,9 @@ def facts(paths: list[str]) -> dict[str, Any]:
 
 
 def _writable(path: Path) -> str:
-    """Empty, or what is wrong."""
+    """Empty, or the problem."""
     if not path.is_dir():
-        return "is not there"
+        return "does not exist"
     probe = path / f".ringlip-doctor-{socket.gethostname()}-{os.getpid()}"
     try:
         probe.write_bytes(b"x" * 4096)
@@ -70,8 +70,7 @@ def _writable(path: Path) -> str:
 
 
 def buildable() -> dict[str, Any]:
-    """Which of DeepSpeed's extensions could be compiled here. In a process of its own: it takes DeepSpeed seconds to
-    say."""
+    """Which of DeepSpeed's extensions can be compiled here; in another process, because DeepSpeed takes seconds."""
     code = (
         "import json, logging; logging.disable(logging.CRITICAL)\n"
         "from deepspeed.accelerator import get_accelerator\n"
@@ -84,11 +83,11 @@ def buildable() -> dict[str, Any]:
     try:
         return found | {"ops": json.loads(done.stdout.splitlines()[-1])}
     except (IndexError, ValueError):
-        return found | {"error": (done.stderr.strip().splitlines() or ["DeepSpeed said nothing"])[-1]}
+        return found | {"error": (done.stderr.strip().splitlines() or ["no output from DeepSpeed"])[-1]}
 
 
 def together(task: dict[str, Any]) -> dict[str, Any]:
-    """What needs the others: the port of rank 0, shared paths, one exchange around the ring."""
+    """Checks that need the other nodes: rank 0's port, shared paths, an exchange around the ring."""
     rank, world = task["rank"], task["world"]
     timeout = timedelta(seconds=PATIENCE)
     try:
@@ -111,7 +110,7 @@ def together(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(store: dist.Store, rank: int, world: int, paths: list[str]) -> dict[str, str]:
-    """Rank 0 leaves a file in each path; the others must see it. Empty, or what is wrong."""
+    """Rank 0 writes a file into each path, which the others must see. Path -> empty, or the problem."""
     name, wrong = "", {}
     if rank == 0:
         name = f".ringlip-doctor-shared-{os.getpid()}-{time.time_ns()}"
@@ -122,13 +121,13 @@ def _shared(store: dist.Store, rank: int, world: int, paths: list[str]) -> dict[
     else:
         name = store.get("name").decode()
         for path in paths:
-            deadline = time.monotonic() + 5  # file systems over a network show it late
+            deadline = time.monotonic() + 5  # network file systems show it late
             while not (Path(path) / name).is_file() and time.monotonic() < deadline:
                 time.sleep(0.2)
             wrong[path] = (
                 ""
                 if (Path(path) / name).is_file()
-                else "does not show what the first node writes there: it is not shared"
+                else "does not show a file that the first node wrote there: it is not shared"
             )
     store.set(f"looked-{rank}", "yes")
     if rank == 0:
@@ -139,7 +138,7 @@ def _shared(store: dist.Store, rank: int, world: int, paths: list[str]) -> dict[
 
 
 def _ring(rank: int, world: int, size: int) -> float:
-    """Bytes a second from the left neighbour while as much goes to the right: the better of three exchanges."""
+    """Bytes per second received from the left neighbour while sending as much to the right: the best of three."""
     device = distributed.device()
     mine, theirs = (
         torch.zeros(size, dtype=torch.uint8, device=device),

@@ -1,9 +1,8 @@
-"""Where tensors live: DeepSpeed behind a thin wrapper. Nothing outside this package imports deepspeed.
+"""A thin wrapper around DeepSpeed. Nothing outside this package imports deepspeed.
 
     from trainer.engine import EngineSettings, build_engine
 
-The settings can be had without the seconds that importing DeepSpeed takes: ``build_engine`` and ``Engine`` load it on
-first use.
+Importing the settings does not import DeepSpeed, which takes seconds: ``build_engine`` and ``Engine`` do on first use.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 from trainer.engine.ds_config import EngineSettings
 
-# DeepSpeed looks for an accelerator when it is first imported, and without one it must be told that the CPU is meant.
+# DeepSpeed looks for an accelerator when first imported; without one it must be told to use the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -1,11 +1,11 @@
-"""A DeepSpeed configuration says where tensors live, never what is computed: read, checked and completed from the
-recipe.
+"""Reads a DeepSpeed configuration, checks it and completes it from the recipe. It decides where tensors live, never
+what is computed.
 
     engine:
       ds_config: zero2          # ds_configs/zero2.json; or the path of a JSON file of your own
 
-DeepSpeed ignores keys that it does not know and accepts several that silently change gradients. Here every key is
-either known to keep training exact, or refused in one line that says who owns it or what it would do.
+DeepSpeed ignores unknown keys and accepts several that silently change gradients. Here every key is either known to
+keep training exact, or refused with one line that says where to set it or what it would do.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class EngineSettings(Settings):
     """How DeepSpeed holds the model."""
 
     ds_config: Annotated[str, OPERATIONAL] = "zero1"
-    """Name of a file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file: where
+    """A file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file; decides where
     tensors live."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """bf16 and fp16 compute the towers under torch autocast; weights, gradients, optimizer and loss are float32 either
-    way. fp16 scales the loss dynamically: a step whose gradient overflows is repeated at half the scale, no batch is
-    lost. auto: bf16 where the processor has bf16 matrix units, fp16 on the GPUs before them (V100, T4, RTX 20xx, GTX
-    16xx), else fp32, which is then several times faster; all ranks of a run need the same kind of processor."""
+    """bf16 and fp16 run the towers under torch autocast; weights, gradients, optimizer and loss stay float32. fp16
+    scales the loss dynamically: a step whose gradient overflows is repeated at half the scale, so no batch is lost.
+    auto: bf16 on processors with bf16 matrix units, fp16 on older GPUs (V100, T4, RTX 20xx, GTX 16xx), else fp32, which
+    is faster there. All ranks of a run need the same kind of processor."""
     float32_modules: tuple[str, ...] = ()
-    """Regular expressions: modules whose name matches compute in float32 all the same. For layers that overflow in
-    fp16; the warning about such a layer gives its name."""
+    """Regular expressions: modules with a matching name compute in float32. For layers that overflow in fp16; a warning
+    names them."""
 
     @property
     def computes_in(self) -> Precision:
-        """What the towers compute in on this machine."""
+        """The precision of the towers on this machine."""
         return best_precision() if self.precision == "auto" else self.precision
 
 
@@ -86,7 +86,7 @@ REFUSED = {
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.elastic_checkpoint": "a RingLIP checkpoint resumes on any number of ranks without it",
 }
-"""Keys that would change the result, and how."""
+"""Keys that would change the result, with the reason."""
 
 NVME = {
     "offload_optimizer": "DeepSpeed 0.19 then trains other weights (2e-3 off after a step, on tensors that it swaps)",
@@ -131,14 +131,13 @@ KNOWN = {
     "zero_optimization.offload_optimizer": ["device", "pin_memory", "buffer_count"],
     "zero_optimization.offload_param": ["device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"],
 }
-"""What a ds_config may set: stage, offload, buckets, overlap, and what DeepSpeed measures and prints."""
+"""Keys that a ds_config may set: stage, offload, buckets, overlap, and what DeepSpeed measures and prints."""
 
 
 SECTIONS = [*KNOWN, "comms_logger", "flops_profiler"]
 
 BUCKET_ELEMENTS = 20_000_000
-"""Elements that travel at once where a ds_config does not say (80 MB). DeepSpeed's default is 25 times that, and all of
-it is allocated."""
+"""Default bucket size in elements (80 MB). DeepSpeed's default is 25 times that, all of which it allocates."""
 
 BUCKETS = {
     0: [],
@@ -149,8 +148,8 @@ BUCKETS = {
 
 
 def load(name: str) -> dict[str, Any]:
-    """The checked ds_config of that name in ds_configs/, or at that path. Raises UserError that names the key and its
-    owner."""
+    """The checked ds_config ``name`` in ds_configs/, or at that path. Raises UserError that names the wrong key and
+    where to set it."""
     path = FOLDER / f"{name}.json" if "/" not in name and not name.endswith(".json") else Path(name).expanduser()
     if not path.is_file():
         names = sorted(file.stem for file in FOLDER.glob("*.json"))
@@ -164,7 +163,7 @@ def load(name: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path}: a ds_config is a JSON object, this file holds a {type(config).__name__}")
+        raise UserError(f"{path}: a ds_config is a JSON object, but this file is a {type(config).__name__}")
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3 (got {zero!r})")
@@ -186,11 +185,11 @@ def _check_keys(path: Path, section: dict[str, Any], where: str) -> None:
             raise UserError(f"{path}: unknown key {dotted!r}; {hint}")
         if dotted in SECTIONS:
             if not isinstance(value, dict | None):
-                raise UserError(f"{path}: {dotted!r} is {value!r}: it is a section, an object of keys")
+                raise UserError(f"{path}: {dotted!r} is {value!r}, but it is a section: an object of keys")
             if dotted in KNOWN:
                 _check_keys(path, value or {}, dotted)
         elif key != "device" and value is not None and not (isinstance(value, int | float) and value >= 0):
-            raise UserError(f"{path}: {dotted!r} is {value!r}: a number from 0, true or false is needed")
+            raise UserError(f"{path}: {dotted!r} is {value!r}: it must be a number of 0 or more, true or false")
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
@@ -210,11 +209,11 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
 
 
 def reduces_early(zero: dict[str, Any], trained_bytes: float, ranks: int) -> bool:
-    """What ``batch.grad_reduction: auto`` means: whether every backward pass reduces gradients, which then are never
-    whole, or a step once, which holds all ``trained_bytes`` of them until then.
+    """Resolves ``batch.grad_reduction: auto``: whether every backward pass reduces gradients (no rank ever has all of
+    them), or each step once (every rank holds all ``trained_bytes`` of them until then).
 
-    At ZeRO-3 every pass fetches the weights anyway, and on one rank nothing travels but to the host of an offloaded
-    optimizer. ZeRO-2 on several ranks would send as many gradients as there are micro-batches: only where asked to.
+    At ZeRO-3 every pass fetches the weights anyway, and on one rank the only traffic is to the host of an offloaded
+    optimizer. ZeRO-2 on several ranks would send the gradients once per micro-batch: only on request.
     """
     bucket = 4.0 * zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
     if zero.get("stage") == 3:
@@ -224,10 +223,10 @@ def reduces_early(zero: dict[str, Any], trained_bytes: float, ranks: int) -> boo
 
 
 def complete(config: dict[str, Any], clip: float) -> dict[str, Any]:
-    """The ds_config with what the recipe owns filled in, as DeepSpeed and ``<run>/deepspeed.json`` get it.
+    """The ds_config with the recipe's values filled in, as passed to DeepSpeed and written to ``<run>/deepspeed.json``.
 
-    Batch sizes are 1: RingLIP drives micro-batches itself. ``clip`` is written even when 0, because DeepSpeed clips at
-    1.0 unless told.
+    Batch sizes are 1: RingLIP drives micro-batches itself. ``clip`` is set even if 0, because DeepSpeed's default is
+    1.0.
     """
     zero = dict(config.get("zero_optimization", {}))
     zero.setdefault("stage", 0)

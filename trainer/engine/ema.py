@@ -1,10 +1,10 @@
-"""The running average of the weights (``OptimSettings.ema``): how it moves, and how it stands in for the weights for a
-while.
+"""The running average of the weights (``OptimSettings.ema``): updating it, and computing with it instead of the
+weights.
 
     average_weights(ds_engine, 0.999)                   # after each step
     with averaged(ds_engine): ...  # forward computes with the average; afterwards with the weights, bit for bit
 
-It lies among the optimizer's moments, cut up as they are (trainer/engine/fragments.py).
+It is stored with the optimizer's moments and partitioned like them (trainer/engine/fragments.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from trainer.engine.state_names import AVERAGE, WEIGHT
 
 @torch.no_grad()
 def average_weights(engine: Any, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weight, on what this rank holds; the first call, after the first update, takes
-    the weights as they are. ``decay`` 0 drops the average. No communication.
+    """ema <- decay * ema + (1 - decay) * weight, on this rank's elements; the first call, after the first update,
+    copies the weights. ``decay`` 0 drops the average. No communication.
     """
     for fragment in fragments(engine):
-        # A parameter that has had no gradient yet has no state, and must not get one: the optimizer makes its moments
-        # where there is none.
+        # A parameter without a gradient so far has no state and must not get one: the optimizer creates the moments of
+        # parameters without state.
         state = fragment.state
         if not state:
             continue
@@ -46,27 +46,24 @@ def average_weights(engine: Any, decay: float) -> None:
 
 @contextmanager
 def averaged(engine: Any) -> Iterator[bool]:
-    """Within, forward computes with the average wherever there is one; gives whether there is any. All ranks together,
-    between steps.
+    """Within the block, forward uses the average wherever there is one; yields whether there is any. Call it on all
+    ranks, between steps.
 
-    No second copy of the model: the weights stay where the optimizer keeps them, and take back their place from there.
+    There is no second copy of the model: the weights are restored from the optimizer's copy.
     """
     pieces = [piece for piece in fragments(engine) if AVERAGE in piece.kinds()]
     _show(engine, pieces, AVERAGE)
     yield bool(pieces)
-    # Not after an error: the other ranks may be elsewhere and would never meet this one here; the run ends, and says
-    # why.
+    # Not after an error: the other ranks may not reach this collective; the run ends with the error instead.
     _show(engine, pieces, WEIGHT)
 
 
 @torch.no_grad()
 def _show(engine: Any, pieces: list[Fragment], kind: str) -> None:
-    """Puts the average, or the weights again, where forward reads. Takes one bucket of memory, at ZeRO 0 that of one
-    parameter."""
+    """Writes the average, or the weights, to where forward reads them. Needs the memory of one bucket (at ZeRO 0: of
+    one parameter)."""
     for piece in pieces:
-        if (
-            piece.master is piece.parameter
-        ):  # ZeRO 0 keeps the weights nowhere else: the two change places, both ways alike
+        if piece.master is piece.parameter:  # ZeRO 0 has no other copy of the weights: swap the two, in both directions
             weight, average = piece.read(WEIGHT), piece.read(AVERAGE)
             kept = weight.clone()
             weight.copy_(average)
@@ -77,7 +74,7 @@ def _show(engine: Any, pieces: list[Fragment], kind: str) -> None:
         parts = buffer.split([span.numel for span in bucket])
         for span, part in zip(bucket, parts, strict=True):
             span.gather(part)
-        if world_size() > 1:  # as integers: all but one addend are 0, so the bits arrive as they are
+        if world_size() > 1:  # as integers: all addends but one are 0, so the bits are unchanged
             dist.all_reduce(buffer.view(torch.int32))
         for span, part in zip(bucket, parts, strict=True):
             write_model_copy(span, part)

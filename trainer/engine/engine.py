@@ -1,9 +1,9 @@
-"""A model under DeepSpeed, reduced to what a training step needs.
+"""A model under DeepSpeed, reduced to the calls of a training step.
 
     engine = build_engine(model, build_optimizer(model, recipe.optim), recipe.engine, clip=recipe.optim.clip)
     z = engine.forward(pixels, tokens, token_mask)
 
-Several backward passes feed one optimizer step, at every ZeRO stage alike:
+Several backward passes make one optimizer step, alike at every ZeRO stage:
 
     engine.start_gradients()
     engine.backward(surrogate)                 # any number of times
@@ -11,9 +11,9 @@ Several backward passes feed one optimizer step, at every ZeRO stage alike:
     engine.step()                              # or engine.discard_gradients()
 
 Gradients stay on each rank until ``finish_gradients`` reduces them once (least traffic), unless
-``start_gradients(each=True)`` asks for a reduction in every backward: then ZeRO 2 and 3 never hold more than their
-shard (least memory). Otherwise nothing communicates between start and finish, but for the parameters that ZeRO-3
-fetches: a rank that runs out of memory there can still tell the others.
+``start_gradients(each=True)`` requests a reduction in every backward: then a rank at ZeRO 2 and 3 never holds more than
+its shard (least memory). Otherwise nothing communicates between start and finish except ZeRO-3's parameter fetches, so
+a rank that runs out of memory there can still tell the others.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from trainer.engine.state_names import WEIGHT
 logger = logging.getLogger(__name__)
 
 
-# Asked which of its C++ extensions could be built, DeepSpeed runs the compiler, in every process; and on CPUs it would
-# go on to build one for a minute that serves small all-reduces only. No extension is needed here.
+# To find out which of its C++ extensions can be built, DeepSpeed runs the compiler in every process; on CPUs it would
+# also spend a minute on building one for small all-reduces. RingLIP needs no extension.
 vars(deepspeed.ops).setdefault("__compatible_ops__", {})
-# DeepSpeed gathers and scatters by names that torch wants to rename: torch says so on every rank and at ZeRO-3 in every
-# step, to people who can do nothing about it. The warning comes from torch's logger, whoever called; nothing in this
-# package uses those names.
+# DeepSpeed calls collectives by names that torch has deprecated, and torch warns on every rank, at ZeRO-3 in every
+# step. Users cannot do anything about it. The warning comes from torch's logger; nothing in this package uses those
+# names.
 warnings.filterwarnings(
     "ignore",
     r"`torch\.distributed\.(all_gather_into_tensor|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base)` is ",
@@ -65,26 +65,25 @@ warnings.filterwarnings(
     r"torch\.distributed\.c10d_logger",
 )
 DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
-DEEPSPEED_LOGGER.setLevel(logging.WARNING)  # DeepSpeed's own start-up report runs to a hundred lines a rank
+DEEPSPEED_LOGGER.setLevel(logging.WARNING)  # DeepSpeed's start-up report is a hundred lines per rank
 # It calls other optimizers than its own and torch's untested; tests/test_engine_optimizers.py tests trainer.optim's.
 DEEPSPEED_LOGGER.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
 class Engine:
-    """DeepSpeed's engine behind the few calls that a step makes; every rank must make the same ones in the same
-    order."""
+    """DeepSpeed's engine behind the calls that a step makes. All ranks must make the same calls in the same order."""
 
     def __init__(self, ds_engine: Any, merged_config: dict[str, Any], loss_scale: LossScale | None = None) -> None:
         self.ds_engine = ds_engine
         self.loss_scale = loss_scale
-        """Of fp16; None in other precisions."""
+        """Only in fp16."""
         self.merged_config = merged_config
-        """What DeepSpeed was given: for ``<run>/deepspeed.json``."""
+        """The configuration passed to DeepSpeed, for ``<run>/deepspeed.json``."""
         self.device = distributed.device()
         self.zero_stage = int(merged_config["zero_optimization"]["stage"])
         self.towers_trained: tuple[bool, bool] | None = None
-        """Whether (image, text) embeddings depend on a trainable parameter: learnt by the first step that needs to
-        know."""
+        """Whether (image, text) embeddings depend on a trainable parameter; determined by the first step that needs
+        it."""
         self._clip = float(merged_config["gradient_clipping"])
         self._accumulation: AbstractContextManager[None] | None = None
         self._each = False
@@ -97,12 +96,12 @@ class Engine:
 
     @property
     def forward_communicates(self) -> bool:
-        """True where a rank cannot leave ``forward`` without the others noticing (ZeRO-3 fetches parameters there)."""
+        """Whether ``forward`` contains collectives (ZeRO-3 fetches parameters), so that no rank can leave it alone."""
         return self.zero_stage == 3 and distributed.world_size() > 1
 
     @property
     def backward_communicates(self) -> bool:
-        """The same of ``backward`` between ``start_gradients`` and ``finish_gradients``."""
+        """The same for ``backward`` between ``start_gradients`` and ``finish_gradients``."""
         return self.forward_communicates or (self._reduces_in_backward and distributed.world_size() > 1)
 
     @property
@@ -111,22 +110,21 @@ class Engine:
 
     @property
     def reduces_early(self) -> bool:
-        """Whether ``start_gradients(each=True)`` is worth it on this engine."""
+        """Whether ``start_gradients(each=True)`` saves memory on this engine."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
         return reduces_early(self.merged_config["zero_optimization"], 4.0 * trained, distributed.world_size())
 
     def forward(self, pixels: Tensor | None, tokens: Tensor | None, token_mask: Tensor | None) -> Embeddings:
-        """The model's forward; a tower whose input is None is not run."""
+        """Runs the model; a tower whose input is None is skipped."""
         return self.ds_engine(pixels, tokens, token_mask)
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of the next step; a parameter group with a ``rate`` learns at that many times it."""
+        """Sets the rate of the next step, times the ``rate`` of parameter groups that have one."""
         for group in self.ds_engine.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
 
     def cap_scale(self, largest: float) -> None:
-        """Lowers the scale t = exp(logit_scale) to ``largest`` where it is above, in every copy that this rank
-        holds."""
+        """Caps the scale t = exp(logit_scale) at ``largest``, in every copy on this rank."""
         if self._scale is None:
             self._scale = [
                 fragment for fragment in fragments(self.ds_engine) if fragment.name.rsplit(".", 1)[-1] == "logit_scale"
@@ -139,27 +137,26 @@ class Engine:
                 holder.clamp_(max=math.log(largest))
 
     def average_weights(self, decay: float) -> None:
-        """Moves the running average of the weights towards what they are now (``OptimSettings.ema``); 0 forgets it."""
+        """Updates the running average of the weights (``OptimSettings.ema``); 0 drops it."""
         average_weights(self.ds_engine, decay)
 
     def averaged(self) -> AbstractContextManager[bool]:
-        """Within, ``forward`` computes with that average, where there is one yet (the value says so); all ranks
-        together."""
+        """Within the block, ``forward`` uses the average; yields whether there is one yet. Call it on all ranks."""
         return averaged(self.ds_engine)
 
     def lower_loss_scale(self) -> bool:
-        """After a gradient that overflowed: True where fp16's loss scale was halved, and the step may be repeated."""
+        """Halves fp16's loss scale after an overflow; returns whether it did, and the step can be repeated."""
         if self.loss_scale is None or not self.loss_scale.lower():
             return False
-        logger.info(f"gradient beyond float16: the same step again at half the loss scale, {self.loss_scale.value:g}")
+        logger.info(f"fp16 overflow: repeating the step at half the loss scale, {self.loss_scale.value:g}")
         return True
 
     def find_overflow(self) -> AbstractContextManager[list[str]]:
-        """Within, the list gets the names of modules whose outputs ``forward`` finds beyond float16."""
+        """Within the block, collects the names of modules whose outputs overflow float16 in ``forward``."""
         return find_overflow(self.module)
 
     def start_gradients(self, each: bool = False) -> None:
-        """Begins a step's backward passes; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""
+        """Starts the backward passes of a step; ``each`` reduces gradients in every one of them (ZeRO 2 and 3)."""
         assert self._accumulation is None, "the last step's gradients were neither used nor discarded"
         self._each = each
         if self.zero_stage and not self._reduces_in_backward:
@@ -169,13 +166,13 @@ class Engine:
         self.ds_engine.set_gradient_accumulation_boundary(False)
 
     def backward(self, scalar: Tensor, last: bool = False) -> None:
-        """Adds the gradient of ``scalar``. Only a step with ``each`` needs to know which call is the ``last``."""
+        """Adds the gradient of ``scalar``. With ``each``, mark the ``last`` call."""
         if self._reduces_in_backward and last:
             self.ds_engine.set_gradient_accumulation_boundary(True)
         self.ds_engine.backward(scalar, scale_wrt_gas=False)
 
     def finish_gradients(self) -> float:
-        """Averages gradients over ranks; returns the norm of the whole gradient before clipping (inf where it is not
+        """Averages gradients over ranks; returns the norm of the global gradient before clipping (inf if not
         finite)."""
         if self._reduces_in_backward:
             return self._norm()
@@ -189,7 +186,7 @@ class Engine:
         return self._norm()
 
     def step(self, clip: float | None = None) -> None:
-        """Updates the weights with the gradients of ``finish_gradients`` and forgets them.
+        """Updates the weights with the gradients of ``finish_gradients`` and clears these.
 
         ``clip`` lowers the recipe's limit on the gradient norm for this step (it never raises it).
         """
@@ -203,12 +200,12 @@ class Engine:
         self.ds_engine.step()
 
     def discard_gradients(self) -> None:
-        """Forgets what has been accumulated, reduced or not, as if ``start_gradients`` had never been called. All ranks
-        together."""
+        """Drops the accumulated gradients, reduced or not, as if ``start_gradients`` had not been called. Call it on
+        all ranks."""
         optimizer = self.ds_engine.optimizer
         self.ds_engine.zero_grad()
         if self._accumulation is not None:
-            # Leaving DeepSpeed's context reduces what there is: nothing any more, so no rank waits for another.
+            # Leaving DeepSpeed's context reduces the gradients: there are none left, so no rank waits for another.
             accumulation, self._accumulation = self._accumulation, None
             accumulation.__exit__(None, None, None)
         self.ds_engine.set_gradient_accumulation_boundary(False)
@@ -227,11 +224,11 @@ class Engine:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
         norm = norm if 0 <= norm < float("inf") else float("inf")  # DeepSpeed says -1 where the norm is not finite
-        return collectives.mean_over_ranks([norm])[0]  # what ranks decide by must not differ in the last bit
+        return collectives.mean_over_ranks([norm])[0]  # ranks must decide on identical bits
 
     def _zero_gradient_partitions(self) -> None:
-        """Clears the buffers that ZeRO keeps from step to step: a parameter that a step does not use would meet its
-        last gradient there."""
+        """Clears the buffers that ZeRO keeps between steps: a parameter that a step does not use would otherwise get
+        its previous gradient."""
         optimizer = self.ds_engine.optimizer
         kept: list[Tensor] = []
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -247,7 +244,7 @@ class Engine:
 def build_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings, clip: float = 0.0
 ) -> Engine:
-    """Puts ``model`` under DeepSpeed on this rank's device, rank 0's weights on all ranks.
+    """Wraps ``model`` with DeepSpeed on this rank's device, with rank 0's weights on all ranks.
 
     ``optimizer`` is a torch optimizer over the model's trainable parameters (``trainer.optim.build_optimizer``);
     ``clip`` is the largest norm of the global gradient (0: no limit). Raises UserError for a ds_config that sets what
@@ -258,7 +255,7 @@ def build_engine(
     assert not scalars, f"DeepSpeed cannot hold 0-dimensional parameters: {scalars}"
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
+            "model: every parameter is locked, so there is nothing to train; unlock a tower, or the scale and bias"
         )
     precision = settings.computes_in
     held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
@@ -291,7 +288,7 @@ def build_engine(
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"engine.ds_config {settings.ds_config}: DeepSpeed refuses {key!r} {first['input']!r}: {first['msg']}"
+            f"engine.ds_config {settings.ds_config}: DeepSpeed rejects {key!r} {first['input']!r}: {first['msg']}"
         ) from error
     if isinstance(optimizer, PartitionedOptimizer):
         pieces = [piece for piece in fragments(ds_engine) if piece.optimizer is not None]
@@ -300,20 +297,20 @@ def build_engine(
 
 
 def use_all_cores() -> None:
-    """Undoes torchrun's OMP_NUM_THREADS=1, which would update an offloaded optimizer's weights on one core; a number
-    that the user chose stays."""
+    """Overrides torchrun's OMP_NUM_THREADS=1, with which an offloaded optimizer would run on one core; a number that
+    the user set stays."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(distributed.cores())
 
 
 def _forget_reductions(optimizer: Any) -> None:
-    """Brings ZeRO's bookkeeping of a backward pass back to where a step begins, wherever an error interrupted it.
+    """Resets ZeRO's bookkeeping of a backward pass to the start of a step, after an error at any point.
 
-    DeepSpeed does so only at the end of a step that completes; what an interrupted one leaves in the buckets would be
-    reduced again by the next, and a parameter that was reduced already must not be a second time.
+    DeepSpeed resets it only at the end of a completed step: gradients that an interrupted step leaves in the buckets
+    would be reduced again by the next, and no parameter may be reduced twice.
     """
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # reductions on other streams still read the buckets that are given back here
+        torch.cuda.synchronize()  # reductions on other streams may still read the buckets that are released here
     optimizer._backward_active_depth = optimizer._remaining_grad_acc_hooks = 0
     optimizer._backward_hook_state.reset_for_new_step()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -1,4 +1,4 @@
-"""Consensus over ranks about running out of memory: a step is repeated by all ranks or by none."""
+"""Agreement among ranks on out-of-memory errors: all ranks repeat a step, or none does."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LOSS_REMEDY = (
 
 
 class OutOfMemory:
-    """Remembers that this rank ran out of memory, until all ranks have come to the same point and can agree on it.
+    """Records that this rank ran out of memory, until all ranks reach the same point and can agree on it.
 
         trouble = OutOfMemory()
-        with trouble:                    # swallows running out of memory alone
+        with trouble:                    # suppresses out-of-memory errors only
             ...                          # no communication in here
         if trouble.anywhere(): ...       # the same answer on all ranks
 
-    Between collectives that is all it takes. A rank that fails in the midst of one leaves its peers waiting inside the
-    call, where no message reaches them: with ``communicates`` the rank therefore ends the run at once, in one line that
-    says what would help; its peers lose the connection and end too, within seconds instead of at the timeout. An
-    exchange that was brought to its end first (SharedOutOfMemory) is as good as none.
+    Between collectives this is enough. A rank that fails inside a collective leaves its peers waiting in the call,
+    where no message reaches them: with ``communicates`` the rank therefore ends the run at once, with one line that
+    says what would help. Its peers lose the connection and end within seconds instead of at the timeout. An error after
+    a completed exchange (SharedOutOfMemory) is handled like one between collectives.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class OutOfMemory:
         self._where = ""
 
     def during(self, where: str, communicates: bool = False) -> OutOfMemory:
-        """Names what is being done, for the message, and says whether ranks wait for each other in it."""
+        """Sets the activity for the message, and whether it contains collectives."""
         self._where, self._communicates = where, communicates
         return self
 
@@ -58,20 +58,20 @@ class OutOfMemory:
         if in_transfer or (self._communicates and not isinstance(error, SharedOutOfMemory)):
             says = f" ({' '.join(str(error).split())[-200:]})" if in_transfer else ""
             raise UserError(
-                f"rank {distributed.rank()} ran out of memory {self._where}, in the midst of an exchange with the "
-                f"other ranks, which only leaves the last checkpoint: {REMEDY}{says}"
+                f"rank {distributed.rank()} ran out of memory {self._where}, during communication with other ranks, so "
+                f"the step cannot be repeated; resume from the last checkpoint after a change: {REMEDY}{says}"
             ) from error
         self.here = True
         error.__traceback__ = None  # its frames hold the tensors that filled the memory
         return True
 
     def anywhere(self) -> bool:
-        """Whether any rank ran out of memory since this object was made; ranks wait for each other."""
+        """Whether any rank ran out of memory since this object was created. A collective."""
         return collectives.any_rank(self.here)
 
 
 def free() -> None:
-    """Gives back what a failed attempt held."""
+    """Releases the memory of a failed attempt."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""What the towers compute in: float32, or 16 bits under autocast; weights, gradients, moments and loss stay float32.
+"""The precision of the towers: float32, or 16 bits under autocast; weights, gradients, moments and loss stay float32.
 
-float16 keeps 11 bits (bfloat16: 8) but ends at 65504 below and 6e-8 above zero. What is known to leave that range:
+float16 has 11 significant bits (bfloat16: 8), but a range of only 6e-8 to 65504. What is known to leave that range:
 
 - The gradient, being small: ``LossScale``.
 - Softmax and norms: torch computes them in float32 (autocast casts norms, attention kernels accumulate in float32), and
@@ -31,7 +31,7 @@ FIRST_SCALE, LEAST_SCALE, GOOD_STEPS = 2.0**16, 1.0, 1000
 
 def best_precision() -> Precision:
     """bf16 on GPUs since Ampere and on processors with AMX, fp16 on Volta and Turing GPUs (V100, T4, RTX 20xx, GTX
-    16xx), fp32 elsewhere: others emulate 16 bits (measured on AVX2: an eighth of the fp32 rate)."""
+    16xx), fp32 elsewhere, where 16 bits are emulated (measured on AVX2: an eighth of the fp32 rate)."""
     if not torch.cuda.is_available():
         return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -40,38 +40,38 @@ def best_precision() -> Precision:
 
 
 def require_float32() -> None:
-    """float32 products and convolutions without TF32, which torch allows cuDNN unless told otherwise (a patch embedding
-    would keep 11 bits of 24)."""
+    """Disables TF32 in matrix products and convolutions; torch enables it for cuDNN by default (a patch embedding would
+    keep 11 of 24 bits)."""
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = backends.cudnn.fp32_precision = "ieee"
-    backends.cudnn.allow_tf32 = False  # the same in torch's older words: convolutions then have no setting of their own
+    backends.cudnn.allow_tf32 = False  # torch's older API for the same: convolutions have no setting of their own there
 
 
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740, section 3.2) that loses no batch.
 
-    A step whose gradient overflows on any rank is repeated at half the scale; after ``good_steps`` steps without one
-    the scale doubles. The scale exists between the embeddings and the weights alone: it multiplies the gradient of what
-    ``forward`` returns and divides that of each parameter as it arrives, so that reduction, norm and clipping meet true
-    gradients. It is a power of two: in float32 both are exact.
+    A step whose gradient overflows on any rank is repeated at half the scale; after ``good_steps`` steps without an
+    overflow the scale doubles. The scale applies between the embeddings and the weights only: it multiplies the
+    gradient of the outputs of ``forward`` and divides the gradient of each parameter as it arrives, so that reduction,
+    norm and clipping see true gradients. It is a power of two, so both are exact in float32.
     """
 
     def __init__(self, value: float = FIRST_SCALE, good_steps: int = GOOD_STEPS) -> None:
         self.value, self.good_steps = value, good_steps
         self.num_overflows = 0
-        """Times that a step of this run was repeated."""
+        """Number of repeated steps in this run."""
         self._good_in_a_row = 0
         self._at_start: float | None = None
-        """The scale that a step in which it was lowered began with."""
+        """The scale at the start of a step in which it was lowered."""
 
     def unscale_gradients_of(self, model: nn.Module) -> None:
-        """Divides the gradients of the trainable parameters from now on."""
+        """From now on, divides the gradients of the trainable parameters by the scale."""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradient / self.value)
 
     def scale_gradients_of(self, outputs: Any) -> Any:
-        """``outputs`` of a forward pass, whose gradients are multiplied on their way back."""
+        """Returns ``outputs`` of a forward pass with hooks that multiply their gradients by the scale."""
 
         def scaled(output: Any) -> Any:
             if isinstance(output, Tensor) and output.requires_grad:
@@ -81,7 +81,7 @@ class LossScale:
         return tree_map(scaled, outputs)
 
     def lower(self) -> bool:
-        """Halves the scale to repeat a step that overflowed. False at its least: then the scale is not the cause."""
+        """Halves the scale to repeat a step that overflowed; False if it is minimal, so that it cannot be the cause."""
         if self.value <= LEAST_SCALE:
             return False
         if self._at_start is None:
@@ -92,8 +92,7 @@ class LossScale:
         return True
 
     def end_step(self, finite: bool) -> None:
-        """Doubles the scale after ``good_steps`` in a row. A gradient that no scale makes ``finite`` leaves it as it
-        was."""
+        """Doubles the scale after ``good_steps`` in a row. If no scale makes the gradient ``finite``, restores it."""
         if finite:
             self._good_in_a_row += 1
             if self._good_in_a_row == self.good_steps:
@@ -104,11 +103,11 @@ class LossScale:
         self._at_start = None
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to compute what this one would have; plain numbers."""
+        """The state that exact resume needs; plain numbers."""
         return {"value": self.value, "num_overflows": self.num_overflows, "good_in_a_row": self._good_in_a_row}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes up what ``state_dict`` gave."""
+        """Restores the result of ``state_dict``."""
         self.value, self.num_overflows = float(state["value"]), int(state["num_overflows"])
         self._good_in_a_row = int(state["good_in_a_row"])
 
@@ -144,7 +143,9 @@ def keep_float32(model: nn.Module, patterns: tuple[str, ...], device: str | None
         try:
             found = [module for name, module in model.named_modules() if name and re.search(pattern, name)]
         except re.error as error:
-            raise UserError(f"engine.float32_modules {pattern!r} is not a regular expression ({error})") from error
+            raise UserError(
+                f"engine.float32_modules {pattern!r} is not a valid regular expression ({error})"
+            ) from error
         if not found:
             raise UserError(f"engine.float32_modules {pattern!r} matches no module; names look like {_example(model)}")
         for module in found:
@@ -172,7 +173,7 @@ def _example(model: nn.Module) -> str:
 
 @contextmanager
 def find_overflow(model: nn.Module) -> Iterator[list[str]]:
-    """Within, the list gets the name of each innermost module that makes numbers that are not finite of finite ones."""
+    """Within the block, collects the name of each innermost module that turns finite inputs into non-finite outputs."""
     found: list[str] = []
 
     def finite(values: Any) -> bool:

@@ -1,10 +1,10 @@
-"""What a model can do: retrieval between pictures and captions, and naming pictures zero-shot.
+"""Evaluation: image-text retrieval and zero-shot classification.
 
-    # {"image_to_text_r1": 0.78, "face_top1": ..}.
     metrics = run(engine, settings, model.preprocess, rank, world, data=recipe.data)
+    # {"image_to_text_r1": 0.78, "face_top1": ...}
 
-All ranks call it and get the same numbers; each embeds its share. Works at any ZeRO stage: every rank calls the model
-equally often.
+All ranks call it and get the same numbers; each embeds its share. Every rank calls the model equally often, so it works
+at any ZeRO stage.
 """
 
 from trainer.evals.check import asked_for, check

@@ -1,5 +1,4 @@
-"""Whether an evaluation can be made at all, before hours of training go by: its data, labels, classes and templates are
-opened.
+"""Checks an evaluation before training starts: opens its data, labels, classes and templates.
 
 check(recipe.eval, recipe.data)  # raises UserError; no model, no pictures decoded: one sample of each dataset is read
 """
@@ -17,7 +16,7 @@ from trainer.evals.settings import EvalSettings, ZeroShotSettings
 from trainer.evals.zeroshot import check_naming
 
 TRIED = 100
-"""Damaged samples after which it is left to the evaluation to say how many there are."""
+"""After this many damaged samples the check gives up; the evaluation itself will count them."""
 
 
 def datasets(settings: EvalSettings, data: DataSettings) -> list[str]:
@@ -33,12 +32,12 @@ def data_of(zeroshot: ZeroShotSettings, paths: list[str]) -> str:
 
 
 def asked_for(settings: EvalSettings, data: DataSettings) -> bool:
-    """Whether there is anything to evaluate on."""
+    """Whether there is any data to evaluate on."""
     return bool(datasets(settings, data)) or any(zeroshot.data for zeroshot in settings.zeroshot)
 
 
 def check(settings: EvalSettings, data: DataSettings) -> None:
-    """Raises UserError for what ``trainer.evals.evaluate`` would stumble over at its first picture."""
+    """Raises the UserErrors that ``trainer.evals.evaluate`` would raise at its first picture."""
     if not asked_for(settings, data):
         return
     opened: dict[str, Pictures] = {}
@@ -69,7 +68,7 @@ def check(settings: EvalSettings, data: DataSettings) -> None:
 
 
 def _first(examples: Examples, settings: EvalSettings) -> Pictures:
-    """What is known of the first picture that would be evaluated; of none where all that were tried are damaged."""
+    """The first picture that would be evaluated, without features; none if all that were tried are damaged."""
     seen = []
     for sample in chosen(examples, settings)[:TRIED]:
         try:

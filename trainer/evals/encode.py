@@ -1,5 +1,5 @@
-"""Datasets and prompts into embeddings, over all ranks, with the same number of forward calls on each (ZeRO-3 gathers
-in every one)."""
+"""Embeds datasets and prompts on all ranks, with the same number of forward calls on each (ZeRO-3 gathers in every
+call)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_PIXELS = 100_000_000
 
 
 class Seen(NamedTuple):
-    """What is known of one picture apart from its embedding."""
+    """One picture, without its embedding."""
 
     sample: int
     look: str
@@ -45,11 +45,11 @@ class Pictures:
     features: Tensor
     """[len(seen), d] float32, L2-normalised; identical pictures have identical rows."""
     damaged: dict[str, int] = field(default_factory=dict)
-    """How many samples could not be used, by reason."""
+    """Number of unusable samples by reason."""
 
 
 class Wrapped(Protocol):
-    """What ``trainer.engine.Engine`` is: DeepSpeed's forward, and the model inside."""
+    """The part of ``trainer.engine.Engine`` that is used here: DeepSpeed's forward, and the model inside."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -58,7 +58,7 @@ class Wrapped(Protocol):
 
 
 def chosen(examples: Examples, settings: EvalSettings) -> list[int]:
-    """The samples that are evaluated: the first ``limit`` of a seeded permutation."""
+    """The samples to evaluate: the first ``limit`` of a seeded permutation."""
     limit = min(settings.limit or examples.size, examples.size)
     return Permutation(examples.size, derive_key(settings.seed, "evaluation"))(np.arange(limit)).tolist()
 
@@ -77,13 +77,12 @@ class Encoder:
 
     @property
     def scale(self) -> float:
-        """The model's temperature, as its last forward gave it: with the bias, what turns a cosine into its
-        probability."""
+        """The model's temperature, from its last forward; with the bias it turns a cosine into a probability."""
         return 1.0 if self._last is None else float(self._last[0])
 
     @property
     def bias(self) -> float:
-        """The model's bias, as its last forward gave it."""
+        """The model's bias, from its last forward."""
         return 0.0 if self._last is None else float(self._last[1])
 
     def pictures(self, examples: Examples) -> Pictures:
@@ -95,7 +94,7 @@ class Encoder:
         parts = []
         with self._inference(), ThreadPoolExecutor(_threads()) as pool:
             for start in range(0, share, self.settings.batch_size):
-                # A rank whose share has ended goes on with blank pictures: every rank calls the model equally often.
+                # A rank that has finished its share continues with blank pictures: all ranks must call equally often.
                 rows = min(self.settings.batch_size, share - start)
                 pixels = torch.zeros(rows, 3, *self.preprocess.image_size, dtype=torch.uint8)
                 batch = mine[start : start + rows]
@@ -165,7 +164,7 @@ class Encoder:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """No gradient and no dropout; every module's mode is what it was afterwards. (ZeRO-3 does not bear
+        """Within the block: no gradients, no dropout; restores every module's mode. (ZeRO-3 does not support
         inference_mode.)"""
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()

@@ -1,4 +1,4 @@
-"""Queries with their best answers, right and wrong, as plain data with thumbnails: what the report shows."""
+"""Example queries with their best answers, right and wrong, as plain data with thumbnails, for the report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int 
 
 
 def thumbnail(examples: Examples, sample: int, side: int) -> str:
-    """A data URI: PNG where the picture is tiny already (to the pixel), else JPEG."""
+    """A data URI: lossless PNG for a tiny picture, else JPEG."""
     image = Image.fromarray(decode(examples.read(sample).image, MAX_PIXELS))
     small = max(image.size) <= 64
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

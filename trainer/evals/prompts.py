@@ -1,4 +1,4 @@
-"""Prompt templates: the standard ensembles, files of one's own, and templates that use the metadata of a sample.
+"""Prompt templates: the standard ensembles, files, and templates that use a sample's metadata.
 
     evals: {zeroshot: [{label: face, templates: ["{character}, {face}"]}]}      # written out
     evals: {zeroshot: [{label: breed, templates: [openai_imagenet]}]}           # by the name of a set
@@ -93,7 +93,7 @@ def read_templates(spec: Sequence[str]) -> list[str]:
             found.extend(read_lines(Path(item)))
         else:
             raise UserError(
-                f"templates: {item!r} is no template (it has no {{}}), no file, and none of the sets "
+                f"templates: {item!r} is neither a template (it has no {{}}), nor a file, nor one of the sets "
                 f"{', '.join(TEMPLATES)}"
             )
     for template in found:
@@ -114,13 +114,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def context_fields(templates: Sequence[str], label: str) -> list[str]:
-    """The metadata fields, other than the class name, that the templates speak of: empty when all pictures share their
-    prompts."""
+    """The metadata fields in the templates other than the class name; empty if all pictures share their prompts."""
     return sorted({field for template in templates for field in _fields(template)} - {"", "c", label})
 
 
 def prompts(templates: Sequence[str], name: str, label: str, context: Mapping[str, object]) -> list[str]:
-    """One prompt a template for the class ``name`` and a sample whose metadata is ``context``."""
+    """One prompt per template, for the class ``name`` and a sample with the metadata ``context``."""
     values = {**context, "c": name, label: name}
     return [string.Formatter().vformat(template, (name,), values) for template in templates]
 

@@ -1,10 +1,10 @@
-"""What a model can do: retrieval between pictures and captions, and naming pictures zero-shot.
+"""Runs the evaluations that a recipe's ``eval:`` section asks for.
 
-    # {"image_to_text_r1": 0.78, "face_top1": ..}.
     metrics = run(engine, settings, model.preprocess, rank, world, data=recipe.data)
+    # {"image_to_text_r1": 0.78, "face_top1": ...}
 
-All ranks call it and get the same numbers; each embeds its share. Works at any ZeRO stage: every rank calls the model
-equally often.
+All ranks call it and get the same numbers; each embeds its share. Every rank calls the model equally often, so it works
+at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from trainer.evals.upper_bound import retrieval_ceiling
 from trainer.evals.zeroshot import Named, name_pictures
 
 BRIEF = 6
-"""Numbers that fit a line."""
+"""Number of metrics on one terminal line."""
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Retrieval on one dataset, with what a gallery needs."""
+    """Retrieval results on one dataset, with the features that a gallery needs."""
 
     pictures: Pictures
     text: Tensor
@@ -56,7 +56,7 @@ class Retrieved:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """Recall at 1 of a perfect model, given that some pictures or captions are the same."""
+        """Recall at 1 of a perfect model, given that some pictures or captions are identical."""
         looks = [seen.look for seen in self.pictures.seen]
         found = retrieval_ceiling(looks, self.captions, self.owner.tolist())
         return {name.removesuffix("_ceiling"): value for name, value in found.items()}
@@ -64,12 +64,12 @@ class Retrieved:
 
 @dataclass
 class Evaluation:
-    """All that was found; ``prefix`` + metric is its flat name, the prefix being empty where there is one dataset."""
+    """All results. A metric's flat name is ``prefix`` + metric; the prefix is empty for a single dataset."""
 
     retrieved: dict[str, Retrieved] = field(default_factory=dict)
     named: dict[str, Named] = field(default_factory=dict)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By path: samples there, pictures used of them, captions, damaged ones left out."""
+    """By path: number of samples, of pictures used, of captions, and of damaged pictures left out."""
     means: dict[str, list[str]] = field(default_factory=dict)
     """Prefix of a mean -> the prefixes of ``retrieved`` that it is taken over."""
     scale: float = 1.0
@@ -87,13 +87,13 @@ class Evaluation:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Standard errors of the metrics: another draw of as many pictures would differ by about that."""
+        """Standard errors of the metrics."""
         found = {prefix + name: value for prefix, one in self.retrieved.items() for name, value in one.errors.items()}
         return found | {name: value for one in self.named.values() for name, value in one.errors.items()}
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """The highest value that a metric can reach, where that is below 1 or worth knowing; by the metric's name."""
+        """The highest possible value of each metric for which it is known."""
         found = {prefix + name: value for prefix, one in self.retrieved.items() for name, value in one.ceilings.items()}
         return found | {name: value for one in self.named.values() for name, value in one.ceilings.items()}
 
@@ -106,8 +106,8 @@ def evaluate(
     world: int,
     data: DataSettings | None = None,
 ) -> Evaluation:
-    """Runs everything that ``settings`` asks for. ``data`` says how shards are read, and its validation set is used
-    where ``settings.data`` is empty. Raises UserError when there is nothing to evaluate, or data that does not fit.
+    """Runs all evaluations in ``settings``. ``data`` says how shards are read; its validation set is used if
+    ``settings.data`` is empty. Raises UserError if there is nothing to evaluate, or the data does not fit.
     """
     data = data or DataSettings()
     paths = datasets(settings, data)
@@ -155,12 +155,12 @@ def run(
     world: int,
     data: DataSettings | None = None,
 ) -> dict[str, float]:
-    """The metrics of ``evaluate`` alone: what training logs."""
+    """The metrics of ``evaluate``, as training logs them."""
     return evaluate(model, settings, preprocess, rank, world, data).metrics
 
 
 def brief(metrics: dict[str, float]) -> str:
-    """The main ones among ``metrics`` for one line on the terminal: what stands first, recall and accuracy at 1."""
+    """The first recall and accuracy values at 1, as one terminal line."""
     main = [f"{name} {100 * value:.1f}%" for name, value in metrics.items() if name.endswith(("_r1", "_top1"))]
     more = f" and {len(main) - BRIEF} more in log.jsonl" if len(main) > BRIEF else ""
     return " · ".join(main[:BRIEF]) + more
@@ -181,7 +181,7 @@ def _retrieve(pictures: Pictures, encoder: Encoder) -> Retrieved:
 
 
 def _by_value(whole: Retrieved, name: str, encoder: Encoder) -> dict[str, Retrieved]:
-    """Retrieval among the pictures that share a value of the metadata field ``name``, and their captions alone."""
+    """Retrieval within each value of the metadata field ``name``: among its pictures and their captions."""
     rows_of: dict[str, list[int]] = {}
     for row, seen in enumerate(whole.pictures.seen):
         if name not in seen.metadata:
@@ -207,8 +207,8 @@ def _by_value(whole: Retrieved, name: str, encoder: Encoder) -> dict[str, Retrie
 
 
 def prefixes(paths: list[str]) -> list[str]:
-    """Empty for one dataset; else the folder's name and a slash, or the whole path where two folders are called the
-    same."""
+    """Empty for one dataset; otherwise the folder's name and a slash, or the whole path if two folders have one
+    name."""
     if len(paths) == 1:
         return [""]
     names = [Path(path.rstrip("/")).name for path in paths]

@@ -1,4 +1,4 @@
-"""What the ``eval:`` section of a recipe sets."""
+"""The ``eval:`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ class ZeroShotSettings(Settings):
     label: str = "cls"
     """Field of each sample's .json that holds its class; "cls" is the class number of CLIP_benchmark's layout."""
     name: str = ""
-    """What its metrics are called: NAME_top1, NAME_top5; the label when empty."""
+    """Names its metrics: NAME_top1, NAME_top5; default: the label."""
     data: str = ""
     """Shards or CLIP_benchmark folder to classify; the first of eval.data when empty."""
     classes: str = ""
-    """File with a class name a line; when empty classnames.txt beside the tars, else all values of the label that
-    occur."""
+    """File with one class name per line; default: classnames.txt beside the tars, else all values of the label."""
     templates: list[str] = Field(default_factory=list)
-    """Prompts, "{}" being the class and "{FIELD}" metadata; or sets (openai_imagenet, ...), or files; empty: the data's
-    own, else {}."""
+    """Prompts, with "{}" for the class and "{FIELD}" for metadata; or sets (openai_imagenet, ...), or files; default:
+    the dataset's own, else {}."""
     accept: str = ""
-    """Field with all the names that are true of a sample ("a|b" or a list), where its picture cannot tell them
-    apart."""
+    """Field with all right class names of a sample ("a|b" or a list), if its picture does not tell which one it is."""
 
     @property
     def title(self) -> str:
@@ -38,8 +36,8 @@ class EvalSettings(Settings):
     data: list[str] = Field(default_factory=list)
     """Shards or CLIP_benchmark folders for retrieval, one or several; data.validation when empty."""
     by: str = ""
-    """Field of each sample's .json, such as language: retrieval also among the samples of each of its values, and the
-    mean of those."""
+    """Field of each sample's .json, such as language: also evaluate retrieval within each of its values, and their
+    mean."""
     zeroshot: list[ZeroShotSettings] = Field(default_factory=list)
     """Zero-shot classifications."""
     every: int = Field(default=0, ge=0)
@@ -48,8 +46,8 @@ class EvalSettings(Settings):
     patience: int = Field(default=0, ge=0)
     """Evaluations in a row without a better checkpoint.best after which the run ends; 0: it goes on to run.samples."""
     limit: int = Field(default=1000, ge=0)
-    """Pictures used of each dataset, the first of a seeded permutation; 0 uses all. Recall falls as this grows: compare
-    like with like."""
+    """Number of pictures per dataset, the first of a seeded permutation; 0: all. Recall falls as this grows, so compare
+    only equal numbers."""
     seed: int = 0
     """Seed of that permutation; the same pictures at every evaluation."""
     batch_size: int = Field(default=256, gt=0)
@@ -65,5 +63,5 @@ class EvalSettings(Settings):
         titles = [zeroshot.title for zeroshot in self.zeroshot]
         twice = sorted({title for title in titles if titles.count(title) > 1})
         if twice:
-            raise ValueError(f"two zero-shot classifications are called {twice[0]!r}: give one a name of its own")
+            raise ValueError(f"two zero-shot classifications are called {twice[0]!r}: give one of them a name")
         return self

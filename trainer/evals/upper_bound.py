@@ -1,9 +1,9 @@
-"""What a perfect model would score when some pictures, or some captions, are the same.
+"""The scores of a perfect model if some pictures, or some captions, are identical.
 
 A model sees pixels and words. Two pictures with the same pixels get the same embedding, so which of their captions
-comes first is a coin toss; with the best possible ordering of the rest the expected recall at 1 is what these functions
-return, beside the score. Only what is identical counts (after preprocessing, as the model sees it): pictures that
-merely look alike are the model's business.
+ranks first is a coin toss; these functions return the expected recall at 1 with the best possible ranking of everything
+else. Only identical inputs count (after preprocessing, as the model sees them): telling similar pictures apart is the
+model's task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def retrieval_ceiling(
     them apart.
     """
     copies_of_picture, copies_of_caption = Counter(pictures), Counter(captions)
-    # For one kind of picture, what putting one kind of caption first would win, summed over the queries of that kind.
+    # For each distinct picture: the hits from ranking one distinct caption first, summed over that picture's queries.
     first_caption: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     first_picture: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for caption, image in zip(captions, owner, strict=True):
@@ -41,7 +41,7 @@ def retrieval_ceiling(
 
 
 def naming_ceiling(pictures: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """The highest top-1 share of any function of ``pictures`` [n] (keys of all that the model is told of a query) to
+    """The highest top-1 accuracy of any function from ``pictures`` [n] (keys of all that the model sees of a query) to
     ``labels`` [n]."""
     names: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for picture, label in zip(pictures, labels, strict=True):

@@ -1,8 +1,7 @@
 """Zero-shot classification: the class whose prompts lie nearest to the picture (CLIP, arXiv 2103.00020, section 3.1).
 
-A class is the normalised mean of the embeddings of its prompts (the ensemble of templates). Classes may differ from
-picture to picture, where templates speak of what else is known of it: "{character}, {face}" asks which face it is, the
-character being known.
+A class is the normalised mean of the embeddings of its prompts (an ensemble of templates). If templates use a picture's
+metadata, each picture has its own class prompts: "{character}, {face}" asks for the face of a known character.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from trainer.evals.settings import ZeroShotSettings
 
 DEPTHS = (1, 5)
 CHUNK = 4096
-"""Prompts embedded before they are averaged: what is kept does not grow with the number of templates."""
+"""Prompts to embed before averaging, so that memory does not grow with the number of templates."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Named:
     """The result of one classification."""
 
     metrics: dict[str, float]
-    """TITLE_top1, TITLE_top5 and, where several names may be true of a picture, TITLE_strict_top1 (its filed name alone
+    """TITLE_top1, TITLE_top5 and, if a picture may have several right names, TITLE_strict_top1 (only its label
     counts)."""
     ceilings: dict[str, float]
-    """For strict_top1: what a perfect model gets by guessing among the names that are true of a picture."""
+    """For strict_top1: the score of a perfect model that guesses among the right names of a picture."""
     errors: dict[str, float]
     """Standard errors of the shares of pictures."""
     by_class: dict[str, float]
@@ -73,7 +72,7 @@ def name_pictures(settings: ZeroShotSettings, pictures: Pictures, encoder: Encod
 
 
 def check_naming(settings: ZeroShotSettings, pictures: Pictures) -> None:
-    """Raises what ``name_pictures`` would for its files and for ``pictures``, which may be a first few and without
+    """Raises the errors of ``name_pictures`` for its files and for ``pictures``, which may be a few, without
     features."""
     if pictures.seen:
         _labels(settings, pictures)
@@ -143,7 +142,7 @@ def _own_classes(
     fields: list[str],
     encoder: Encoder,
 ) -> Tensor:
-    """[n, c, d]: prompts that speak of each picture's metadata; equal contexts share theirs."""
+    """[n, c, d]: prompts with each picture's metadata; pictures with equal metadata share them."""
     contexts: dict[tuple[str, ...], int] = {}
     context_of = []
     for seen in pictures.seen:
@@ -177,10 +176,10 @@ def ensemble(prompts: Tensor) -> Tensor:
 
 
 def classify(image: Tensor, classes: Tensor, right: Tensor, *, rows: int = 1024) -> Standing:
-    """Where the right class of each picture stands.
+    """The rank of the right class of each picture.
 
-    ``image`` [n, d]; ``classes`` [c, d], or [n, c, d] where each picture has its own; ``right`` [n, c] bool, at least
-    one each (several where several names are true of a picture: the first of them counts).
+    ``image`` [n, d]; ``classes`` [c, d], or [n, c, d] if each picture has its own; ``right`` [n, c] bool, at least one
+    per picture (if several, the best-ranked counts).
     """
     assert right.any(1).all(), "a picture without a right class"
     parts = []
@@ -203,7 +202,7 @@ def accuracies(standing: Standing) -> dict[str, float]:
 
 
 def per_class(standing: Standing, label: Tensor, names: list[str]) -> dict[str, float]:
-    """Top-1 share of the pictures of each class that has any; ``label`` [n] int64 is the class each was filed under."""
+    """Top-1 accuracy on the pictures of each class that has any; ``label`` [n] int64 is each picture's class."""
     hits = standing.hits(1)
     wins = torch.zeros(len(names), dtype=torch.float64, device=hits.device).index_add_(0, label, hits)
     seen = torch.bincount(label, minlength=len(names))

@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress line, ``log.jsonl``, ``environment.json`` and trackers.
+"""What a run records: a progress line, ``log.jsonl``, ``environment.json`` and trackers.
 
     log = RunLog(run_dir, settings, total_samples, recipe=recipe.model_dump(mode="json"), samples_seen=start)
     with log.waiting():
@@ -9,11 +9,11 @@
         log.note(samples_seen, {"eval": evaluate(...)})
     log.close()
 
-``log.jsonl`` has one JSON object a line: every ``log.every`` steps the values of that step with ``pairs_per_second``,
-``step_seconds``, ``seconds`` (of training since the run began, stops not counted), ``memory_bytes`` and ``data_wait``
-(share of time, both of the worst rank), with several ranks ``rank_seconds`` (of a step until ranks first need each
-other: the least, the median, the most) and the ``slowest_rank``; and what ``note`` is given. A number that is none
-(NaN, infinity) is null there, and said.
+``log.jsonl`` has one JSON object per line: every ``log.every`` steps the values of that step with ``pairs_per_second``,
+``step_seconds``, ``seconds`` (training time since the run began, without stops), ``memory_bytes`` and ``data_wait``
+(share of time, both of the worst rank); with several ranks also ``rank_seconds`` (time of a step until ranks first wait
+for each other: least, median, most) and the ``slowest_rank``; and the values passed to ``note``. NaN and infinity are
+written as null, with a warning.
 """
 
 from trainer.metrics.environment import write_environment

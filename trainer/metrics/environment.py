@@ -1,4 +1,4 @@
-"""``environment.json``: what ran, where, from which sources, so that a run directory explains itself."""
+"""``environment.json`` documents a run: what ran, where, and from which sources."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ HOST_BYTES = 64
 
 
 def write_environment(run_dir: Path, samples_seen: int) -> None:
-    """Adds this start to ``<run>/environment.json`` (one entry a start: a run may be stopped and moved). Every rank
-    calls."""
+    """Adds this start to ``<run>/environment.json`` (one entry per start: a run may be stopped and moved). Every rank
+    calls it."""
     hosts = _hosts()
     if not distributed.is_main():
         return
     path = run_dir / "environment.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    except (ValueError, KeyError):  # cut short by a crash: it explains, nothing depends on it
+    except (ValueError, KeyError):  # truncated by a crash; nothing depends on it
         starts = []
     starts.append(_environment(hosts) | {"samples_seen": samples_seen})
     write_atomic(path, json.dumps({"starts": starts}, indent=1) + "\n")
@@ -72,7 +72,7 @@ def _version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """Of the sources that run, with ``+changes`` when they differ from it; None outside a checkout."""
+    """The revision of the running sources, with ``+changes`` if they were modified; None outside a checkout."""
     root = Path(__file__).parents[2]
     try:
         revision = _git(root, "rev-parse", "HEAD")

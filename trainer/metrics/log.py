@@ -1,4 +1,4 @@
-"""``log.jsonl``, the progress line and the trackers, fed by one call a step."""
+"""``log.jsonl``, the progress line and the trackers, fed by one call per step."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class LogSettings(Settings):
-    """What is written down while a run trains."""
+    """What a run logs."""
 
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     "Any of tensorboard, wandb, trackio, mlflow; `none` for none. log.jsonl is always written."
     project: str = "ringlip"
-    "What the trackers file the run under; its own name is that of its directory."
+    "Project name in the trackers; the run's own name is that of its directory."
     every: int = Field(default=10, ge=1)
-    "Steps from one line of log.jsonl to the next."
+    "Steps between two lines of log.jsonl."
     line_seconds: float = Field(default=30.0, ge=0)
-    "How often the progress line is printed where there is no terminal to rewrite it on."
+    "Seconds between progress lines if the output is not a terminal."
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -49,7 +49,7 @@ class LogSettings(Settings):
 
 
 class RunLog:
-    """A run's log. Every rank makes one and calls the same methods; rank 0 alone writes."""
+    """A run's log. Every rank creates one and calls the same methods; only rank 0 writes."""
 
     def __init__(
         self,
@@ -74,20 +74,20 @@ class RunLog:
             self._line = ProgressLine(total_samples, settings.line_seconds)
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Around asking the loader for a batch."""
+        """Wrap the wait for a batch in this."""
         return self._meter.waiting()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training (evaluation, checkpoints): its time is in no rate."""
+        """Wrap what is not training (evaluation, checkpoints) in this: its time does not count in rates."""
         with self._meter.paused():
             yield
 
     def step(self, step: int, samples_seen: int, values: dict[str, Any], local_seconds: float = 0.0) -> None:
-        """After each step; ``values`` are the same on all ranks, ``local_seconds`` is this rank's part of
+        """Call after each step. ``values`` are the same on all ranks; ``local_seconds`` is this rank's part of
         ``rank_seconds``.
 
-        A value that is not finite is warned of and written at once.
+        If a value is not finite, warns and writes a line at once.
         """
         self._meter.step(samples_seen - self._seen, local_seconds)
         self._seen = samples_seen
@@ -121,12 +121,12 @@ class RunLog:
             )
 
     def note(self, samples_seen: int, values: dict[str, Any]) -> None:
-        """Something else to write down, such as ``{"eval": {...}}``; counted at ``samples_seen``."""
+        """Logs other values, such as ``{"eval": {...}}``, at position ``samples_seen``."""
         if distributed.is_main():
             self._write({"samples_seen": samples_seen} | values)
 
     def flush(self) -> None:
-        """Before a checkpoint: what lies before it must be in the log when the run goes on from it."""
+        """Call before a checkpoint: a run that resumes from it must find the earlier lines in the log."""
         if distributed.is_main():
             self._file.flush()
 
@@ -138,7 +138,7 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """At the end of a run."""
+        """Call at the end of a run."""
         if distributed.is_main():
             self._line.close()
             self._file.close()
@@ -146,8 +146,8 @@ class RunLog:
 
 
 class LineFile:
-    """Appends lines. On a disk that is full they wait in memory until there is room again: a run does not end for its
-    log, nor lose it."""
+    """Appends lines. While the disk is full they wait in memory, so that a full disk neither ends a run nor loses its
+    log."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -156,12 +156,12 @@ class LineFile:
         self._waiting: list[bytes] = []
 
     def append(self, line: str) -> None:
-        """Writes what waits and ``line``."""
+        """Writes the waiting lines and ``line``."""
         self._waiting.append(line.encode())
         self.flush()
 
     def flush(self) -> None:
-        """Writes what waits."""
+        """Writes the waiting lines."""
         data = b"".join(self._waiting)
         try:
             if os.pwrite(self._file, data, self._end) < len(data):
@@ -169,22 +169,22 @@ class LineFile:
         except OSError as error:
             os.ftruncate(self._file, self._end)
             if len(self._waiting) == 1:
-                logger.warning(f"{self._path}: {error.strerror}; its lines wait in memory until there is room")
+                logger.warning(f"{self._path}: {error.strerror}; its lines wait in memory until there is space")
             return
         self._end += len(data)
         self._waiting = []
 
     def close(self) -> None:
-        """Says what could not be written after all."""
+        """Warns of lines that could not be written."""
         self.flush()
         os.close(self._file)
         if self._waiting:
-            logger.warning(f"{self._path}: {len(self._waiting)} lines are lost, the disk was full to the end")
+            logger.warning(f"{self._path}: {len(self._waiting)} lines are lost: the disk was full until the end")
 
 
 def cut_back(path: Path, samples_seen: int) -> float:
-    """Drops what lies beyond the position a run goes on from (and a line cut short by a crash), so that a curve has no
-    doubles; the training seconds up to there.
+    """Removes lines after the position that a run resumes from (and a line truncated by a crash), so that a curve has
+    no duplicates; returns the training seconds up to there.
     """
     if not path.is_file():
         return 0.0

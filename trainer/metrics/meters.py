@@ -1,4 +1,4 @@
-"""Throughput, memory and the share of time spent waiting for data."""
+"""Measures throughput, memory and the share of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from trainer.core import collectives, distributed
 
 
 class Reading(NamedTuple):
-    """Since the reading before. ``data_wait`` is a share of the time; it and ``memory_bytes`` are of the worst rank."""
+    """Values since the last reading. ``data_wait`` is a share of the time; it and ``memory_bytes`` are the worst
+    rank's."""
 
     steps: int
     samples: int
@@ -23,13 +24,13 @@ class Reading(NamedTuple):
     memory_bytes: int
     data_wait: float
     slowest_rank: int
-    """Who kept the others waiting: the longest time for data and embedding, up to where ranks first need each other."""
+    """The rank with the longest time for data and embedding, until ranks first wait for each other."""
     rank_seconds: tuple[float, float, float]
-    """That time a step, of the fastest rank, the median one and the slowest."""
+    """That time per step, of the fastest, the median and the slowest rank."""
 
 
 class Stopwatch:
-    """Time of the device between ``start`` and ``stop``; neither waits for it."""
+    """Measures device time between ``start`` and ``stop`` without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -47,7 +48,7 @@ class Stopwatch:
             self._events[which].record()
 
     def seconds(self) -> float:
-        """Call it when the device is known to be past ``stop``."""
+        """Seconds between the two; call it when the device has passed ``stop``."""
         if self._events:
             self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1e3
@@ -59,7 +60,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        """Counted so far, since the meter was made."""
+        """Training time since the meter was created."""
         self._restart()
 
     def _restart(self) -> None:
@@ -68,7 +69,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around asking for data."""
+        """Wrap the wait for data in this."""
         begin = time.monotonic()
         try:
             yield
@@ -77,7 +78,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: evaluation, checkpoints."""
+        """Wrap what is not training in this: evaluation, checkpoints."""
         begin = time.monotonic()
         try:
             yield
@@ -96,10 +97,10 @@ class Meter:
         return self._samples / max(time.monotonic() - self._begin - self._paused, 1e-9)
 
     def read(self) -> Reading:
-        """All ranks at once; starts the next interval."""
+        """A collective: the values of this interval over all ranks. Starts the next interval."""
         seconds = max(time.monotonic() - self._begin - self._paused, 1e-9)
         waits, memory, local = _gather([self._waited, float(memory_bytes()), self._waited + self._local])
-        # Seconds are compared, not shares: ranks that do not wait for each other have clocks of different length.
+        # Compares seconds, not shares: the intervals of ranks that do not wait for each other differ in length.
         steps = max(self._steps, 1)
         spread = min(local) / steps, median(local) / steps, max(local) / steps
         slowest = local.index(max(local))
@@ -112,7 +113,7 @@ class Meter:
 
 
 def memory_bytes() -> int:
-    """The peak since the last call on a GPU; what the process holds now on a CPU."""
+    """On a GPU, the peak since the last call; on a CPU, the current resident memory."""
     if not torch.cuda.is_available():
         return psutil.Process().memory_info().rss
     peak = torch.cuda.max_memory_allocated()

@@ -1,4 +1,4 @@
-"""The progress line of a run: its newest values, the least important left out where the terminal is narrow."""
+"""The progress line of a run: its latest values, without the least important ones on a narrow terminal."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from data_tools.io.formatting import count, duration
 from data_tools.io.progress import StatusLine
 
 STRAGGLES = 1.5
-"""A rank that takes this many times the median's time is named."""
+"""A rank that takes more than this many times the median time is named."""
 
 
 class ProgressLine:
-    """Shows the newest values of a run; only rank 0 makes one."""
+    """Shows the latest values of a run; only rank 0 creates one."""
 
     def __init__(self, total_samples: int, seconds: float, stream: TextIO | None = None) -> None:
         self._total = total_samples
         self._status = StatusLine(seconds, stream)
 
     def show(self, values: dict[str, Any], last: bool = False) -> None:
-        """``values`` as in ``log.jsonl``; shown when it is time, or when it is the last."""
+        """Shows ``values`` (as in ``log.jsonl``) if it is due, or the last."""
         self._status.show(lambda width: render(values, self._total, width), last)
 
     def close(self) -> None:
-        """Ends the line, which stays on the terminal."""
+        """Ends the line and leaves it on the terminal."""
         self._status.close()
 
 
 def render(values: dict[str, Any], total_samples: int, width: int | None = None) -> str:
-    """The line: position, what is learnt, how fast, how much longer. What matters less is left out where ``width`` is
-    short."""
+    """The line: position, loss, speed, time left. The least important values are dropped if ``width`` is too small."""
     parts = _parts(values, total_samples)
     for unimportant in ("bias", "scale", "grad", "data", "samples", "lr", "memory"):
         if width is None or len(" · ".join(parts.values())) <= width:

@@ -16,11 +16,11 @@ from trainer.core.types import UserError
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker whose package is missing. On every rank, so that none waits for another."""
+    """Raises UserError for a tracker whose package is missing; on every rank, so that none waits for another."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"log.trackers names {', '.join(missing)}, not installed: pip install {' '.join(missing)}, or leave it out"
+            f"log.trackers: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, or remove it"
         )
 
 
@@ -28,7 +28,7 @@ MLFLOW_RUN = "mlflow_run.txt"
 
 
 class Trackers:
-    """Rank 0's trackers of one run. ``samples_seen`` is the axis; a resumed run goes on in the same curve."""
+    """Rank 0's trackers of one run. ``samples_seen`` is the x-axis; a resumed run continues the same curve."""
 
     def __init__(
         self, names: Sequence[str], run_dir: Path, project: str, recipe: dict[str, Any], samples_seen: int
@@ -40,7 +40,7 @@ class Trackers:
         for name in names:
             self._trackers[name] = tracker = _make(name, run_dir, project, samples_seen)
             tracker.start()
-            if name == "tensorboard":  # its own table of settings opens one more directory at every start
+            if name == "tensorboard":  # its hparams table would create another directory at every start
                 tracker.log({"recipe": "    " + yaml.safe_dump(recipe).replace("\n", "\n    ")}, step=samples_seen)
             elif name == "mlflow":
                 _remember_mlflow(tracker, run_dir, recipe)
@@ -48,7 +48,7 @@ class Trackers:
                 tracker.store_init_configuration(flat(recipe))
 
     def log(self, values: dict[str, Any], samples_seen: int) -> None:
-        """Nested values become names joined by ``/``; what is not a finite number is left out."""
+        """Logs ``values``; nested names are joined by ``/``, and values that are not finite numbers are skipped."""
         numbers = {
             key: value for key, value in flat(values).items() if isinstance(value, int | float) and value == value
         }
@@ -64,12 +64,12 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
     from accelerate import tracking  # slow to import
 
     if name == "tensorboard":
-        # purge_step hides what was written beyond the position the run goes on from.
+        # purge_step hides values after the position that the run resumes from.
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=samples_seen + 1)
     if name == "wandb":
         where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
             :12
-        ]  # another directory of this name is another run
+        ]  # a directory of the same name elsewhere is another run
         return tracking.WandBTracker(
             project, name=run_dir.name, id=f"{run_dir.name}-{where}", dir=str(run_dir), resume="allow"
         )
@@ -87,7 +87,7 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
 
 
 def _remember_mlflow(tracker: Any, run_dir: Path, recipe: dict[str, Any]) -> None:
-    """MLflow goes on with a run by an id of its own making, and refuses to be told a run's settings again."""
+    """MLflow resumes a run by its own id, and does not accept a run's settings twice."""
     begun = run_dir / MLFLOW_RUN
     if not begun.is_file():
         tracker.store_init_configuration(flat(recipe))
@@ -95,7 +95,7 @@ def _remember_mlflow(tracker: Any, run_dir: Path, recipe: dict[str, Any]) -> Non
 
 
 def _start_accelerate() -> None:
-    """accelerate's classes want its state, which sets the number of threads on CPUs: that is left as it was."""
+    """accelerate's trackers need its state, which changes the number of threads on CPUs: this restores it."""
     from accelerate import PartialState
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Models: Hugging Face's dual encoders as the trainer sees them.
+"""Models: Hugging Face's dual encoders, with the interface that training needs.
 
 model = trainer.models.build(ModelSettings(path="openai/clip-vit-base-patch32"))
 z = model(pixels, tokens, token_mask)          # Embeddings(image [b, d], text [b, d], scale [1], bias [1])

@@ -1,4 +1,4 @@
-"""Two towers, a temperature and a bias: pictures and captions in, embeddings out."""
+"""The dual encoder: two towers, a temperature and a bias. Maps pictures and captions to embeddings."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 class Head(nn.Module):
     """The temperature t = exp(t') and the bias b, both [1].
 
-    A module of its own, because ZeRO-3 gathers parameters around the forward of the module that holds them; and what it
-    returns is computed, because a parameter returned as it is would be empty outside.
+    A module of its own, because ZeRO-3 gathers parameters around the forward of the module that has them. It returns
+    computed tensors, because a parameter itself would be empty outside of forward.
     """
 
     def __init__(self, log_scale: float, bias: float | None) -> None:
@@ -76,10 +76,10 @@ class DualEncoder(nn.Module):
         self.towers, self.head, self.preprocess, self.settings = towers, head, preprocess, settings
         self.base = base  # the digest of the model that an adapter belongs to
         self.unsaved: frozenset[str] = frozenset()
-        """Parameters that checkpoints of this model do not hold, because training ran without them ..."""
+        """Parameters that checkpoints of this model lack, because training ran without them ..."""
         self.tower = preprocess.precomputed.fingerprint if preprocess.precomputed is not None else ""
         """... and the fingerprint of the precomputed tower that they belong to."""
-        self._lent: tuple[DualEncoder, ...] = ()  # in a tuple it is no submodule: DeepSpeed does not meet it
+        self._lent: tuple[DualEncoder, ...] = ()  # in a tuple it is not a submodule, and DeepSpeed does not see it
         self.patch_drop = drop_patches(towers, settings.mask)
         self.token_drop = drop_tokens(settings.mask, preprocess.num_tokens)
         self.batch_norms = fixed_batch_norms(
@@ -153,8 +153,7 @@ class DualEncoder(nn.Module):
         return normalize(towers.get_text_features(input_ids=tokens).pooler_output.float(), dim=-1)
 
     def tower_output(self, side: Tower, inputs: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """What is precomputed of a locked tower: [b, k] float32, its part of the way from ``inputs`` to the embedding
-        (see models/precomputed.py)."""
+        """The part of a locked tower that is precomputed: ``inputs`` -> [b, k] float32 (see models/precomputed.py)."""
         if self.family != PAIR:
             return self.embed_images(inputs) if side == "image" else self.embed_texts(inputs, token_mask)
         pooled = self._pooled_image(inputs) if side == "image" else self._pooled_text(inputs, token_mask)
@@ -184,8 +183,8 @@ class DualEncoder(nn.Module):
 
     @contextmanager
     def with_every_tower(self) -> Iterator[None]:
-        """A precomputed tower is read and put on the device for as long as this lasts: evaluation embeds pictures that
-        are stored nowhere."""
+        """Within the block, a precomputed tower is loaded onto the device: evaluation embeds pictures that have no
+        stored embeddings."""
         if self._absent is None:
             yield
             return
@@ -196,7 +195,7 @@ class DualEncoder(nn.Module):
             self._lent = ()
 
     def trains(self, tower: Tower) -> bool:
-        """Whether any parameter of that tower is trainable; one that is not needs no gradient of its embeddings."""
+        """Whether any parameter of that tower is trainable; if not, its embeddings need no gradient."""
         return any(parameter.requires_grad for name, parameter in self.named_parameters() if tower_of(name) == tower)
 
     @property
@@ -210,14 +209,13 @@ class DualEncoder(nn.Module):
         return parameter_groups(self, self.towers, rates or self.settings.rates, self.family == PAIR, adapter)
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """To be told before each step: ends the dropping of patches and tokens when the last, unmasked stretch
-        begins."""
+        """Call before each step: stops dropping patches and tokens when the last, unmasked part of the run begins."""
         for drop in (self.patch_drop, self.token_drop):
             if drop is not None:
                 drop.progress(samples_seen, total_samples)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Training mode, in which a wholly locked tower (no dropout) and batch norms (no moving statistics) stay in
+        """Sets training mode, but keeps a fully locked tower (no dropout) and batch norms (fixed statistics) in
         evaluation mode."""
         super().train(mode)
         for name in ("vision_model", "text_model"):
@@ -240,12 +238,12 @@ class DualEncoder(nn.Module):
 def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     """The model that a recipe's ``model:`` section describes, in float32 on the CPU (or the current default device).
 
-    ``weights=False`` leaves a pretrained model's weights unread: for who loads a checkpoint next, or plans on the meta
-    device. Raises UserError for a path that holds no model, a tokenizer that does not match, sizes that do not fit.
+    ``weights=False`` does not read a pretrained model's weights: to load a checkpoint next, or to plan on the meta
+    device. Raises UserError for a path without a model, a tokenizer that does not match, or sizes that do not fit.
     """
     with quietly():
         if settings.path:
-            read_config(settings.path)  # first: of a path that is none, people would look for the tokenizer
+            read_config(settings.path)  # first, so that a wrong path is not reported as a missing tokenizer
         tokenizer = read_tokenizer(settings)
         config = make_config(settings, tokenizer)
         if settings.path and weights:
@@ -285,15 +283,16 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
         logger.info(
-            f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics: every picture is embedded "
-            f"by itself"
+            f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics, so that pictures are "
+            "embedded "
+            f"independently"
         )
     return model
 
 
 def build_to_load(settings: ModelSettings, weights: bool = False) -> DualEncoder:
-    """The whole model for the weights of a checkpoint: unread, but for a tower that training has stored and the
-    checkpoint has not."""
+    """The whole model, to be filled from a checkpoint: weights are not read, except those of a precomputed tower, which
+    checkpoints lack."""
     side = settings.precomputed.side
     model = build(settings.without_precomputed_tower, weights=weights or side is not None)
     if side is not None:

@@ -1,4 +1,4 @@
-"""What goes wrong where a Hugging Face model is read or made, as one line that names the recipe's key.
+"""Turns errors of reading or creating a Hugging Face model into one line that names the recipe's key.
 
 with reading("model.path", path, "its config"):
     config = AutoConfig.from_pretrained(path)
@@ -27,14 +27,14 @@ UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
 )
-"""What transformers and the formats below it raise for files that are absent, cut, or of another kind. (torch's are
-RuntimeErrors.)"""
+"""Exceptions of transformers and its file formats for missing, incomplete or wrong files. (torch raises
+RuntimeError.)"""
 
 
 @contextmanager
 def reading(key: str, path: str, what: str) -> Iterator[None]:
-    """Raises UserError for a ``path`` that is neither a directory nor a hub name, or whose ``what`` cannot be read
-    within; RunFailed where the hub cannot be reached.
+    """Raises UserError if ``path`` is neither a directory nor a hub name, or if the block cannot read its ``what``;
+    RunFailed if the hub cannot be reached.
     """
     here = Path(path).is_dir()
     if not here:
@@ -51,11 +51,12 @@ def reading(key: str, path: str, what: str) -> Iterator[None]:
             raise
         if here:
             raise UserError(
-                f"{key} {path!r}: {what} cannot be read there ({_words(error)}); copy or download it anew"
+                f"{key} {path!r}: {what} cannot be read there ({_words(error)}); copy or download it again"
             ) from error
         if _unreachable(error):
             raise RunFailed(
-                f"{key} {path!r} is no directory here, and {what} could not be fetched from the Hugging Face hub (no "
+                f"{key} {path!r} is not a local directory, and {what} could not be fetched from the Hugging Face hub "
+                "(no "
                 "network, or HF_HUB_OFFLINE?): give a directory, or download it where there is a network"
             ) from error
         raise UserError(
@@ -66,13 +67,13 @@ def reading(key: str, path: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def making(key: str) -> Iterator[None]:
-    """Raises UserError in the library's own words for sizes of ``key`` that no model can be made of."""
+    """Raises UserError, with the library's message, if ``key`` does not describe a valid model."""
     try:
         yield
     except (*UNREADABLE, TypeError, ArithmeticError, AssertionError) as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"{key}: no model can be made of it ({_words(error)}); change these sizes") from error
+        raise UserError(f"{key}: invalid model config ({_words(error)}); change these sizes") from error
 
 
 def _words(error: BaseException) -> str:

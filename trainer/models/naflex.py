@@ -3,9 +3,9 @@ resolution.
 
     model: {path: google/siglip2-base-patch16-naflex, num_patches: 256}
 
-Pictures come as strips of patches (trainer/data/patches.py): each fills at most ``model.num_patches`` of them at its
-own aspect, the rest is masked. A batch is a fixed number of pairs as for every other model, so the order of samples
-stays exact; its tokens are at most pairs times ``num_patches``, and what padding costs is paid.
+Pictures come as strips of patches (trainer/data/patches.py): each has at most ``model.num_patches`` in its own aspect;
+padding is masked. A batch is a fixed number of pairs, as for every other model, so the order of samples stays exact;
+the cost is that of ``num_patches`` per picture, padding included.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ def patch_inputs(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
 
 
 def budget_of(processor: Any, config: Any, wanted: int | None) -> int:
-    """Most patches of a picture: the recipe's, or what the checkpoint's image processor says, or as many as there are
-    positions."""
+    """Largest number of patches per picture: from the recipe, else from the checkpoint's image processor, else the
+    number of positions."""
     return int(wanted or getattr(processor, "max_num_patches", None) or config.vision_config.num_patches)

@@ -36,15 +36,14 @@ RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 
 
 def is_open_clip(path: str | None) -> bool:
-    """Whether ``path`` is a directory of open_clip's and not of transformers' as well. Raises UserError for a
-    pickle."""
+    """Whether ``path`` is an open_clip directory without a transformers model. Raises UserError for a pickle."""
     if path is None:
         return False
     folder = Path(path)
     if folder.suffix in PICKLES and folder.is_file():
         target = folder.with_suffix(".safetensors").name
         raise UserError(
-            f"model.path {path!r} is a pickle, which can run code as it is read; convert it where you trust it: "
+            f"model.path {path!r} is a pickle, which can run code when loaded; if you trust it, convert it: "
             f"{CONVERT.format(source=path, target=target)}; then put it as {WEIGHTS} beside an {CONFIG}"
         )
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
@@ -152,7 +151,7 @@ def _weights(path: str) -> Path:
     if pickles:
         source, target = folder / pickles[0], folder / WEIGHTS
         raise UserError(
-            f"model.path {path!r} holds a pickle ({pickles[0]}) and no {WEIGHTS}; convert it where you trust it: "
+            f"model.path {path!r} has a pickle ({pickles[0]}) and no {WEIGHTS}; if you trust it, convert it: "
             f"{CONVERT.format(source=source, target=target)}"
         )
-    raise UserError(f"model.path {path!r} holds no {WEIGHTS}: copy it there, beside {CONFIG}")
+    raise UserError(f"model.path {path!r} has no {WEIGHTS}: copy it there, beside {CONFIG}")

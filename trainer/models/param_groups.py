@@ -1,5 +1,4 @@
-"""Which tower and which layer a parameter belongs to: what locking, LoRA and learning rates per layer have to agree
-on."""
+"""Assigns parameters to towers and layers, for locking, LoRA and learning rates per layer."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class RateSettings(Settings):
     positions: float = Field(default=1.0, gt=0)
     "Factor on the rate of text position embeddings that train whole beside an adapter (model.num_tokens)."
     head: float = Field(default=1.0, gt=0)
-    """Factor on the rate of the temperature and the bias; above 1 in short runs, where a thousand steps barely move
-    them."""
+    """Factor on the rate of the temperature and the bias; above 1 for short runs, in which they would barely change."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 usual
     when finetuning."""
@@ -52,8 +50,8 @@ class ParameterGroup(NamedTuple):
 
 
 def tower_of(name: str) -> Tower | None:
-    """The tower of a parameter or module, named from the Hugging Face model or from the DualEncoder; None:
-    neither's."""
+    """The tower of a parameter or module, by its name in the Hugging Face model or in the DualEncoder; None if it
+    belongs to neither."""
     name = name.removeprefix("towers.") + "."
     if name.startswith(PREFIXES["image"]):
         return "image"
@@ -76,8 +74,8 @@ def num_layers(towers: PreTrainedModel, tower: Tower) -> int:
 
 
 def depth_of(name: str, layers: int) -> int:
-    """0 for the embeddings, 1 to ``layers`` for the layers, ``layers + 1`` for what follows them (norm, pooling,
-    projection)."""
+    """0 for the embeddings, 1 to ``layers`` for the layers, ``layers + 1`` for the norm, pooling and projection after
+    them."""
     match = _LAYER.search(name)
     if match:
         return int(match[1]) + 1
@@ -103,6 +101,6 @@ def parameter_groups(
                 rate = rates.projection
             elif adapter and "position_embedding" in name:
                 rate = rates.positions
-        # Under ZeRO-3 a partitioned parameter has no dimensions left; DeepSpeed keeps the true shape beside it.
+        # Under ZeRO-3 a partitioned parameter is empty; DeepSpeed stores its shape in an attribute.
         groups.setdefault((rate, len(getattr(parameter, "ds_shape", parameter.shape)) > 1), []).append(name)
     return [ParameterGroup(names, rate, decay) for (rate, decay), names in groups.items()]

@@ -1,11 +1,11 @@
-"""How a tower's output becomes one vector a picture or caption: ``model.image.pooling`` and ``model.text.pooling``.
+"""Pools a tower's output to one vector per picture or caption: ``model.image.pooling`` and ``model.text.pooling``.
 
     model:
       image: {path: facebook/dinov2-base}
       text: {path: sentence-transformers/all-MiniLM-L6-v2}        # auto: mean, as its 1_Pooling/config.json says
 
-transformers' VisionTextDualEncoderModel reads a tower's ``pooler_output`` and nothing else, so a pair that pools
-otherwise says so in its config.json (``pooling``), and its model card holds the lines that pool in plain transformers.
+transformers' VisionTextDualEncoderModel uses a tower's ``pooler_output`` only, so a pair with another pooling records
+it in its config.json (``pooling``), and its model card shows how to pool in plain transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.models.param_groups import Tower
 
 Pooling = Literal["pooler", "mean", "cls", "last"]
 SENTENCE_TRANSFORMERS: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-"""Its names of the modes that are known here."""
+"""sentence-transformers' names of these modes."""
 
 SIGLIP = ("siglip", NAFLEX)
 """Families with a bias of their own and no projection size beside the text tower's."""
@@ -72,7 +72,7 @@ def pooling_of(config: PretrainedConfig, side: Tower) -> Pooling:
 
 
 def other_pooling(config: PretrainedConfig) -> str | None:
-    """What to tell of a pair that plain transformers does not pool as it was trained; None where it does."""
+    """Describes the pooling of a pair that plain transformers pools differently; None if it does not."""
     sides: tuple[Tower, ...] = ("image", "text")
     odd = [f"{side}: {pooling_of(config, side)}" for side in sides if pooling_of(config, side) != "pooler"]
     return ", ".join(odd) or None
@@ -90,9 +90,9 @@ def special_tokens(vision: PretrainedConfig) -> int:
 def choose_pooling(
     wanted: Pooling | Literal["auto"], path: str | None, config: PretrainedConfig, side: Tower
 ) -> Pooling:
-    """The pooling of a tower, ``auto`` resolved: what a sentence-transformers checkpoint says; else the pooled output,
-    where the model has one and ``path`` the weights for it; else the class token of an image tower, the last token of a
-    causal language model, the mean of any other text model. Raises UserError.
+    """The pooling of a tower, with ``auto`` resolved: as a sentence-transformers checkpoint says; else the pooled
+    output, if the model has one and ``path`` has its weights; else the class token of an image tower, the last token of
+    a causal language model, the mean of any other text model. Raises UserError.
     """
     key = f"model.{side}.pooling"
     if wanted == "auto" and path is not None and (found := _of_sentence_transformers(path, key)) is not None:
@@ -115,7 +115,7 @@ def choose_pooling(
 
 
 def drop_unused_poolers(towers: PreTrainedModel) -> None:
-    """Takes out the ``pooler`` of a tower that pools otherwise: it would never get a gradient."""
+    """Removes the unused ``pooler`` of a tower: it would never get a gradient."""
     sides: tuple[tuple[Tower, str], ...] = (("image", "vision_model"), ("text", "text_model"))
     for side, name in sides:
         tower: Any = getattr(towers, name, None)
@@ -174,7 +174,7 @@ def _file(path: str, name: str) -> str | None:
 
 
 def _holds_pooler(path: str) -> bool | None:
-    """Whether a checkpoint has the weights of a pooler; None where that cannot be told."""
+    """Whether a checkpoint has the weights of a pooler; None if that is unknown."""
     if (index := _read_json(path, "model.safetensors.index.json")) is not None:
         names: Iterable[str] = index["weight_map"]
     elif (single := _file(path, "model.safetensors")) is not None:
@@ -187,8 +187,8 @@ def _holds_pooler(path: str) -> bool | None:
 
 @functools.lru_cache(maxsize=16)
 def _pooled_output(config_json: str, side: Tower) -> tuple[bool, bool]:
-    """Whether a model gives a pooled output, and whether that has weights of its own: runs it without weights on one
-    row."""
+    """(Whether a model has a pooled output, whether that has weights), found by running the model on the meta
+    device."""
     tree = json.loads(config_json)
     config = AutoConfig.for_model(tree.pop("model_type"), **tree)
     if type(config) not in MODEL_MAPPING:

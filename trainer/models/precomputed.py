@@ -1,5 +1,5 @@
-"""A locked tower whose embeddings are stored (SigLiT: arXiv 2303.15343, section 4.2): it is neither run nor held while
-the other trains.
+"""A locked tower with precomputed embeddings (SigLiT: arXiv 2303.15343, section 4.2): it is neither run nor in memory
+while the other tower trains.
 
     model:
       image: {path: google/vit-base-patch16-224}
@@ -7,8 +7,8 @@ the other trains.
       lock: {image: true}
       precomputed: {image: vit_b16}                 # the column that `python -m trainer.embed RECIPE` writes
 
-What is stored is what the locked weights give: the embedding of length 1 of a CLIP or SigLIP, the pooled output of a
-pair's tower, whose projection is new and trains on.
+Stored is the output of the locked weights: the normalised embedding of a CLIP or SigLIP, or the pooled output of a
+pair's tower, whose projection is new and is trained.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from trainer.models.vision_text import PAIR
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
 """Keys of a Hugging Face config that do not change what the model computes."""
 PROBE = ["", "a photo of a cat", "Ünïcode, 猫 & ПРИВЕТ: 0123456789 don't"]
-"""Captions whose tokens tell two tokenizers apart, with their vocabularies."""
+"""Captions whose tokens, together with the vocabulary, identify a tokenizer."""
 NAME = re.compile(r"(?!\.)[\w.-]+")
-"""As `python -m data_tools join` has it: a file of this name is written."""
+"""As in `python -m data_tools join`: it becomes a file name."""
 
 
 class PrecomputedSettings(Settings):
-    """Train on stored embeddings of a locked tower: it is never run, and its inputs are never decoded."""
+    """Train on stored embeddings of a locked tower, which is not run and whose inputs are not decoded."""
 
     image: str | None = None
-    """Column of image embeddings that `python -m trainer.embed` laid beside the shards; needs model.lock.image. null:
-    run the tower."""
+    """Column of image embeddings that `python -m trainer.embed` has written; needs model.lock.image. null: run the
+    tower."""
     text: str | None = None
     "The same for the text tower; needs model.lock.text and one caption a picture."
 
@@ -58,7 +58,7 @@ class PrecomputedSettings(Settings):
     @model_validator(mode="after")
     def _one_side(self) -> PrecomputedSettings:
         if self.image is not None and self.text is not None:
-            raise ValueError("one tower can be stored, the other has to learn: name image or text")
+            raise ValueError("only one tower can be precomputed, the other must be trained: name image or text")
         return self
 
     @property
@@ -101,7 +101,7 @@ def fingerprint(towers: PreTrainedModel, preprocess: Preprocess, side: Tower, pr
 
 
 def token_inputs(preprocess: Preprocess) -> list[Any]:
-    """What tells two tokenizers (with their context lengths) apart."""
+    """Values that identify a tokenizer with its context length."""
     tokens, mask = preprocess.tokenize(PROBE)
     tokenizer = getattr(preprocess.tokenize, "tokenizer", None)
     return [tokens.tolist(), mask.tolist(), sorted(tokenizer.get_vocab().items()) if tokenizer else []]
@@ -118,22 +118,22 @@ def width_of(towers: PreTrainedModel, side: Tower) -> int:
 def precomputed_tower(
     towers: PreTrainedModel, preprocess: Preprocess, settings: PrecomputedSettings, weights: bool = True
 ) -> PrecomputedTower:
-    """What the stored embeddings of a tower must be; without ``weights`` their maker is left open (for the planner)."""
+    """Describes the stored embeddings that a tower needs; without ``weights`` (for the planner) the fingerprint is
+    empty."""
     assert settings.side is not None
     made_by = fingerprint(towers, preprocess, settings.side) if weights else ""
     return PrecomputedTower(settings.side, settings.column, made_by, width_of(towers, settings.side))
 
 
 class PlaceholderTower(nn.Module):
-    """In place of a precomputed tower: no weights, and nothing to run."""
+    """Replaces a precomputed tower: has no weights and cannot be run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this tower's embeddings are precomputed: it cannot be run")
 
 
 def remove_tower(towers: PreTrainedModel, side: Tower) -> None:
-    """Removes a precomputed tower from the model, with the projection that is locked with it (a pair's stays, it
-    trains)."""
+    """Removes a precomputed tower from the model, with its locked projection (a pair's is trained and stays)."""
     names = ["vision_model", "visual_projection"] if side == "image" else ["text_model", "text_projection"]
     for name in names[: 1 if towers.config.model_type == PAIR else 2]:
         if hasattr(towers, name):

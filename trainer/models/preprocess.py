@@ -1,5 +1,4 @@
-"""How a model wants its pictures and captions: read from a Hugging Face directory, obeyed by the loader, written back
-on export."""
+"""A model's preprocessing: read from a Hugging Face directory, used by the loader, written on export."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-# Not from the top level, where transformers 5.17 (not 5.20) has a placeholder that only raises if torchvision is
-# missing.
+# Not from transformers' top level: without torchvision, 5.17 (unlike 5.20) has only a placeholder there that raises.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from trainer.core.types import Preprocess, UserError
@@ -34,7 +32,7 @@ RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 PAIR_TOKENS = 64
-"""Context length of a new pair whose recipe names none."""
+"""Default context length of a new pair."""
 
 
 class Tokenize:
@@ -51,8 +49,7 @@ class Tokenize:
         return [len(ids) for ids in found["input_ids"]]
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        # A loader worker is a fork of a process that may have tokenized already: threads of the Rust library do not
-        # survive that.
+        # A loader worker may be forked after the parent has tokenized: the Rust library's threads do not survive that.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not captions:
             return torch.zeros(0, self.num_tokens, dtype=torch.int64), torch.zeros(0, self.num_tokens, dtype=torch.bool)
@@ -70,7 +67,7 @@ class Tokenize:
 
 
 def read_tokenizer(settings: ModelSettings) -> Any:
-    """The tokenizer of the recipe, or the one that lies beside the pretrained weights."""
+    """The tokenizer in the recipe, or the one of the pretrained model."""
     name = settings.tokenizer or settings.path or (settings.text and settings.text.path)
     assert isinstance(name, str)
     key = "model.tokenizer" if settings.tokenizer else "model.path" if settings.path else "model.text.path"
@@ -83,17 +80,17 @@ def read_tokenizer(settings: ModelSettings) -> Any:
 
 
 def warn_of_mask(path: str, config: PretrainedConfig, tokenizer: Any) -> None:
-    """Says so where plain transformers would mask a SigLIP's padding, to which SigLIP attends."""
+    """Warns if plain transformers would mask a SigLIP's padding, to which SigLIP attends."""
     if config.model_type in SIGLIP and "attention_mask" in tokenizer.model_input_names:
         logger.warning(
-            f"{path}: its tokenizer hands out an attention mask, with which plain transformers gives other text "
-            "embeddings than SigLIP was trained with; here padding is attended to, and the exported tokenizer has no "
+            f"{path}: its tokenizer returns an attention mask, with which plain transformers gives other text "
+            "embeddings than SigLIP was trained with; RingLIP attends to padding, and the exported tokenizer has no "
             "mask"
         )
 
 
 def preprocess(path: str) -> Preprocess:
-    """How the CLIP or SigLIP model in ``path``, a Hugging Face directory or name, wants its inputs."""
+    """The preprocessing of the CLIP or SigLIP model in ``path``, a Hugging Face directory or name."""
     from trainer.models.towers import make_config, quietly
 
     settings = ModelSettings(path=path)
@@ -103,11 +100,10 @@ def preprocess(path: str) -> Preprocess:
 
 
 def read_preprocess(settings: ModelSettings, config: PretrainedConfig, tokenizer: Any) -> Preprocess:
-    """Sizes and statistics from the directory of a pretrained model; the family's own for a new one."""
+    """Sizes and statistics from the directory of a pretrained model, or the family's defaults for a new one."""
     num_tokens = settings.num_tokens or config.text_config.max_position_embeddings
     if config.model_type == PAIR and settings.num_tokens is None:
-        # A language model's 512 positions are for pages; what an exported pair was trained with stands in its
-        # tokenizer.
+        # A language model's 512 positions are for pages of text; an exported pair's tokenizer has its context length.
         num_tokens = min(num_tokens, tokenizer.model_max_length if settings.path else PAIR_TOKENS)
     tokenize = Tokenize(tokenizer, num_tokens)
     if config.model_type == "clip":
@@ -145,13 +141,13 @@ def _image_processor(key: str, path: str) -> Any:
 
 
 def _statistics(found: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """(mean, standard deviation) that an image processor normalises by; SigLIP's where there is none."""
+    """(mean, standard deviation) of an image processor; SigLIP's if it has none."""
     if found is None:
         return HALF, HALF
     mean, std = _three(found.image_mean, found.do_normalize, 0.0), _three(found.image_std, found.do_normalize, 1.0)
     if getattr(
         found, "include_top", False
-    ):  # EfficientNet's processor divides by the deviation once more, as its classifier was trained
+    ):  # EfficientNet's processor divides by the deviation twice, as in the training of its classifier
         std = std[0] ** 2, std[1] ** 2, std[2] ** 2
     return mean, std
 
@@ -162,7 +158,7 @@ def _three(values: Any, used: bool | None, otherwise: float) -> tuple[float, flo
 
 
 def make_processor(preprocess: Preprocess, config: PretrainedConfig) -> Any:
-    """The Hugging Face processor that does to a picture and a caption what ``preprocess`` asks for."""
+    """The Hugging Face processor that is equivalent to ``preprocess``."""
     from transformers import CLIPProcessor, Siglip2Processor, SiglipProcessor, VisionTextDualEncoderProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -186,7 +182,7 @@ def make_processor(preprocess: Preprocess, config: PretrainedConfig) -> Any:
     tokenizer = preprocess.tokenize.tokenizer
     tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = preprocess.num_tokens
     if model_type in SIGLIP:
-        # SigLIP attends to padding as well: a mask in the processor's output would change its embeddings.
+        # SigLIP attends to padding: a mask in the processor's output would change its embeddings.
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
         return (SiglipProcessor if model_type == "siglip" else Siglip2Processor)(images, tokenizer)
     return (VisionTextDualEncoderProcessor if model_type == PAIR else CLIPProcessor)(images, tokenizer)

@@ -1,6 +1,6 @@
-"""A trained model as a directory that others load: plain transformers, or plain PEFT for an adapter.
+"""Saves a trained model as a plain transformers directory, or an adapter as a plain PEFT directory.
 
-``state`` holds full float32 weights by the DualEncoder's parameter names, because the module itself may hold only a
+``state`` has full float32 weights by the DualEncoder's parameter names, because the module itself may have only a
 partition of them (ZeRO-3).
 """
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def save_pretrained(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it with no code of ours. An
-    adapter is merged."""
+    """Writes a plain Hugging Face directory: ``AutoModel`` and ``AutoProcessor`` load it without RingLIP. An adapter is
+    merged."""
     weights = plain_weights(model, state)
     scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
     siglip = model.family in SIGLIP
@@ -35,7 +35,7 @@ def save_pretrained(model: DualEncoder, folder: Path, state: dict[str, Tensor]) 
     if siglip:
         weights["logit_bias"] = (torch.zeros(1) if bias is None else bias).reshape(1)
     elif bias is not None:
-        config.logit_bias = float(bias)  # transformers has no such parameter there; ours reads it from the config
+        config.logit_bias = float(bias)  # transformers has no such parameter there; RingLIP reads it from the config
     config.architectures = [type(model.towers).__name__]
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with quietly():

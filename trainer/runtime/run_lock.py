@@ -1,6 +1,6 @@
-"""One job a run directory: the ranks of a start that was thought dead must not write beside those of the next.
+"""One job per run directory: ranks of an earlier start that are still alive must not write beside those of a new one.
 
-with RunLock(run_dir):        # every rank; rank 0 holds it to the end, or until its process ends, however it ends
+with RunLock(run_dir):        # on every rank; rank 0 holds the lock until its process ends
     ...
 """
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 PATIENCE = 60.0
-"""Seconds for those before to finish their step, save and go."""
+"""Seconds for an earlier job to finish its step, save and exit."""
 MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG)
-"""Answers that the same command would get again."""
+"""Errors that the same command would get again."""
 
 
 class RunLock:
     """A POSIX lock on ``<run>/lock``: it belongs to the process (forked workers do not inherit it) and works over NFS.
 
-    Entering it raises RunFailed on all ranks when another job keeps it for longer than ``patience`` seconds.
+    Raises RunFailed on all ranks if another job holds it for longer than ``patience`` seconds.
     """
 
     def __init__(self, run_dir: Path, patience: float = PATIENCE) -> None:
@@ -50,9 +50,9 @@ class RunLock:
             if error.errno not in MISTAKES:
                 raise
             raise UserError(
-                f"run.directory {self._run_dir} is no directory that can be written to ({error}); choose another"
+                f"run.directory {self._run_dir} is not a writable directory ({error}); choose another"
             ) from error
         waiting = f"{self._run_dir}: another job is training there; waiting up to {self._patience:.0f} s for it to end"
         if not self._lock.acquire(self._patience, on_wait=lambda: logger.info(waiting)):
-            raise RunFailed(f"{self._run_dir}: another job is training there; end it, or choose another run.directory")
+            raise RunFailed(f"{self._run_dir}: another job is training there; stop it, or choose another run.directory")
         return {}

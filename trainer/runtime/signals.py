@@ -1,4 +1,4 @@
-"""Signals that end a run in order: the step is finished, a checkpoint saved, and the exit code says "start me again".
+"""Signals that stop a run in order: the step is finished, a checkpoint saved, and the exit code means "start again".
 
     with StopSignals() as signals:
         ...
@@ -6,9 +6,9 @@
             checkpointer.save(...)
             sys.exit(EXIT_AGAIN)
 
-SIGTERM and SIGUSR1 are what queues send before they take the machine away; Ctrl-C asks for the same, and a second one
-stops at once. A launcher that dies (it was killed, its terminal closed) counts as SIGHUP: its ranks would otherwise
-train on beside those of the next start.
+Schedulers send SIGTERM or SIGUSR1 before they take the machine away; Ctrl-C does the same, and a second one stops at
+once. The death of the launcher (it was killed, its terminal closed) counts as SIGHUP: its ranks would otherwise
+continue beside those of the next start.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 EXIT_AGAIN = 75
-"""EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command goes on from there."""
+"""EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; the same command resumes from there."""
 
 NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ORDER = (0, *NAMES)
-"""Of several, the last is what is said: a Ctrl-C brings others with it."""
+"""Of several signals, the last in this order is reported: a Ctrl-C comes with others."""
 
 
 class StopSignals:
-    """Catches them while it is entered. Only the main thread may enter it."""
+    """A context that catches these signals. Only for the main thread."""
 
     def __init__(self) -> None:
         self._caught = 0
@@ -45,7 +45,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for name in NAMES:
             if name == signal.SIGHUP and signal.getsignal(name) == signal.SIG_IGN:
-                continue  # under nohup: the terminal's end is none of the run
+                continue  # under nohup the run outlives the terminal
             self._before[name] = signal.signal(name, self._catch)
         return self
 
@@ -57,7 +57,7 @@ class StopSignals:
         if self._caught != signal.SIGINT:  # launchers send SIGTERM after the terminal's Ctrl-C
             self._caught = number
         if number == signal.SIGINT:
-            # The system's own handler: it works even while python waits inside a collective.
+            # The system's own handler works even while Python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             logger.info("finishing this step and saving; Ctrl-C again stops at once", extra=EVERY_NODE)
 

@@ -1,13 +1,13 @@
-"""Convolutional towers, as ALIGN's EfficientNet (arXiv 2102.05918): batch normalisation keeps the statistics it was
-pretrained with.
+"""Convolutional towers such as ALIGN's EfficientNet (arXiv 2102.05918): batch normalisation keeps its pretrained
+statistics.
 
     model:
       image: {path: google/efficientnet-b0}
       text: {path: google-bert/bert-base-uncased}
 
-Statistics of a batch would make an embedding depend on the other pictures of its micro-batch and of its rank: the
-second pass of a step would not repeat the first, and the micro-batch would change what is learnt. With fixed ones every
-picture is embedded by itself, and the step is exact. The layers' own scale and shift are trained.
+With batch statistics an embedding would depend on the other pictures of its micro-batch and rank: the second pass of a
+step would not repeat the first, and the micro-batch would change what is learned. With fixed statistics every picture
+is embedded independently, and the step is exact. The layers' scale and shift are trained.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from trainer.core.types import UserError
 
 
 def fixed_batch_norms(towers: nn.Module, pretrained: bool) -> list[nn.Module]:
-    """The layers that are to stay in evaluation mode. Raises UserError for a new tower, whose layers know no statistics
-    yet."""
+    """The layers that stay in evaluation mode. Raises UserError for a new tower, whose layers have no statistics."""
     layers: list[nn.Module] = [module for module in towers.modules() if isinstance(module, _BatchNorm)]
     if layers and not pretrained:
         raise UserError(

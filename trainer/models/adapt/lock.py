@@ -12,24 +12,24 @@ from trainer.models.vision_text import PAIR
 
 
 class LockSettings(Settings):
-    """What keeps its weights. A locked tower costs no backward pass, no gradients and no optimizer state."""
+    """Parts that keep their weights. A locked tower needs no backward pass, gradients or optimizer state."""
 
     image: bool = False
-    "Lock the image tower (LiT); the projection of a pair, which is new, trains all the same."
+    "Lock the image tower (LiT); the projection of a pair is new and is trained nevertheless."
     image_layers: int = Field(default=0, ge=0)
-    """Last layers of a locked image tower that train all the same, with its final norm, pooling head and projection; 0:
-    none of it trains."""
+    """Number of last layers of a locked image tower that are trained nevertheless, with its final norm, pooling head
+    and projection; 0: none."""
     text: bool = False
     "Lock the text tower."
     text_layers: int = Field(default=0, ge=0)
-    """Last layers of a locked text tower that train all the same, with its final norm and projection; 0: none of it
-    trains."""
+    """Number of last layers of a locked text tower that are trained nevertheless, with its final norm and projection;
+    0: none."""
     scale: bool = False
     "Keep the temperature and the bias."
 
 
 def lock_towers(towers: PreTrainedModel, settings: LockSettings) -> None:
-    """Takes ``requires_grad`` from the parameters that are to stay as they are."""
+    """Clears ``requires_grad`` on the locked parameters."""
     if settings.image:
         _lock(towers, "image", settings.image_layers)
     if settings.text:
@@ -45,6 +45,6 @@ def _lock(towers: PreTrainedModel, tower: Tower, last: int) -> None:
         )
     for name, parameter in towers.named_parameters():
         if towers.config.model_type == PAIR and "_projection." in name:
-            continue  # new, and nothing without training
+            continue  # new: useless without training
         if tower_of(name) == tower and (last == 0 or depth_of(name, layers) <= layers - last):
             parameter.requires_grad_(False)

@@ -31,7 +31,7 @@ from trainer.models.param_groups import tower_of
 from trainer.models.pooling import empty_towers
 
 SIDECAR = "ringlip.json"
-"""Beside PEFT's two files: what PEFT does not record (the base's digest, the temperature and the bias)."""
+"""A file beside PEFT's two, for what PEFT does not record: the base's digest, the temperature and the bias."""
 
 
 class LoraSettings(Settings):
@@ -47,13 +47,13 @@ class LoraSettings(Settings):
     """Modules that get an adapter: all-linear, a list of names (q_proj, fc1, ... or longer ones), or one regular
     expression on full names."""
     towers: Literal["both", "image", "text"] = "both"
-    "Which tower is adapted; the other one stays as it is."
+    "Which tower gets adapters; the other one does not change."
     rslora: bool = False
     "Rank-stabilised scaling (arXiv 2312.03732)."
     dora: bool = False
     "Weight-decomposed LoRA (arXiv 2402.09353): slower, often better at low rank."
     modules_to_save: tuple[str, ...] = ()
-    "Modules that train whole and are saved with the adapter, such as visual_projection."
+    "Modules that are trained in full and saved with the adapter, such as visual_projection."
     path: str | None = None
     "An adapter directory to start from; its base must be this model."
     base: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
@@ -70,7 +70,7 @@ class LoraSettings(Settings):
 
 
 class Targets(NamedTuple):
-    """Full module names that get an adapter, and those that were asked for and cannot have one."""
+    """Full names of modules that get an adapter, and of those that were requested but cannot have one."""
 
     chosen: list[str]
     left_out: list[str]
@@ -81,8 +81,8 @@ class Targets(NamedTuple):
 
 
 def choose_targets(towers: PreTrainedModel, settings: LoraSettings) -> Targets:
-    """Resolves ``targets`` against the model; raises UserError that lists the nearest names for one that does not
-    exist."""
+    """Resolves ``targets`` against the model. For a name that does not exist, raises UserError with the nearest
+    names."""
     inside = {name for name, module in towers.named_modules() if settings.towers in ("both", tower_of(name))}
     linear = [name for name, module in towers.named_modules() if name in inside and isinstance(module, nn.Linear)]
     # nn.MultiheadAttention (SigLIP's pooling head) reads out_proj.weight without calling it: an adapter there would
@@ -134,7 +134,7 @@ def add_lora(towers: PreTrainedModel, settings: LoraSettings, stretched: bool = 
     for name in settings.modules_to_save:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-            # PEFT ignores a name it does not find, and a bare parameter such as logit_scale is never found.
+            # PEFT ignores names that it does not find; it never finds a bare parameter such as logit_scale.
             raise UserError(f"model.lora.modules_to_save: no module {name!r}; nearest: {', '.join(close) or 'none'}")
     config = LoraConfig(
         r=settings.rank,
@@ -172,7 +172,7 @@ def hold_base(towers: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def base_digest(towers: PreTrainedModel, state: dict[str, Tensor] | None = None) -> str | None:
-    """A digest of the base model's float32 weights, with or without an adapter around them; None on the meta device."""
+    """A digest of the base model's float32 weights, whether it has an adapter or not; None on the meta device."""
     digest = xxhash.xxh3_128()
     plain = {}
     for name, value in (towers.state_dict() if state is None else state).items():
@@ -209,13 +209,13 @@ def save_adapter(
 
 
 def read_sidecar(folder: str) -> dict[str, Any]:
-    """What was recorded beside the adapter; empty for one that was trained elsewhere."""
+    """The content of the sidecar file; empty for an adapter that was trained elsewhere."""
     path = Path(folder) / SIDECAR
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_adapter(towers: PreTrainedModel, folder: str, base: str | None) -> None:
-    """Loads the weights of an adapter directory into the injected adapter; raises UserError when it belongs to another
+    """Loads the weights of an adapter directory into the injected adapter. Raises UserError if it belongs to another
     base."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
@@ -247,8 +247,8 @@ def load_adapter(towers: PreTrainedModel, folder: str, base: str | None) -> None
 
 
 def merged_weights(towers: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` (full weights by the names of ``towers``) with the adapter merged into the plain model's weights; both
-    stay as they are."""
+    """The plain model's weights with the adapter merged in, from ``state`` (full weights by the names of ``towers``);
+    neither argument is modified."""
     adapted: Any = towers.peft_config["default"]
     plain: Any = empty_towers(towers)
     with torch.device("meta"):

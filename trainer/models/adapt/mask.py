@@ -21,29 +21,27 @@ class MaskSettings(Settings):
     """Patches and tokens left out in training; evaluation always sees whole pictures and captions."""
 
     drop: float = Field(default=0.0, ge=0, lt=1)
-    "Fraction of the patches left out, drawn anew for each picture; FLIP: 0.5. 0 is off."
+    "Fraction of patches to drop, drawn for each picture; FLIP: 0.5. 0 is off."
     tokens: int | None = Field(default=None, ge=2)
     "Tokens of a caption, its end token among them; longer ones are shortened (CLIPA: 16 or 8). null: all."
     tokens_kept: Literal["first", "random", "block"] = "first"
-    "Which tokens of a longer caption stay, in their order: the first, random ones, or a random stretch."
+    "Which tokens of a longer caption to keep, in order: the first, random ones, or a random contiguous block."
     unmasked: float = Field(default=0.0, ge=0, le=1)
-    """Fraction at the end of the run that trains on whole pictures and captions, which closes most of the gap to
-    training without a mask."""
+    """Fraction of the run, at its end, without dropping, which closes most of the gap to training without a mask."""
 
 
 class PatchDrop:
-    """A forward hook on the vision tower's embeddings that keeps a random subset of the patches of each picture, in
-    order.
+    """A forward hook on the vision tower's embeddings that keeps a random subset of each picture's patches, in order.
 
-    It draws from torch's default generator alone, so that replaying the random state repeats the choice: the second
-    pass of a step sees the same patches as the first.
+    It uses torch's default generator only, so that restoring the random state repeats the choice: the second pass of a
+    step sees the same patches as the first.
     """
 
     def __init__(self, settings: MaskSettings, num_special: int) -> None:
         self.settings, self.num_special, self.active = settings, num_special, True
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """Ends the dropping when the last, unmasked stretch of the run begins."""
+        """Stops dropping when the last, unmasked part of the run begins."""
         self.active = samples_seen < (1 - self.settings.unmasked) * total_samples
 
     def __call__(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
@@ -58,26 +56,26 @@ class PatchDrop:
 
 
 class TokenDrop:
-    """Shortens captions in training. Like PatchDrop it draws from torch's default generator alone."""
+    """Shortens captions in training. Like PatchDrop it uses torch's default generator only."""
 
     def __init__(self, settings: MaskSettings) -> None:
         self.settings, self.active = settings, True
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """Ends the shortening when the last, unmasked stretch of the run begins."""
+        """Stops shortening when the last, unmasked part of the run begins."""
         self.active = samples_seen < (1 - self.settings.unmasked) * total_samples
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens [b, n] int64, mask [b, n] bool) -> [b, k] both.
 
-        The first and the last real token stay (what a tokenizer adds there is where CLIP and BERT read a caption); what
-        is kept moves together, so that the positions are 0 to k - 1. A caption of k tokens or fewer keeps all of them.
+        The first and the last real token are always kept (CLIP and BERT read a caption's embedding at special tokens
+        there); kept tokens move together, to positions 0 to k - 1. A caption of k tokens or fewer keeps all of them.
         """
         assert self.settings.tokens is not None
         kept, (rows, total) = min(self.settings.tokens, tokens.shape[1]), tokens.shape
         lengths = mask.sum(dim=1, keepdim=True)
         places = torch.arange(total, device=tokens.device).expand(rows, total)
-        # The smallest priorities stay: ends before all, then what is drawn, then what is left; padding is last.
+        # The smallest priorities are kept: first both ends, then the drawn tokens, then the others, then padding.
         match self.settings.tokens_kept:
             case "first":
                 drawn = places / total
@@ -93,7 +91,7 @@ class TokenDrop:
 
 
 def drop_tokens(settings: MaskSettings, num_tokens: int) -> TokenDrop | None:
-    """None when captions stay whole. Raises UserError where there is nothing to shorten."""
+    """None without dropping. Raises UserError if captions are not longer than that."""
     if settings.tokens is None:
         return None
     if settings.tokens >= num_tokens:
@@ -104,7 +102,7 @@ def drop_tokens(settings: MaskSettings, num_tokens: int) -> TokenDrop | None:
 
 
 def drop_patches(towers: PreTrainedModel, settings: MaskSettings) -> PatchDrop | None:
-    """Puts the hook in place; None when nothing is to be dropped."""
+    """Installs the hook; None without dropping."""
     if settings.drop == 0:
         return None
     if towers.config.model_type not in ("siglip", "clip"):

@@ -1,12 +1,12 @@
-"""Recomputation: a layer keeps only its input in the forward pass and is run again in the backward pass (Chen et al.,
-arXiv 1604.06174).
+"""Recomputation (activation checkpointing): a layer keeps only its input in the forward pass and is run again in the
+backward pass (Chen et al., arXiv 1604.06174).
 
     model:
       # Every layer of the image tower, every second one of the text tower.
       recompute: {image: all, text: 2, offload: true}
 
-Activations of the encoders are what fills memory at large micro-batches, not the loss. Gradients are the same numbers
-either way: dropout draws again from the random state it had. One extra forward pass of the chosen layers is the price.
+At large micro-batches the encoders' activations fill the memory, not the loss. Gradients are identical: dropout draws
+again from the same random state. The cost is one more forward pass of the chosen layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layers = Literal["none", "all"] | int
 
 
 class RecomputeSettings(Settings):
-    """Which layers forget their activations and compute them again when the gradient needs them."""
+    """Which layers discard their activations and recompute them in the backward pass."""
 
     image: Layers = "none"
     """Layers of the image tower: none, all, or k for every k-th. Each chosen layer keeps one activation instead of
@@ -35,20 +35,20 @@ class RecomputeSettings(Settings):
     text: Layers = "none"
     "The same for the text tower."
     offload: bool = False
-    "Moves what chosen layers still keep (their inputs) to pinned host memory until the backward pass."
+    "Keep the inputs of the chosen layers in pinned host memory until the backward pass."
 
     @field_validator("image", "text")
     @classmethod
     def _from_one(cls, value: Layers) -> Layers:
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"every {value}-th layer cannot be: give none, all, or a number from 1")
+            raise ValueError(f"{value} is not possible: give none, all, or k >= 1 for every k-th layer")
         return value
 
 
 def recompute(tower: nn.Module, layers: Layers, offload: bool = False) -> int:
     """Wraps the chosen layers of ``tower`` in place, parameter names unchanged; returns how many there are.
 
-    ``layers`` k > 1 leaves k - 1 of k layers as they are, beginning with the first.
+    ``layers`` k > 1 skips k - 1 of k layers, beginning with the first.
     Raises UserError for a tower without a list of layers, or of fewer.
     """
     assert layers in ("none", "all") or int(layers) > 0
@@ -57,12 +57,13 @@ def recompute(tower: nn.Module, layers: Layers, offload: bool = False) -> int:
     step = 1 if layers == "all" else int(layers)
     stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise UserError(f"model.recompute: {type(tower).__name__} has no list of layers to recompute; leave it at none")
+        raise UserError(f"model.recompute: {type(tower).__name__} has no list of layers to recompute; set it to none")
     longest = max(stacks, key=lambda stack: len(stack))
     if step > len(longest):
         raise UserError(
-            f"model.recompute: {type(tower).__name__} has {len(longest)} layers, every {step}-th of them is none: "
-            f"lower the number"
+            f"model.recompute: {type(tower).__name__} has only {len(longest)} layers, so there is no {step}-th: lower "
+            "the "
+            f"number"
         )
     chosen = list(longest)[step - 1 :: step]
     for layer in chosen:
