@@ -45,9 +45,9 @@ def test_what_is_well_is_a_line_a_node() -> None:
     ("change", "says"),
     [
         ({"versions": FACTS["versions"] | {"torch": "2.12.0"}}, "b: torch 2.12.0, but 2.13.0 on a; install the same"),
-        ({"gpus": ["A card"]}, "b: 1 GPUs, the hostfile says slots=2"),
+        ({"gpus": ["A card"]}, "b: has 1 GPUs, but the hostfile says slots=2"),
         ({"shm": 64 << 20}, "b: /dev/shm has 64 MiB free, and NCCL exchanges between the GPUs of a node there: start"),
-        ({"paths": {"/shared": "is not there"}}, "b: /shared is not there; mount it"),
+        ({"paths": {"/shared": "is not there"}}, "b: /shared does not exist; mount it"),
         ({"shared": {"/shared": "is not shared"}}, "b: /shared is not shared; mount one file system"),
         ({"port": "timed out"}, "b: cannot meet on the first node's port (timed out); open it"),
         ({"ring": "no route"}, "b: nodes meet but cannot exchange (no route)"),
@@ -81,7 +81,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     path.write_text("# nodes\nnode-a slots=8\n\nnode-b slots=4  # old\n")
     assert [(node.name, node.slots) for node in read_hostfile(path)] == [("node-a", 8), ("node-b", 4)]
     path.write_text("node-a slots=8\nnode-b\n")
-    with pytest.raises(UserError, match="line 2: a line reads NAME slots=RANKS, this one 'node-b'"):
+    with pytest.raises(UserError, match="line 2: expected NAME slots=RANKS, got 'node-b'"):
         read_hostfile(path)
     with pytest.raises(UserError, match="no such hostfile"):
         read_hostfile(tmp_path / "nowhere")
@@ -112,6 +112,6 @@ def test_two_real_nodes(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:3]] == names
     assert all("MB/s" in line for line in lines[1:3])
     assert [line for line in lines if line.startswith("FAIL")] == [
-        f"FAIL {name}: /nowhere is not there; mount it, or name another run.directory" for name in names
+        f"FAIL {name}: /nowhere does not exist; mount it, or name another run.directory" for name in names
     ]
     assert not [path for path in os.listdir(tmp_path) if path.startswith(".ringlip")]

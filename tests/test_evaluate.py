@@ -180,10 +180,10 @@ def test_a_run_and_its_checkpoint_are_scored_as_the_recipe_says(shards: Path, tm
         (["{model}"], r"eval\.data is empty"),
         (["{model}", "--data", "{folder}/absent"], "absent: no such"),
         (["{folder}", "--data", "{shards}"], "neither a run"),
-        (["{model}", "--data", "{shards}", "--templates", "{{}}"], "belong to --label"),
+        (["{model}", "--data", "{shards}", "--templates", "{{}}"], "need --label"),
         (["{model}", "--data", "{shards}", "batch.size=3"], "only eval.key=value"),
         (["{model}", "--data", "{shards}", "eval.limt=3"], "unknown key 'limt'; did you mean 'limit'"),
-        (["{adapter}", "--data", "{shards}"], "an adapter, no model by itself: name its run"),
+        (["{adapter}", "--data", "{shards}"], "an adapter, not a model: name its run"),
         (
             ["{folder}/absent", "--data", "{shards}"],
             "^'.*/absent' is neither a directory here nor a name on the Hugging Face hub",

@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     for arguments, message in (
         ([tmp_path / "none", tmp_path / "out"], "neither a run directory"),
-        ([tmp_path / "run", tmp_path / "full"], "holds something else than a model"),
+        ([tmp_path / "run", tmp_path / "full"], "contains something other than a model"),
         ([tmp_path / "run", tmp_path / "full" / "thesis.tex"], "is a file"),
         ([tmp_path / "run", tmp_path / "out", "--merge"], "no model.lora"),
         ([tmp_path / "lora", tmp_path / "out"], "add --merge"),

@@ -128,7 +128,7 @@ def test_formats_that_cannot_hold_the_model_are_one_line(tmp_path: Path) -> None
     make_run(tmp_path / "lora", build(tiny_settings(lora=LoraSettings(rank=2))))
     make_run(tmp_path / "pair", pair(tmp_path))
     for run, name, message in (
-        ("lora", "onnx", "holds the whole model: add --merge"),
+        ("lora", "onnx", "needs the whole model: add --merge"),
         ("pair", "sentence-transformers", "this pair pools by image: cls, text: mean"),
         ("pair", "open_clip", "open_clip has no vision-text-dual-encoder model"),
     ):

@@ -193,7 +193,7 @@ def loss_alone_is_too_large() -> str:
 def test_a_loss_that_does_not_fit_beside_nothing_is_not_tried_again() -> None:
     for message in run_ranks(loss_alone_is_too_large, 2):
         assert message.startswith(
-            "out of memory in the loss, which takes the same with any batch.micro_batch: lower loss.tile_rows"
+            "out of memory in the loss, which needs the same memory with any batch.micro_batch: lower loss.tile_rows"
         )
 
 

@@ -144,7 +144,7 @@ def test_going_on_under_another_recipe_is_said_and_keeps_the_one_before(
     capfd.readouterr()
     run_ranks(call, 1, recipe, "run.samples=48", "batch.micro_batch=8", "loss.name=softmax")
     said = capfd.readouterr().err
-    assert "another recipe than before" in said and "run.samples 32 -> 48; loss.name sigmoid -> softmax" in said
+    assert "the recipe has changed" in said and "run.samples 32 -> 48; loss.name sigmoid -> softmax" in said
     assert "micro_batch" not in said
     assert yaml.safe_load((tmp_path / "run" / "recipe-until-000000032.yaml").read_text())["loss"]["name"] == "sigmoid"
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["loss"]["name"] == "softmax"
@@ -194,8 +194,8 @@ def test_the_rate_of_the_head_is_its_own(recipe: Path, tmp_path: Path) -> None:
         (["data.workers=-1"], "'data.workers': -1 processes are not possible"),
         (["model.recompute.image=0"], "'model.recompute.image': 0 is not possible"),
         (["model.recompute.image=99"], "SiglipVisionModel has only 2 layers, so there is no 99-th"),
-        (["run.directory={recipe}"], "run.directory {recipe} is no directory that can be written to"),
-        (["run.directory={recipe}/run"], "run.directory {recipe}/run is no directory that can be written to"),
+        (["run.directory={recipe}"], "run.directory {recipe} is not a writable directory"),
+        (["run.directory={recipe}/run"], "run.directory {recipe}/run is not a writable directory"),
         (["data.validation=/nowhere/pictures"], "data.validation: /nowhere/pictures: no such folder"),
         (["eval.data=/nowhere/pictures"], "eval.data: /nowhere/pictures: no such folder"),
         (["eval.by=language"], "has no 'language', which eval.by asks for"),

@@ -162,9 +162,9 @@ class Attempt:
 
     @torch.no_grad()
     def _embed(self, trained: tuple[bool, bool]) -> tuple[Embeddings, list[_Call]] | None:
-        """Pass 1: the embeddings of the whole local batch as leaves, and the calls that pass 2 has to repeat."""
+        """Pass 1: the embeddings of the whole local batch as leaves, and the calls that pass 2 must repeat."""
         image, text = trained
-        # A tower that pass 2 leaves out is called on its own, so that the other one's random state can be met again.
+        # A tower that pass 2 skips is called separately, so that the random state of the other one can be restored.
         towers = [(True, True)] if image == text else [(True, False), (False, True)]
         calls: list[_Call] = []
         columns: list[Tensor | None] = [None, None]
