@@ -47,7 +47,7 @@ def test_what_is_well_is_a_line_a_node() -> None:
         ({"versions": FACTS["versions"] | {"torch": "2.12.0"}}, "b: torch 2.12.0, but 2.13.0 on a; install the same"),
         ({"gpus": ["A card"]}, "b: has 1 GPUs, but the hostfile says slots=2"),
         ({"shm": 64 << 20}, "b: /dev/shm has 64 MiB free, and NCCL exchanges between the GPUs of a node there: start"),
-        ({"paths": {"/shared": "is not there"}}, "b: /shared does not exist; mount it"),
+        ({"paths": {"/shared": "does not exist"}}, "b: /shared does not exist; mount it"),
         ({"shared": {"/shared": "is not shared"}}, "b: /shared is not shared; mount one file system"),
         ({"port": "timed out"}, "b: cannot meet on the first node's port (timed out); open it"),
         ({"ring": "no route"}, "b: nodes meet but cannot exchange (no route)"),
