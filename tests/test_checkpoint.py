@@ -177,13 +177,13 @@ def test_a_checkpoint_of_another_model_is_one_line_on_every_rank(tmp_path: Path)
         )
         assert "and 1 more" in message and "\n" not in message and untouched
     for message, _ in run_ranks(wrong, 2, 7, Queue()):
-        assert "of another loss: queue is absent there and [4, 3] here" in message
+        assert "does not match the loss: queue is absent in the checkpoint, [4, 3] here" in message
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 8)
     with pytest.raises(
-        UserError, match=r"another model: conv\.weight is absent there and \[4, 3, 2, 2\] here.* and 8 more"
+        UserError, match=r"does not match the model: conv\.weight is absent in the checkpoint, \[4, 3, 2, 2\] here.* and 8 more"
     ):
         load_weights(Toy(), tmp_path)
     with pytest.raises(UserError, match="no checkpoint to load"):

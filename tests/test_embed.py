@@ -274,7 +274,7 @@ def test_a_run_does_not_go_on_with_another_tower(embedded: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--batch-size", "0"], "at least one sample at once"),
+        (["--batch-size", "0"], "must be 1 or more"),
         (["--data", "{world}/recipe.yaml"], "is a file that is not a tar"),
     ],
 )

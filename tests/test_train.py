@@ -236,7 +236,7 @@ def test_a_ds_config_that_sets_what_the_recipe_owns_is_refused(recipe: Path, tmp
 def test_what_deepspeed_refuses_names_the_file(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}')
     [text] = run_ranks(mistake, 1, recipe, f"engine.ds_config={tmp_path / 'own.json'}")
-    assert "own.json: DeepSpeed refuses 'reduce_bucket_size' 0: Input should be greater than 0" in text
+    assert "own.json: DeepSpeed rejects 'reduce_bucket_size' 0: Input should be greater than 0" in text
     assert "\n" not in text
 
 

@@ -102,7 +102,7 @@ def test_mistakes_are_named() -> None:
     model, loss = TwoTowers().double(), SigLipLoss()
     with pytest.raises(UserError, match=r"one length above 0, these have \[9, 10\]"):
         two_pass(model, (BATCH[0], BATCH[1][:9]), loss, micro_batch=2)
-    with pytest.raises(UserError, match="micro_batch 0"):
+    with pytest.raises(UserError, match="micro_batch is 0"):
         two_pass(model, BATCH, loss, micro_batch=0)
     with pytest.raises(UserError, match=r"\[5, 16\] for 2 pairs"):
         two_pass(lambda *_: (torch.zeros(5, 16),), BATCH, loss, micro_batch=2)
