@@ -317,11 +317,11 @@ def peak_with_lock(locked: bool) -> tuple[int, int]:
 
 
 def test_a_locked_tower_costs_no_gradient_memory() -> None:
-    """Measured: locking it saves all of its gradients and its activations."""
+    """Measured: the whole step with it locked needs less memory than its gradients alone."""
     [(whole, size)] = run_ranks(peak_with_lock, 1, False)
     [(locked, _)] = run_ranks(peak_with_lock, 1, True)
     print(
         f"peak of a step beyond the state: {whole} bytes, {locked} with the image tower locked; it has {size} bytes "
         f"of weights"
     )
-    assert whole - locked > size
+    assert locked < size < whole
