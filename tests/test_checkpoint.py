@@ -183,7 +183,8 @@ def test_a_checkpoint_of_another_model_is_one_line_on_every_rank(tmp_path: Path)
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 8)
     with pytest.raises(
-        UserError, match=r"does not match the model: conv\.weight is absent in the checkpoint, \[4, 3, 2, 2\] here.* and 8 more"
+        UserError,
+        match=r"does not match the model: conv\.weight is absent in the checkpoint, \[4, 3, 2, 2\] here.* and 8 more",
     ):
         load_weights(Toy(), tmp_path)
     with pytest.raises(UserError, match="no checkpoint to load"):
