@@ -5,6 +5,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from tests.gpu.ring import covered
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,3 +37,19 @@ def test_without_a_gpu_it_names_the_option(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "--dry" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spans", "by", "share"),
+    [
+        ([(0, 10), (20, 30)], [(5, 25)], 0.5),
+        ([(0, 10), (2, 4)], [(0, 2), (1, 3), (9, 20)], 0.4),
+        ([(3, 5)], [(0, 3), (5, 9)], 0.0),
+        ([(1, 2)], [(0, 5)], 1.0),
+        ([], [(0, 1)], 0.0),
+    ],
+)
+def test_what_lies_behind_products(
+    spans: list[tuple[float, float]], by: list[tuple[float, float]], share: float
+) -> None:
+    assert covered(spans, by) == pytest.approx(share)

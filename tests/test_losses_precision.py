@@ -36,19 +36,6 @@ LOSSES: list[tuple[type[PairLoss], dict[str, object], Dense]] = [
 ]
 
 
-def rounded_to_bfloat16(z: Embeddings, dense: Dense) -> dict[str, float]:
-    """Relative errors of the loss and its gradients when nothing but the embeddings is rounded, float64 elsewhere."""
-
-    def values(image: Tensor, text: Tensor) -> list[Tensor]:
-        leaves = [value.double().requires_grad_() for value in (image, text, z.scale, z.bias)]
-        loss = dense(Embeddings(*leaves, z.groups))
-        return [loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
-
-    exact, rounded = values(z.image, z.text), values(z.image.bfloat16(), z.text.bfloat16())
-    names = ("loss", "image", "text", "scale", "bias")
-    return {name: dense_losses.relative(a, b) for name, a, b in zip(names, rounded, exact, strict=True)}
-
-
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("kind", "keys", "dense"), LOSSES, ids=["sigmoid", "heavy negatives", "softmax"])
 def test_both_are_as_exact_as_they_say(
@@ -58,7 +45,7 @@ def test_both_are_as_exact_as_they_say(
         make = partial(kind, tile_rows=40, precision=precision, **keys)
         for z, found in zip(BATCHES, dense_losses.errors(make, dense, BATCHES, sizes), strict=True):
             print(kind.__name__, precision, sizes, z.scale.item(), {k: f"{v:.1e}" for k, v in found.items()})
-            limit = rounded_to_bfloat16(z, dense)
+            limit = dense_losses.rounded_to_bfloat16(z, dense)
             for name, error in found.items():
                 # A softmax at scale t sees float32's rounding of logits of that size.
                 floor = max(1e-6, z.scale.item() * 2**-25) if kind is SoftmaxLoss else 1e-6

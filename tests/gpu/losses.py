@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tests.gpu.checks import Check, Measured, worst
+from tests.gpu.checks import Check, Measured, Skip, on_gpu, worst
 from tests.support import dense_losses
 from trainer.core import distributed
 from trainer.core.types import Embeddings
@@ -44,6 +44,28 @@ def errors(loss: PairLoss, dense: dense_losses.Dense, z: Embeddings) -> dict[str
 def against_float64(make: Callable[[], PairLoss], dense: dense_losses.Dense, rows: int, t: float) -> Measured:
     # Cosines around 0.3 at high temperatures: a softmax that is sure of every pair has a gradient of rounding errors.
     return worst(errors(make(), dense, dense_losses.batch(rows, 96, t=t, near=1.0 if t < 50 else 0.35)), EXACT)
+
+
+def fast(make: Callable[..., PairLoss], dense: dense_losses.Dense, rows: int, t: float) -> Measured:
+    """``loss.precision: fast``, float16 operands: no further from float64 than embeddings rounded to bfloat16, of loss
+    and gradients whichever is furthest (a scalar's error may be small by chance)."""
+    z = dense_losses.batch(rows, 96, t=t, near=0.35)
+    limits = dense_losses.rounded_to_bfloat16(z, dense)
+    found = worst(errors(make(precision="fast"), dense, z), max(limits.values()))
+    return found._replace(text=f"{found.text}, limit {max(limits.values()):.1e}")
+
+
+def float16_product() -> Measured:
+    """The product that ``fast`` is made of: float16 operands, float32 sums; the operands' products are exact in them."""
+    if not on_gpu():
+        raise Skip("only CUDA has this product; elsewhere rounded values are multiplied in float32")
+    found = {}
+    for rows, columns, width in ((512, 512, 768), (127, 63, 1023), (1, 8, 24)):
+        a, b = (torch.randn(*shape, device="cuda").half() for shape in ((rows, width), (width, columns)))
+        out = torch.full((rows, columns), float("nan"), device="cuda")
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=0.0, alpha=1.0, out=out)
+        found[f"{rows} x {width} x {columns}"] = dense_losses.relative(out.cpu(), a.cpu().double() @ b.cpu().double())
+    return worst(found, EXACT)
 
 
 def masked(z: Embeddings) -> Tensor:
@@ -97,8 +119,6 @@ def kernel_tile(rows: int, columns: int, width: int, t: float, b: float, shift: 
 
 
 def triton_tile() -> Measured:
-    from tests.gpu.checks import Skip, on_gpu
-
     if not on_gpu():
         raise Skip("Triton's interpreter is used by tests/test_losses_kernel.py")
     shapes = [(64, 64, 32, 10.0, -10.0, 0), (127, 63, 769, 10.0, -10.0, -64), (5, 130, 24, 120.0, 0.0, 60)]
@@ -132,6 +152,14 @@ def checks(dry: bool) -> list[Check]:
         ("sinkhorn", partial(SinkhornLoss, tile_rows=tile)),
     ]
     found += [Check(name, "as on the CPU, 1e-05", partial(runs, make, rows // 3)) for name, make in others]
+    for title, make, dense in (
+        ("sigmoid", sigmoid, dense_losses.sigmoid),
+        ("softmax", partial(SoftmaxLoss, tile_rows=tile), dense_losses.softmax),
+    ):
+        for t in (10.0, 100.0):
+            check = partial(fast, make, dense, rows, t)
+            found.append(Check(f"{title}, t = {t:g}, loss.precision fast", "error <= that of bf16 embeddings", check))
+    found.append(Check("float16 product, float32 sums", exact, float16_product))
     found.append(Check("Triton tile at awkward shapes", exact, triton_tile))
     found.append(Check("sigmoid three times", "bit-equal", partial(repeats, sigmoid, rows)))
     found.append(Check("softmax three times", "bit-equal", partial(repeats, SoftmaxLoss, rows)))

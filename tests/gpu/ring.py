@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from tests.gpu import emulated
-from tests.gpu.checks import Check, Measured, Skip, on_gpu, peak_bytes, worst
+from tests.gpu.checks import Check, Measured, Skip, on_gpu, peak_bytes, synchronize, worst
 from tests.gpu.losses import EXACT, gradients
 from tests.support import dense_losses
 from trainer.core import distributed
@@ -46,6 +49,42 @@ def flat_memory(rows: int, width: int) -> Measured:
     return Measured(text, peaks[32] <= 1.02 * peaks[2], {str(world): peak for world, peak in peaks.items()})
 
 
+def covered(spans: list[tuple[float, float]], by: list[tuple[float, float]]) -> float:
+    """The share of the time of ``spans`` (start, end) in which one of ``by`` runs too."""
+    edges = sorted(
+        [(time, change, 0) for start, end in spans for time, change in ((start, 1), (end, -1))]
+        + [(time, 0, change) for start, end in by for time, change in ((start, 1), (end, -1))]
+    )
+    inside = others = 0
+    total = both = before = 0.0
+    for time, span, other in edges:
+        total += (time - before) * (inside > 0)
+        both += (time - before) * (inside > 0 and others > 0)
+        inside, others, before = inside + span, others + other, time
+    return both / total if total else 0.0
+
+
+def hidden(world: int, rows: int, width: int) -> Measured:
+    """How much of the transfers' time lies behind products, as the profiler saw the kernels."""
+    distributed.init(60)
+    z, loss = dense_losses.batch(rows, width)._replace(groups=None), SigmoidLoss()
+    kind = ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU
+    for recording in (nullcontext(), profile(activities=[kind])):
+        with recording as profiler, emulated.ranks(world, nccl=on_gpu()):
+            gradients(loss, z)
+            synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        transfer, copy = "nccl" in event.name.lower(), event.name.startswith(("Memcpy", "Memset"))
+        product = event.device_type == DeviceType.CUDA and not copy if on_gpu() else event.name == "aten::addmm"
+        if transfer or product:
+            spans[transfer].append((event.time_range.start, event.time_range.end))
+    assert spans[True] and spans[False], "the profiler saw no transfers, or no products"
+    share = covered(spans[True], spans[False])
+    text = f"{100 * share:.0f}% of {len(spans[True])} transfers' time"
+    return Measured(text, share >= 0.5 if on_gpu() else None, {"share": share})
+
+
 def checks(dry: bool) -> list[Check]:
     rows, tile = (60, 16) if dry else (700, 256)
     objectives = {
@@ -61,4 +100,9 @@ def checks(dry: bool) -> list[Check]:
         for name, (make, dense) in objectives.items()
         for world, exchange in ((4, "ring"), (4, "bidirectional"), (8, "ring"))
     ]
-    return [*found, Check("memory of the loss at 2, 8, 32 ranks", "within 2%", partial(flat_memory, 4096, 768))]
+    overlap = partial(hidden, 4, *((60, 32) if dry else (8192, 768)))
+    return [
+        *found,
+        Check("memory of the loss at 2, 8, 32 ranks", "within 2%", partial(flat_memory, 4096, 768)),
+        Check("transfers to itself over NCCL, 4 ranks", "at least half behind products", overlap),
+    ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,7 +71,8 @@ def loss_time(rows: int, dtype: torch.dtype, **keys: Any) -> Measured:
     z, loss = embeddings(rows, dtype), SigmoidLoss(**keys)
     forward_backward(loss, z)
     mine = seconds(lambda: forward_backward(loss, z), rounds=3, warmups=1)
-    floor = seconds(products(rows, dtype), rounds=3, warmups=1)
+    operands = torch.float16 if loss.precision == "fast" and on_gpu() else dtype
+    floor = seconds(products(rows, operands), rounds=3, warmups=1)
     peak = peak_bytes(lambda: forward_backward(loss, z)) / 2**20 if on_gpu() else float("nan")
     rate = 6 * rows * rows * WIDTH / mine / 1e12
     text = f"{1e3 * mine:.1f} ms ({rate:.0f} TFLOP/s), {mine / floor:.2f}x the three products, {peak:.0f} MiB"
@@ -152,6 +155,67 @@ def towers(dry: bool, rows: int, micro_batch: int) -> Measured:
     return Measured(text, None if dry else single / floor >= 0.95 and double / floor >= 0.7, facts)
 
 
+def open_clip_towers(dry: bool) -> tuple[Any, Any]:
+    """open_clip and its ViT-B/16 for the sigmoid loss, of the same shape as ours."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise Skip("pip install open_clip_torch")
+    try:
+        import open_clip
+    except ImportError:  # torchvision is not there, or does not fit this torch
+        from tests.support.open_clip_models import import_open_clip
+
+        open_clip = import_open_clip()
+    if not dry:
+        return open_clip, open_clip.create_model("ViT-B-16-SigLIP", pretrained=None, output_dict=True)
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 16}
+    text = {"context_length": 8, "vocab_size": 50, "width": 64, "heads": 2, "layers": 2}
+    return open_clip, open_clip.CLIP(32, vision, text, init_logit_bias=-10.0, output_dict=True)
+
+
+def open_clip_steps(dry: bool, rows: int, micro_batch: int) -> Measured:
+    """open_clip's own training loop on such batches, in one pass and with --accum-freq, beside ours."""
+    distributed.init(60)
+    open_clip, model = open_clip_towers(dry)
+    from open_clip_train.train import train_one_epoch
+
+    model.to(distributed.device())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu())
+    side, tokens = (16, 8) if dry else (224, 64)
+    batch = torch.randn(micro_batch, 3, side, side), torch.randint(2, 20, (micro_batch, tokens))
+    batch = tuple(part.pin_memory() for part in batch) if on_gpu() else batch
+    rates = {}
+    for accum_freq in (1, rows // micro_batch):
+        args = Namespace(device=distributed.device().type, precision="amp_bf16" if on_gpu() else "fp32", distill=False)
+        args.accum_freq, args.batch_size, args.rank, args.world_size = accum_freq, micro_batch, 0, 1
+        args.skip_scheduler, args.horovod, args.grad_clip_norm, args.wandb = True, False, 1.0, False
+        args.log_every_n_steps = 1000
+        loss = open_clip.loss.SigLipLoss(rank=0, world_size=1)
+        data = {"train": SimpleNamespace(dataloader=Batches([batch] * accum_freq), set_epoch=lambda epoch: None)}
+        epoch = partial(train_one_epoch, model, data, loss, 0, optimizer, None, None, None, args)
+        rates[accum_freq] = accum_freq * micro_batch / seconds(epoch, rounds=3)
+    one, several = rates.values()
+    del model, optimizer
+    engine, ours = vit_base(dry, "bf16" if on_gpu() else "fp32")
+    whole, part = batch_for(ours, rows), batch_for(ours, micro_batch)
+    single = micro_batch / seconds(lambda: train_step(engine, part, SigmoidLoss(), None), rounds=3)
+    double = rows / seconds(lambda: train_step(engine, whole, SigmoidLoss(), micro_batch), rounds=3, warmups=1)
+    text = f"{single:.0f} against {one:.0f} pairs/s in one pass, {double:.0f} against {several:.0f} in several"
+    facts = {"one_pass": single, "two_passes": double, "open_clip": one, "open_clip_accumulated": several}
+    return Measured(text, None if dry else single >= one and double >= several, facts)
+
+
+class Batches(list[Any]):
+    """What open_clip's loop takes for a loader."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(images) for images, _ in self)
+
+
 def loader(rows: int, batches: int) -> Measured:
     """Pairs a second from tars to the device's memory."""
     from tests.support.runs import make_shards
@@ -188,6 +252,7 @@ def checks(dry: bool) -> list[Check]:
     return [
         Check(f"sigmoid, {rows} pairs, fp32", "", partial(loss_time, rows // 4, torch.float32)),
         Check(f"sigmoid, {rows} pairs, bf16 embeddings", "", partial(loss_time, rows, half)),
+        Check(f"sigmoid, {rows} pairs, fast", "", partial(loss_time, rows, torch.float32, precision="fast")),
         Check("against siglip-kernel", "not slower", partial(public_kernel, rows, half)),
         Check("loss of 8 emulated ranks", "", partial(share_of_a_step, 32 if dry else 4096, 8)),
         Check(
@@ -196,5 +261,10 @@ def checks(dry: bool) -> list[Check]:
             partial(towers, dry, 16 if dry else 1024, 4 if dry else 256),
         ),
         *(Check(f"update, {row.name}", "", partial(update, row, 1 if dry else 6)) for row in ROWS),
+        Check(
+            "ViT-B/16 steps against open_clip's",
+            "not slower",
+            partial(open_clip_steps, dry, 16 if dry else 1024, 4 if dry else 256),
+        ),
         Check("loader into the device", "arrives", partial(loader, 32, 4 if dry else 50)),
     ]

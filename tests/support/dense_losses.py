@@ -121,3 +121,16 @@ def relative(value: Any, truth: Tensor) -> float:
     bias)."""
     difference, size = (value.double() - truth).norm().item(), truth.norm().item()
     return difference / size if size > 1e-13 else difference
+
+
+def rounded_to_bfloat16(z: Embeddings, dense: Dense) -> dict[str, float]:
+    """Relative errors of the loss and its gradients when nothing but the embeddings is rounded, float64 elsewhere."""
+
+    def values(image: Tensor, text: Tensor) -> list[Tensor]:
+        leaves = [value.double().requires_grad_() for value in (image, text, z.scale, z.bias)]
+        loss = dense(Embeddings(*leaves, z.groups))
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+    exact, rounded = values(z.image, z.text), values(z.image.bfloat16(), z.text.bfloat16())
+    names = ("loss", "image", "text", "scale", "bias")
+    return {name: relative(a, b) for name, a, b in zip(names, rounded, exact, strict=True)}
