@@ -3,14 +3,17 @@ Real processes."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +23,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.forked_ranks import run_ranks
 from trainer.core.types import RunFailed, UserError
 from trainer.runtime.watchdog import Watchdog
 from trainer.runtime.watchdog.protocol import GRACE, Patience
-from trainer.runtime.watchdog.server import RankState, laggard
+from trainer.runtime.watchdog.server import Hub, RankState, laggard, listen
 
 LIMIT = 30.0
 """Seconds from the death of a rank to the exit of all others that the README promises; measured far below."""
@@ -315,3 +319,74 @@ def test_a_pause_of_ones_own_is_not_held_against_others(monkeypatch: pytest.Monk
     now[0] += 1.0
     assert patience.over(False, 20)
     assert GRACE < 20
+
+
+def flooded(connections: int, send: bytes = b"") -> tuple[int, float, int, str, bool]:
+    """Strangers connect to the hub of a job of two ranks, then its ranks do. Returns (ranks welcomed, seconds until then,
+    open files of the hub at most, its address, whether it still listens)."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    hub = Hub(token=7, world=2, heartbeat_timeout=20.0, timeout=60.0)
+    pid = os.fork()  # with its own limit of open files: what it holds does not count for the hub
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        strangers = []
+        for _ in range(connections):
+            with suppress(OSError):
+                strangers.append(socket.create_connection((hub.address, hub.port), timeout=0.05))
+                strangers[-1].sendall(send)
+        time.sleep(60)
+        os._exit(0)
+    try:
+        wait_until(lambda: len(hub._members) > 10 or hub._strangers > 10)
+        began, members = time.monotonic(), []
+        for rank in range(2):
+            members.append(socket.create_connection((hub.address, hub.port), timeout=30))
+            members[-1].sendall(json.dumps({"token": 7, "rank": rank, "host": "here"}).encode() + b"\n")
+        answers = [b"welcome" in one.recv(100) for one in members]
+        seconds = time.monotonic() - began
+        wait_until(lambda: not hub._listening)
+        with suppress(OSError):
+            socket.create_connection((hub.address, hub.port), timeout=1).close()
+            return sum(answers), seconds, len(hub._members), hub.address, True
+        return sum(answers), seconds, len(hub._members), hub.address, False
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("send", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": 8, "rank": 1}\n', b"\0" * 100_000])
+def test_a_flood_of_strangers_keeps_no_rank_out(monkeypatch: pytest.MonkeyPatch, send: bytes) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    [(welcomed, seconds, members, address, listening)] = run_ranks(flooded, 1, 1500, send)
+    assert welcomed == members == 2 and not listening and address == "127.0.0.1"
+    assert seconds < 25, seconds  # a rank waits for ADMISSION (30 s)
+
+
+@pytest.mark.parametrize(
+    ("master", "local", "address"),
+    [
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("localhost", None, "127.0.0.1"),
+        ("127.0.1.1", "2", "127.0.1.1"),  # the machine's name on Debian: right for one node,
+        ("127.0.1.1", "1", "::"),  # useless for several
+        ("127.0.1.1", None, "::"),
+        ("192.0.2.1", None, "::"),  # a service in front of rank 0
+        ("no such name", None, "::"),
+    ],
+)
+def test_it_listens_where_ranks_can_reach_it(
+    monkeypatch: pytest.MonkeyPatch, master: str, local: str | None, address: str
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setattr("trainer.core.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("trainer.core.distributed.ranks_here", lambda: None if local is None else int(local))
+    with listen(backlog=2) as server:
+        found = server.getsockname()[0]
+    assert found == address or (address == "::" and found == "0.0.0.0") or (master == "localhost" and found == "::1")

@@ -91,7 +91,9 @@ class Watchdog:
         return self
 
     def _connect(self, port: int) -> Channel:
-        address = "127.0.0.1" if distributed.is_main() else os.environ.get("MASTER_ADDR", "127.0.0.1")
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        if self._hub is not None:
+            address = self._hub.address if self._hub.address not in ("::", "0.0.0.0") else "127.0.0.1"
         try:
             return Channel(socket.create_connection((address, port), timeout=ADMISSION))
         except OSError as error:
