@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ringlip
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -55,6 +56,17 @@ def test_train_answers_on_every_rank_and_goes_on(shards: Path, tmp_path: Path) -
     assert first.metrics["loss"] == curve(tmp_path / "run")[-1][1]
     again = run_ranks(_train, 1, shards, tmp_path / "run")[0]
     assert again == first
+
+
+def _train_in_a_group(shards: Path, directory: Path) -> tuple[Any, float]:
+    found = _train(shards, directory)
+    total = torch.ones(())
+    dist.all_reduce(total)  # the caller's group still works
+    return found.exit_reason, float(total)
+
+
+def test_train_leaves_the_process_group_of_its_caller(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(_train_in_a_group, 2, shards, tmp_path / "run") == [("finished", 2.0)] * 2
 
 
 def test_a_mistake_in_a_recipe_is_one_line() -> None:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.picture_files import contents, encoded, picture, rejects, shard
 from tests.test_data_tools_sources import captions, metas
 from trainer.data.settings import DataSettings
-from trainer.evals.examples import open_examples
+from trainer.evals.examples import Shards, open_examples
 
 Files = dict[str, bytes]
 TEMPLATE = ("--caption-template", "a photo of a {class}")
@@ -75,6 +75,7 @@ def test_folders_of_classes(kind: str, tmp_path: Path) -> None:
     assert shard(put(kind, tmp_path / "in", CLASSES), tmp_path / "out", columns=TEMPLATE) == 0
     assert captions(tmp_path / "out") == ["a photo of a big dog", "a photo of a cat", "a photo of a cat"]
     examples = open_examples(str(tmp_path / "out"), DataSettings())
+    assert isinstance(examples, Shards)  # with all captions; CLIP_benchmark's reader takes a caption a line of .txt
     classes = examples.beside("classnames.txt")
     assert classes is not None and classes.read_text() == "big dog\ncat\n"
     read = [examples.read(number) for number in range(examples.size)]

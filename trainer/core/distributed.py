@@ -48,11 +48,14 @@ _local_rank: int | None = None
 
 @contextmanager
 def process_group(timeout_seconds: float = 600.0) -> Iterator[None]:
-    """Joins the process group and, after success, destroys it.
+    """Joins the process group and, after success, destroys it; one that exists already is used and left as it is.
 
     After an error on several GPUs the process prints the error and exits here: destroying the group would make NCCL
     wait for kernels that never finish, because their peers wait for this rank.
     """
+    if dist.is_initialized():
+        yield
+        return
     init(timeout_seconds)
     try:
         yield

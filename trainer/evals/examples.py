@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data_tools.format.index import MANIFEST
 from trainer.core.types import UserError
 from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
@@ -26,11 +27,11 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 class Example(NamedTuple):
-    """What is stored of one sample."""
+    """One stored sample."""
 
     image: bytes
     captions: list[str]
-    """May be empty, where there is a class alone."""
+    """Empty if the sample has only a class."""
     metadata: dict[str, Any]
 
 
@@ -41,15 +42,15 @@ class Examples(Protocol):
     path: str
 
     def read(self, sample: int) -> Example:
-        """Sample 0 .. size - 1. Raises Damaged for what is wrong with that one."""
+        """Reads sample 0 .. size - 1. Raises Damaged if it cannot be used."""
         ...
 
     def beside(self, name: str) -> Path | None:
-        """A file of this name that lies with the data, such as classnames.txt."""
+        """The file of this name beside the data, such as classnames.txt; None if there is none."""
         ...
 
     def close(self) -> None:
-        """Gives back open files; reading on opens them again."""
+        """Closes open files; reading opens them again."""
         ...
 
 
@@ -60,6 +61,8 @@ def open_examples(path: str, settings: DataSettings) -> Examples:
         raise UserError(
             f"{path}: no such folder; name shards made by `python -m data_tools shard`, or a CLIP_benchmark dataset"
         )
+    if (local / MANIFEST).is_file():  # ours, though `data_tools` writes a classnames.txt too
+        return Shards(path, settings)
     for root in (local, local.parent):
         if "://" not in path and any((root / name).is_file() for name in (CLASSES, TEMPLATES, KIND)):
             return BenchmarkFolder(root, local if root != local else _split(root))
@@ -87,7 +90,7 @@ class Shards:
 
 
 class BenchmarkFolder:
-    """CLIP_benchmark's tars. They carry no index: headers are walked when opened, members are read when asked for."""
+    """CLIP_benchmark's tars, which have no index: headers are read on opening, members on demand."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.path, self.root = str(folder), root
@@ -112,8 +115,7 @@ class BenchmarkFolder:
                 found[kind] = os.pread(file.fileno(), size, offset)
         try:
             metadata = json.loads(found["json"]) if "json" in found else {}
-            # CLIP_benchmark too takes str.splitlines: at other line ends the number of captions, and so the recall,
-            # would be another
+            # str.splitlines as in CLIP_benchmark: other rules would change the number of captions, and so the recall.
             captions = found.get("txt", b"").decode("utf-8", "replace").splitlines()
             if "cls" in found:
                 metadata = {**metadata, "cls": int(found["cls"])}
