@@ -73,14 +73,14 @@ def test_each_run_is_in_the_state_it_is_in(folder: Path) -> None:
         "died": "died",
         "lost": "died",
         "sweep/running": "running",
-        "sweep/new": "not begun",
+        "sweep/new": "not started",
         "garbled": "broken",
         "nameless": "broken",
         "noise": "broken",
         "unscored": "broken",
     }
-    assert found["died"].note.endswith("goes on from the checkpoint at 64") and "no checkpoint" in found["lost"].note
-    assert "recipe.yaml: not readable as YAML" in found["garbled"].note and "not there" in found["nameless"].note
+    assert found["died"].note.endswith("resumes from the checkpoint at 64") and "no checkpoint" in found["lost"].note
+    assert "recipe.yaml: not readable as YAML" in found["garbled"].note and "no such file" in found["nameless"].note
     assert "evaluation.json: not readable" in found["unscored"].note and found["unscored"].seen == 96
     assert (found["sweep/running"].seen, found["sweep/running"].total) == (96, 1000)
     assert read_state(folder / "sweep" / "running").state == "died", "the lock ends with its process"
@@ -118,7 +118,7 @@ def test_the_table_is_a_line_a_run(folder: Path, capsys: pytest.CaptureFixture[s
         "ago",
     ]
     assert lines["sweep/running"][:4] == ["sweep/running", "running", "96", "10%"]
-    assert lines["sweep/new"][:3] == ["sweep/new", "not", "begun"]
+    assert lines["sweep/new"][:3] == ["sweep/new", "not", "started"]
     assert "garbled: " in out and str(folder / "garbled" / "recipe.yaml") in out
     header = next(line for line in out.splitlines() if line.startswith("run "))
     assert "picture to caption R@1" in header and header.endswith("last written")

@@ -30,7 +30,7 @@ from trainer.search.library import Library, Query
 from trainer.search.model import WholeEmbedder
 from trainer.search.server import Server
 
-OPTIONS = argparse.Namespace(batch_size=16, caption=None, ema=False)
+OPTIONS = argparse.Namespace(batch_size=16, caption=None, ema=False, forget_others=False)
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +169,34 @@ def test_a_stop_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.search(query, 0, "pictures", 9) == again.search(query, 0, "pictures", 9)
 
 
+def test_embeddings_of_other_models_can_be_deleted(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    shards = world / "shards"
+    first = open_library([str(world / "one")], str(shards), OPTIONS).models[0].columns
+    forget_others = argparse.Namespace(**{**vars(OPTIONS), "forget_others": True})
+    second = open_library([str(world / "two")], str(shards), forget_others).models[0].columns
+    assert sorted(json.loads((shards / "manifest.json").read_text())["columns"]) == sorted(second)
+    assert sorted(path.stem for path in (shards / "columns").glob("*.npy")) == sorted(second)
+    assert not set(first) & set(second)
+
+
+@torch.no_grad()
+def test_padding_is_left_out_only_where_it_does_not_matter(library: Library) -> None:
+    for number, family in enumerate(("siglip", "clip")):
+        chosen = library.models[number]
+        assert chosen.model.family == family
+        texts = ["a red cat", "dog", "a small tree under an old house"]
+        whole = chosen.model.embed_texts(*chosen.model.preprocess.tokenize(texts)).numpy()
+        np.testing.assert_allclose(chosen.texts(texts), whole, atol=1e-6)
+
+
 def test_a_damaged_picture_is_no_answer(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     overwrite(world / "shards", 0, 4)
     library = open_library([str(world / "one")], str(world / "shards"), OPTIONS)
     found = library.search(Query(text="a cat"), 0, "pictures", 500)["results"]
     assert sorted(one["sample"] for one in found) == [sample for sample in range(ROWS) if sample != 4]
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="could not be decoded"):
         library.search(Query(sample=4), 0, "pictures", 5)
 
 
@@ -212,16 +233,16 @@ def test_the_page_and_its_answers(server: Server) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body", "says"),
     [
-        ("POST", "/api/search?model=7&text=a", b"", "model 7: there are 2"),
-        ("POST", "/api/search?model=-1&text=a", b"", "no number"),
+        ("POST", "/api/search?model=7&text=a", b"", "model 7: 2 are loaded"),
+        ("POST", "/api/search?model=-1&text=a", b"", "not a number"),
         ("POST", "/api/search?kind=sounds&text=a", b"", "pictures or captions"),
-        ("POST", "/api/search?sample=60", b"", "there are 0 to 59"),
+        ("POST", "/api/search?sample=60", b"", "which has 0 to 59"),
         ("POST", "/api/search", b"<svg onload=alert(1)>", "not decodable"),
         ("POST", "/api/search?field=nothing&value=x", b"", "a field 'nothing'"),
         ("POST", "/api/labels?sample=1", b"", "no labels"),
         ("GET", "/picture", b"", "sample is missing"),
-        ("GET", "/picture?sample=99999999999999999999", b"", "no number"),
-        ("GET", "/../../etc/passwd", b"", "nothing is there"),
+        ("GET", "/picture?sample=99999999999999999999", b"", "not a number"),
+        ("GET", "/../../etc/passwd", b"", "no such page"),
     ],
 )
 def test_mistakes_are_answered_in_words(server: Server, method: str, path: str, body: bytes, says: str) -> None:

@@ -1,11 +1,11 @@
-"""Lists the runs in a folder: state, pairs seen, scores, speed.
+"""Lists the runs in a folder with their state, progress, scores and speed.
 
-    python -m trainer.runs                # those in runs/
-    python -m trainer.runs FOLDER         # those in FOLDER and in the folders below it
+    python -m trainer.runs                # the runs in runs/
+    python -m trainer.runs FOLDER         # the runs in FOLDER and its subfolders
 
-running: a job holds its lock. finished: all pairs are seen. stopped: saved, and not at the end. died: the log goes
-beyond the last checkpoint. broken: its recipe or its log cannot be read; the reason follows the table. Scores are those
-of evaluation.json, else the newest held-out ones. Exit codes: 0, and 2 where the folder holds no run.
+running: a job holds the run's lock. finished: all pairs were trained on. stopped: saved before the end. died: the log
+goes beyond the last checkpoint. broken: the recipe or the log cannot be read; the reason is printed below the table.
+Scores come from evaluation.json, or else from the last evaluation in the log. Exit codes: 0, 2 if there is no run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.report.run_charts import headlines, words
 from trainer.report.run_state import RunState, is_run, read_state
 
 DEEPEST = 3
-"""Folders below the one that is given."""
+"""Levels of subfolders that are searched."""
 MOST_SCORES = 3
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def find_runs(folder: Path, deepest: int = DEEPEST) -> Iterator[Path]:
-    """Run directories in ``folder`` (which may be one itself), by name. Folders that cannot be read are passed over."""
+    """Run directories in ``folder`` (which may itself be one), by name. Unreadable folders are skipped."""
     if is_run(folder):
         yield folder
         return
@@ -56,8 +56,8 @@ def find_runs(folder: Path, deepest: int = DEEPEST) -> Iterator[Path]:
 
 
 def table(runs: list[RunState], folder: Path, now: float) -> str:
-    """A line a run, and below it what there is to say of some."""
-    fullest = sorted(runs, key=lambda run: -len(run.scores))  # its order is that of an evaluation
+    """One line per run, then the notes."""
+    fullest = sorted(runs, key=lambda run: -len(run.scores))  # it has the scores in the order of an evaluation
     scores = headlines(dict.fromkeys(name for run in fullest for name in run.scores), MOST_SCORES)
     head = [
         "run",
@@ -102,7 +102,7 @@ def _name(run: RunState, folder: Path) -> str:
 
 
 def _age(folder: Path, now: float) -> str:
-    """Since the newest of its files was written: "3 min ago"."""
+    """Time since the log or the recipe was last written, such as "3 min ago"."""
     stamps = [(folder / name).stat().st_mtime for name in ("log.jsonl", "recipe.yaml") if (folder / name).is_file()]
     if not stamps:
         return ""

@@ -34,6 +34,28 @@ def amended_columns(dataset: Dataset) -> Iterator[Entries]:
     Holds the lock that ``join`` and ``trainer.embed`` share, after waiting for it. Raises UserError if the shards have
     changed since ``dataset`` was opened.
     """
+    with _locked_manifest(dataset) as manifest:
+        entries: Entries = {}
+        yield entries
+        manifest["columns"] = {**manifest.get("columns", {}), **entries}
+
+
+def remove_columns(dataset: Dataset, names: Iterable[str]) -> int:
+    """Removes columns and their files from a finished local dataset; returns the number of bytes freed. Processes that
+    have mapped a file keep it until they end."""
+    with _locked_manifest(dataset) as manifest:
+        removed = [manifest["columns"].pop(name) for name in names]
+    freed = 0
+    for file in [entry[part] for entry in removed for part in ("file", "text") if part in entry]:
+        path = Path(dataset.root, file)
+        freed += path.stat().st_size if path.is_file() else 0
+        path.unlink(missing_ok=True)
+    return freed
+
+
+@contextmanager
+def _locked_manifest(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The current manifest, which is written back after the block. Errors as in ``amended_columns``."""
     folder = Path(dataset.root, "columns")
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock") as lock:
@@ -43,9 +65,7 @@ def amended_columns(dataset: Dataset) -> Iterator[Entries]:
         manifest = Dataset.open(dataset.root).manifest  # another process may have added a column
         if manifest["shards"] != dataset.manifest["shards"]:
             raise UserError(f"{dataset.root}: its shards were changed during this run; run again")
-        entries: Entries = {}
-        yield entries
-        manifest = {**manifest, "columns": {**manifest.get("columns", {}), **entries}}
+        yield manifest
         write_atomic(Path(dataset.root, MANIFEST), json_text(manifest))
 
 

@@ -1,10 +1,11 @@
 """A query among a million vectors: milliseconds and memory of `ringlip search`'s exact search, and of what else there is.
 
     python -m tests.benchmarks.search --width 512
-    python -m tests.benchmarks.search --width 768 --faiss   # beside faiss-cpu's indexes, where that is installed
+    python -m tests.benchmarks.search --width 768 --faiss   # also faiss-cpu's flat indexes, if it is installed
+    python -m tests.benchmarks.search --towers              # only the text towers that embed a query
 
-Random vectors of length 1, mapped from a .npy file as the columns beside shards are; each figure is of 24 answers. Memory
-is what the process needs for itself beyond the mapped file (anonymous pages), as the kernel counts it.
+Random unit vectors in a memory-mapped .npy file, like the columns beside shards; 24 results per query. Memory is the
+process's anonymous memory (RssAnon), without the mapped file. Processor time is that of all threads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, SiglipTextConfig, SiglipTextModel
 
 from trainer.core.distributed import cores
 from trainer.search.vectors import Vectors
@@ -37,13 +40,37 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=30)
     parser.add_argument("--folder", type=Path, help="where the file is made (default: a temporary folder)")
     parser.add_argument("--faiss", action="store_true", help="also faiss-cpu's flat indexes")
+    parser.add_argument("--towers", action="store_true", help="only the time that a text tower needs for a query")
     options = parser.parse_args()
+    if options.towers:
+        measure_towers(options.queries)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         stored = make(Path(folder, "vectors.npy"), options.vectors, options.width)
         print(f"{options.vectors:,} x {options.width}, {cores()} cores, load {os.getloadavg()[0]:.1f}")
         measure(stored, options.queries)
         if options.faiss:
             measure_faiss(stored, options.queries)
+
+
+def measure_towers(queries: int) -> None:
+    """Random weights of the published sizes; a query of five words."""
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=512, bos_token_id=0, eos_token_id=2)).eval()
+    siglip = SiglipTextModel(SiglipTextConfig(bos_token_id=0, eos_token_id=2)).eval()
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    for name, tower, length in (
+        ("CLIP ViT-B/32, 77 tokens", clip, 77),
+        ("CLIP ViT-B/32, without padding", clip, 7),
+        ("SigLIP B/16, 64 tokens", siglip, 64),
+    ):
+        seconds, start = [], time.process_time()
+        with torch.inference_mode():
+            for _ in range(queries):
+                began = time.perf_counter()
+                tower(input_ids=torch.full((1, length), 2))
+                seconds.append(time.perf_counter() - began)
+        processor = (time.process_time() - start) / queries
+        print(f"  {name:<42} {1e3 * np.median(seconds):6.1f} ms, {1e3 * processor:6.1f} ms of processor time")
 
 
 def make(path: Path, rows: int, width: int) -> NDArray[np.float16]:
@@ -108,17 +135,17 @@ def measure_faiss(stored: NDArray[np.float16], queries: int) -> None:
 
 
 def show(name: str, search: Callable[..., Any], stored: NDArray[np.float16], queries: int, before: int) -> None:
-    seconds = []
+    seconds, processor = [], 0.0
     for number, query in enumerate(some(stored.shape[1], queries + 3)):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         search(query)
-        if number >= 3:  # the first ones bring the file into memory
+        if number >= 3:  # the first queries read the file into memory
             seconds.append(time.perf_counter() - start)
+            processor += time.process_time() - used
     middle, slow = np.quantile(seconds, [0.5, 0.95]) * 1e3
     memory = (anonymous() - before) / 2**20
-    print(
-        f"  {name:<42} {middle:6.1f} ms, 95% below {slow:6.1f} ms, {memory:6.0f} MiB beside the file of {stored.nbytes / 2**20:,.0f} MiB"
-    )
+    times = f"{middle:6.1f} ms, 95% below {slow:6.1f} ms, {1e3 * processor / queries:6.1f} ms of processor time"
+    print(f"  {name:<38} {times}, {memory:5.0f} MiB beside the file of {stored.nbytes / 2**20:,.0f} MiB")
 
 
 def some(width: int, count: int) -> NDArray[np.float32]:

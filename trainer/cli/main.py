@@ -31,9 +31,9 @@ TRAINER: Groups = {
     "Models": {
         "evaluate": "retrieval and zero-shot scores of a run, an export or a Hugging Face model",
         "export": "write a Hugging Face directory or a PEFT adapter",
-        "search": "a local page: type words or drop a picture, see the nearest of your pictures",
-        "report": "write one HTML page about a run, or one that compares several",
-        "runs": "list the runs in a folder: state, pairs seen, scores, speed",
+        "search": "search your pictures by words or by a picture, on a local page",
+        "report": "write an HTML page about a run, or one that compares several",
+        "runs": "list the runs in a folder with state, progress, scores and speed",
     },
 }
 SHELL: Groups = {

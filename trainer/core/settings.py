@@ -237,8 +237,8 @@ def changes(cls: type[Settings], before: dict[str, Any], now: dict[str, Any]) ->
 def differences(
     cls: type[Settings], before: dict[str, Any], now: dict[str, Any], prefix: str = "", operational: bool = False
 ) -> Iterator[tuple[str, Any, Any, bool]]:
-    """(dotted key, value in ``before``, value in ``now``, whether it is operational) where two dumps of ``cls`` differ;
-    a key that is absent is None."""
+    """(dotted key, value in ``before``, value in ``now``, whether it is operational) of each difference between two
+    dumps of ``cls``; an absent key has the value None."""
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key), now.get(key)
         if old == new:

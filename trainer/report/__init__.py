@@ -1,5 +1,5 @@
 """One HTML page about a run, with everything inside it: what it reached, how it got there, and real pictures with their
-captions. Or about several: curves over each other, results side by side, and where their recipes differ.
+captions. For several runs: overlaid curves, results side by side and the differences of their recipes.
 
     python -m trainer.report runs/quickstart                # -> runs/quickstart/report.html
     python -m trainer.report runs/a runs/b runs/c           # -> runs/comparison.html
@@ -55,11 +55,11 @@ def write_report(run: Path, out: Path) -> Path:
 
 
 def write_comparison(runs: list[Path], out: Path) -> Path:
-    """Writes the page about several runs. Raises UserError as ``write_report``, and for too many of them."""
-    from trainer.report.compare import MOST_RUNS, render_comparison  # imports all settings: seconds
+    """Writes the page that compares several runs. Raises UserError as ``write_report`` does, and for too many runs."""
+    from trainer.report.compare import MOST_RUNS, render_comparison  # slow: imports all settings
 
     if len(runs) > MOST_RUNS:
-        raise UserError(f"{len(runs)} runs: at most {MOST_RUNS} can be told apart in one chart; name fewer")
+        raise UserError(f"{len(runs)} runs: at most {MOST_RUNS} can be compared; name fewer")
     names = distinct_ends([str(run.resolve()) for run in runs])
     facts = [replace(read_facts(run), name=name) for run, name in zip(runs, names, strict=True)]
     return _write(out, render_comparison(facts, [read_state(run) for run in runs]))

@@ -96,7 +96,7 @@ def line_chart(
     least = 0.0 if 0 < least < 0.2 * most else least
     x_axis = Axis(least, most if most > least else least + 1, False, [])
     series, paths, key = [], [], []
-    for number, name in enumerate(curves):  # a run keeps its colour where another has no such curve
+    for number, name in enumerate(curves):  # a run has the same colour in every chart
         curve = shown.get(name)
         if curve is None:
             continue

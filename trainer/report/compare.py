@@ -1,5 +1,4 @@
-"""Several runs on one page: where they stand, what they reached, their curves over each other, and where their recipes
-differ."""
+"""The page that compares several runs: states, results, overlaid charts and differences of the recipes."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ Cells = list[str]
 
 @dataclass(frozen=True)
 class Column:
-    """One of the runs."""
+    """One run: a column of every table."""
 
     facts: Facts
     state: RunState
@@ -44,8 +43,8 @@ class Column:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """With the defaults of this version in place of keys that an older one did not have; as it stands where this
-        version does not read it. Empty where nothing can be read."""
+        """With defaults for keys that the run's version did not have; unchanged if this version rejects it; empty if it
+        cannot be read."""
         try:
             return parse(Recipe, self.facts.settings, "recipe.yaml").model_dump(mode="json")
         except UserError:
@@ -53,7 +52,7 @@ class Column:
 
 
 def render_comparison(facts: Sequence[Facts], states: Sequence[RunState]) -> str:
-    """The whole page about at most MOST_RUNS runs, whose names are all different."""
+    """The whole page for at most MOST_RUNS runs with distinct names."""
     runs = [Column(*found) for found in zip(facts, states, COLOURS[: len(facts)], strict=True)]
     names = [one.name for one in runs]
     body = (
@@ -90,9 +89,7 @@ def _standing(runs: Sequence[Column]) -> str:
     notes = [f"<b>{escape(one.name)}</b>: {escape(one.state.note)}" for one in runs if one.state.note]
     objectives = {_at(recipe, "loss.name") for recipe in recipes} - {None}
     if len(objectives) > 1 or len({_at(recipe, "batch.size") for recipe in recipes} - {None}) > 1:
-        notes.append(
-            "The losses are of different objectives or batches, and cannot be compared with each other: the scores can."
-        )
+        notes.append("The losses belong to different objectives or batch sizes and are not comparable; the scores are.")
     return _table(runs, rows) + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
@@ -123,13 +120,13 @@ def _results(runs: Sequence[Column]) -> str:
         named = "; ".join(
             f"{one.name}: {', '.join(one.evaluation.get('datasets') or {})}" for one in runs if one.evaluation
         )
-        notes += f'<p class="note">Not evaluated on the same pictures, so read with care: {escape(named)}.</p>'
-    about = "Bold is the best of a line, ± its standard error: what lies within two of them may be chance."
+        notes += f'<p class="note">Not evaluated on the same data, so not directly comparable: {escape(named)}.</p>'
+    about = "The best of each row is bold; ± is the standard error. Differences below two of them may be chance."
     return f"<h2>Results</h2><p>{about}</p>{_table(runs, rows)}{notes}"
 
 
 def _recipes(runs: Sequence[Column]) -> str:
-    """What differs from the first recipe that can be read."""
+    """Differences from the first readable recipe."""
     readable = [one for one in runs if one.recipe]
     learned: dict[str, None] = {}
     cost: dict[str, None] = {}
@@ -143,20 +140,20 @@ def _recipes(runs: Sequence[Column]) -> str:
         if not one.recipe
     ]
     if learned:
-        parts.append("<p>Keys that change what is learned, where not all recipes have the same value.</p>")
+        parts.append("<p>Keys that affect what is learned and whose values differ.</p>")
         parts.append(_values(readable, list(learned)))
     elif len(readable) > 1:
-        parts.append("<p>The recipes learn the same: only what a run costs, keeps or prints may differ.</p>")
+        parts.append("<p>The recipes do not differ in anything that affects what is learned.</p>")
     if cost:
         parts.append(
-            f"<details><summary>What differs and changes only what a run costs, keeps or prints: {len(cost)}</summary>"
+            f"<details><summary>Differences that affect only cost, storage or output: {len(cost)}</summary>"
             f"{_values(readable, list(cost))}</details>"
         )
     return "".join(parts)
 
 
 def _places(runs: Sequence[Column]) -> str:
-    """Where and with what they ran, as far as that differs."""
+    """Differences of environments."""
     starts = [(one.facts.environment.get("starts") or [{}])[-1] for one in runs]
     found: list[dict[str, str]] = [
         {
@@ -175,7 +172,7 @@ def _places(runs: Sequence[Column]) -> str:
         for key in keys
         if len({one.get(key, "") for one in found}) > 1
     ]
-    return f"<h2>Where they ran</h2><p>As far as it differs.</p>{_table(runs, rows, text=True)}" if rows else ""
+    return f"<h2>Environments</h2><p>Only what differs.</p>{_table(runs, rows, text=True)}" if rows else ""
 
 
 def _values(runs: Sequence[Column], keys: list[str]) -> str:
@@ -188,8 +185,8 @@ def _values(runs: Sequence[Column], keys: list[str]) -> str:
 
 
 def _table(runs: Sequence[Column], rows: Sequence[tuple[str, Cells]], text: bool = False) -> str:
-    """A column a run, under its name in the colour of its curves; rows that are empty throughout are left out.
-    ``text``: set to the left, with what differs from the first run in another colour."""
+    """One column per run, with the colour of its curves; empty rows are omitted. ``text``: aligned left, with values
+    that differ from the first run highlighted."""
     kind = "text run" if text else "run"
     names = [f'<span class="key" style="--s:var(--{one.colour})"><i></i>{escape(one.name)}</span>' for one in runs]
     head = "<th></th>" + "".join(f'<th class="{kind}">{name}</th>' for name in names)
@@ -219,7 +216,7 @@ def _error(error: float | None) -> str:
 
 
 def _at(tree: dict[str, Any], dotted: str) -> Any:
-    """The value of a dotted key; None where it is absent."""
+    """The value of a dotted key, None if it is absent."""
     value: Any = tree
     for key in dotted.split("."):
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The curves of one run, or of several over each other."""
+"""Charts of one run, or of several runs overlaid."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def words(metric: str) -> str:
 
 
 def headlines(metrics: Iterable[str], most: int = 4) -> list[str]:
-    """Those that stand for the rest: recall and accuracy at 1."""
+    """The main metrics: recall and accuracy at 1."""
     return [name for name in metrics if name.endswith(("_r1", "_top1")) and not name.endswith("_strict_top1")][:most]
 
 
 def run_charts(logs: dict[str, Log], averaged: bool = False) -> str:
-    """HTML of all curves; ``logs`` by the names of the runs. ``averaged``: held-out scores are those of averaged
+    """HTML of all charts. ``logs`` has the names of the runs as keys; ``averaged``: evaluations used averaged
     weights."""
     learning = [
         _over_pairs("Loss", logs, "loss", log=True, wide=True, about="mean over the global batch"),
@@ -82,13 +82,13 @@ def _over_pairs(
     wide: bool = False,
     about: str = "",
 ) -> str:
-    """``own`` is the curve's name where there is one run."""
+    """``own`` names the curve if there is one run."""
     curves = {name if len(logs) > 1 else own or key: one.curve(key) for name, one in logs.items()}
     return line_chart(title, curves, "pairs", log=log, zero=zero, wide=wide, about=about)
 
 
 def _scores(logs: dict[str, Log], averaged: bool) -> list[str]:
-    """Of one run a chart with all scores, of several a chart for each score."""
+    """One run: one chart with all scores. Several: one chart per score."""
     keys = dict.fromkeys(key for log in logs.values() for key in log.columns if key.startswith("eval."))
     main = headlines(key.removeprefix("eval.") for key in keys)
     about = AVERAGED if averaged else ""

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory: running, finished, stopped, died, not begun or broken."""
+"""The state of a run, read from its directory: running, finished, stopped, died, not started or broken."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from trainer.core.types import UserError
 from trainer.report.curves import Log, read_log
 from trainer.report.run_charts import headlines
 
-State = Literal["running", "finished", "stopped", "died", "not begun", "broken"]
+State = Literal["running", "finished", "stopped", "died", "not started", "broken"]
 CHECKPOINTS = "checkpoints/samples-*/checkpoint.json"
-"""As trainer/checkpoint/store.py has it; importing that takes seconds, and a list of runs should be there at once."""
+"""The layout of trainer/checkpoint/store.py, which is not imported because that takes seconds."""
 LEFT_BY_A_RUN = ("recipe.yaml", "log.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run directory. Every part may be missing."""
+    """The state of one run directory; any file may be missing."""
 
     folder: Path
     state: State
     note: str = ""
-    """Why it is broken, or what to do where it has died."""
+    """Why the run is broken, or where it resumes."""
     log: Log = field(default_factory=Log)
     total: int = 0
-    """Pairs at the end of the run; 0: unknown."""
+    """Pairs at the end of the run; 0 if unknown."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Recall and accuracy at 1: of evaluation.json, else the newest of the log."""
+    """Recall and accuracy at 1, from evaluation.json or else from the last evaluation in the log."""
 
     @property
     def seen(self) -> int:
-        """Pairs trained on so far, as far as the log goes."""
+        """Pairs trained on so far, according to the log."""
         return int(self.log.last.get("samples_seen", 0))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has written something here."""
+    """Whether the folder is a run directory."""
     return any((folder / name).exists() for name in LEFT_BY_A_RUN)
 
 
 def read_state(folder: Path) -> RunState:
-    """Never raises for what a run may have left behind.
+    """Damaged and missing files give a state, not an exception.
 
-    Must not be called in the process that trains there: looking at its lock would release it (POSIX record locks).
+    Must not be called in the training process itself: closing the lock file would release the lock (POSIX locks).
     """
     running = _is_locked(folder / "lock")
     log = Log()
@@ -71,22 +71,21 @@ def read_state(folder: Path) -> RunState:
 
 def _ended(run: RunState, folder: Path, has_recipe: bool) -> tuple[State, str]:
     if not has_recipe:
-        return "broken", f"{folder / 'recipe.yaml'}: not there; it says what the run is"
+        return "broken", f"{folder / 'recipe.yaml'}: no such file"
     positions = [path.parent.name.partition("-")[2] for path in folder.glob(CHECKPOINTS)]
     saved = max((int(position) for position in positions if position.isdecimal()), default=0)
     if not run.seen and not saved:
-        return ("broken", "no line of log.jsonl can be read") if run.log.damaged else ("not begun", "")
+        return ("broken", "log.jsonl: no readable line") if run.log.damaged else ("not started", "")
     if run.total and run.seen >= run.total and (saved >= run.total or not saved):
         return "finished", ""
     if saved >= run.seen:
-        return "stopped", "the same command goes on from here"
-    where = f"the checkpoint at {saved:,}" if saved else "its beginning: there is no checkpoint"
-    return "died", f"the same command goes on from {where}"
+        return "stopped", "the same command resumes from here"
+    where = f"resumes from the checkpoint at {saved:,}" if saved else "starts again: there is no checkpoint"
+    return "died", f"the same command {where}"
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a job holds a run's lock, on any machine that sees the directory. Of a directory that cannot be written
-    to, nobody here can tell: it counts as free."""
+    """Whether a job on any machine holds the run's lock. Without write permission this cannot be tested: then False."""
     if not path.is_file():
         return False
     try:
@@ -97,7 +96,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _total(recipe: dict[str, Any]) -> int:
-    """Samples of whole global batches; 0 where the recipe does not say."""
+    """Pairs in whole global batches; 0 if the recipe does not say."""
     samples, size = ((recipe.get(section) or {}).get(key) for section, key in (("run", "samples"), ("batch", "size")))
     if not (isinstance(samples, int) and isinstance(size, int) and size > 0):
         return 0

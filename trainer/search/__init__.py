@@ -1,29 +1,36 @@
-"""A local page that searches pictures: type words or drop a picture, and see the nearest pictures and captions at once.
+"""Serves a local web page for searching your pictures: type words or drop a picture to see the nearest pictures and
+captions.
 
-    python -m trainer.search runs/quickstart/export demo/shards/test              # then open the address it prints
-    python -m trainer.search MODEL OTHER_MODEL SHARDS                             # two models side by side
+    python -m trainer.search runs/quickstart/export demo/shards/test      # then open the address it prints
+    python -m trainer.search MODEL OTHER_MODEL SHARDS                     # two models side by side
+    python -m trainer.search MODEL SHARDS --forget-others                 # deletes the embeddings of other models
 
-MODEL is a run, one of its checkpoints, a Hugging Face directory or a hub name. Every picture and its first caption are
-embedded once, as columns beside the shards (columns/search-KEY-image.npy and -text.npy, 2 bytes a number; KEY names the
-model's weights). A stop in the middle costs at most 8,192 samples: the same command goes on. Every answer is exact.
-The page holds no code from outside, and answers this machine alone; with --host, whoever has the token in its address.
-Exit codes: 0 ended with Ctrl-C, 2 a mistake in what was given.
+MODEL is a run, one of its checkpoints, a Hugging Face directory or a hub name. The first start embeds every picture and
+its first caption and stores them beside the shards (columns/search-KEY-image.npy and -text.npy, float16; KEY identifies
+the model's weights). An interrupted start resumes when the same command is run again. Search is exact, not approximate.
+
+The server listens on 127.0.0.1 and rejects requests from other sites. With --host it listens on another address and
+requires the token that is part of the printed URL. Exit codes: 0 stopped with Ctrl-C, 2 invalid arguments or data.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import threading
 
-from data_tools.io.formatting import distinct_ends
+from data_tools.format.columns import remove_columns
+from data_tools.format.index import Dataset
+from data_tools.io.formatting import distinct_ends, human_bytes
 from trainer.core.types import UserError
 from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.evaluate import find_recipe
 from trainer.search.library import Library
-from trainer.search.model import SearchModel
+from trainer.search.model import SEARCH_COLUMN, SearchModel
 from trainer.search.server import Server
 
+logger = logging.getLogger(__name__)
 PORT = 7860
 
 
@@ -38,7 +45,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{len(models)} models given ({', '.join(models)}): one or two, then the shards")
     with Server(open_library(models, shards, options), options.host, options.port) as server:
         threading.Thread(target=server.library.warm_up, daemon=True).start()
-        print(f"\nOpen {server.url}\nCtrl-C ends it.", flush=True)
+        print(f"\nOpen {server.url}\nStop with Ctrl-C.", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -47,16 +54,27 @@ def main(argv: list[str]) -> int:
 
 
 def open_library(models: list[str], shards: str, options: argparse.Namespace) -> Library:
-    """Opens the dataset and the models, and embeds what is not embedded yet."""
+    """Opens the dataset and the models; computes the embeddings that are missing."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
     recipe = find_recipe(None, models[0])
     data = recipe.data if recipe else DataSettings()
-    source = open_source(SourceSettings(path=sharded(shards), caption=options.caption), data)
+    settings = SourceSettings(path=sharded(shards), caption=options.caption)
+    source = open_source(settings, data)
     opened = [SearchModel.open(model, source, data, options.batch_size, options.ema) for model in models]
+    if options.forget_others:
+        forget(source.dataset.root, keep={column for model in opened for column in model.columns})
     for model, name in zip(opened, distinct_ends(models, 2), strict=True):
         model.name = name
-    return Library(source, opened)
+    return Library(open_source(settings, data), opened)  # opened again, as its columns have changed
+
+
+def forget(root: str, keep: set[str]) -> None:
+    """Deletes the search columns of a dataset that are not in ``keep``."""
+    dataset = Dataset.open(root)
+    names = [name for name in dataset.columns if SEARCH_COLUMN.fullmatch(name) and name not in keep]
+    freed = remove_columns(dataset, names)
+    logger.info(f"{root}: deleted {len(names)} columns of other models ({human_bytes(freed)})")
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -64,19 +82,22 @@ def _options(argv: list[str]) -> argparse.Namespace:
         prog="python -m trainer.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="MODEL [MODEL] SHARDS", help="one or two models, and the folder of shards"
+        "paths", nargs="+", metavar="MODEL [MODEL] SHARDS", help="one or two models, then the folder of shards"
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"where it listens (default {PORT}; 0: any free one)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on (default {PORT}; 0: any free port)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="another address to listen at, such as 0.0.0.0; a token is needed then"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="samples embedded at once (default 256)"
-    )
-    parser.add_argument(
-        "--caption", metavar="FIELD", help="the field of the caption (default: as the model's run has it)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on, such as 0.0.0.0 (then a token is required)",
     )
     parser.add_argument(
-        "--ema", action="store_true", help="the running average of a run's weights, where optim.ema was set"
+        "--batch-size", type=int, default=256, metavar="N", help="samples per forward pass (default 256)"
+    )
+    parser.add_argument(
+        "--caption", metavar="FIELD", help="field that holds the caption (default: data.caption of the run)"
+    )
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights of a run (optim.ema)")
+    parser.add_argument(
+        "--forget-others", action="store_true", help="delete the stored search embeddings of other models"
     )
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Filters by a field of the samples' .json: all values of a field are read once, when it is first asked for.
+"""Filters by a field of the samples' .json. The values of a field are read once, when it is first used.
 
 fields = Fields(dataset)
 fields.mask("face", "*serif*")                                              # [n] bool
@@ -26,22 +26,22 @@ from trainer.core.types import UserError
 COMPARISON = re.compile(r"\s*(>=|<=|>|<)\s*(-?[\d.]+(?:e-?\d+)?)\s*", re.IGNORECASE)
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 LISTED = 200
-"""Values of a field that are proposed, the commonest first."""
+"""Values of a field that are suggested, most frequent first."""
 
 
 class Fields:
-    """The fields of one dataset by name; any thread may ask."""
+    """The fields of one dataset by name. Thread-safe."""
 
     def __init__(self, dataset: Dataset, names: list[str]) -> None:
         columns = [name for name in dataset.columns if _single(dataset, name)]
         self.names = list(dict.fromkeys([*names, *columns, "width", "height"]))
-        """In the .json of the samples looked at, in the columns that `ringlip join` laid beside, in the index."""
+        """Fields of the .json members, side-car columns of `ringlip join`, and fields of the index."""
         self._dataset, self._lock = dataset, Lock()
         self._read = lru_cache(maxsize=16)(self._values)
         self.mask = lru_cache(maxsize=64)(self._mask)
 
     def common(self, name: str) -> list[tuple[str, int]]:
-        """The commonest values of a field with their counts."""
+        """The most frequent values of a field with their counts."""
         distinct, codes = self._of(name)
         counts: Counter[str] = Counter()
         for value, count in zip(distinct, np.bincount(codes, minlength=len(distinct)).tolist(), strict=True):
@@ -50,8 +50,8 @@ class Fields:
         return counts.most_common(LISTED)
 
     def _mask(self, name: str, wanted: str) -> NDArray[np.bool_]:
-        """[n] which samples have the value: equal but for case, `*` standing for anything, or `>=0.5` for numbers; of a
-        list any item counts. Raises UserError for a field that is not there."""
+        """[n] True for samples whose value matches: ignoring case, with `*` as wildcard, or `>=0.5` for numbers; a list
+        matches if any item does. Raises UserError for an unknown field."""
         distinct, codes = self._of(name)
         compared = COMPARISON.fullmatch(wanted)
         if compared:
@@ -65,11 +65,11 @@ class Fields:
     def _of(self, name: str) -> tuple[list[Any], NDArray[np.int64]]:
         if name not in self.names and name not in FROM_INDEX:
             raise UserError(f"no sample has a field {name!r}; there are: {', '.join(self.names)}")
-        with self._lock:  # a field is read once, however many ask for it meanwhile
+        with self._lock:  # concurrent requests read a field once
             return self._read(name)
 
     def _values(self, name: str) -> tuple[list[Any], NDArray[np.int64]]:
-        """The distinct values, and which one each sample has [n]."""
+        """The distinct values, and the position in them of each sample's value [n]."""
         numbers: dict[str, int] = {}
         distinct: list[Any] = []
         codes = np.empty(self._dataset.num_samples, np.int64)
@@ -83,7 +83,7 @@ class Fields:
 
 
 def _texts(value: Any) -> list[str]:
-    """A value as people write it; the items of a list one by one."""
+    """A value as text; the items of a list one by one."""
     if isinstance(value, list):
         return [text for item in value for text in _texts(item)]
     if value is None:
@@ -92,7 +92,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers in a value, those that a CSV file left as text too."""
+    """The numbers in a value, including numeric text (CSV files have no types)."""
     found = []
     for text in _texts(value):
         with suppress(ValueError):
@@ -101,6 +101,6 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _single(dataset: Dataset, name: str) -> bool:
-    """Whether a side-car column has one value a sample."""
+    """Whether a side-car column has one value per sample."""
     column = dataset.column(name)
     return isinstance(column, Strings) or column.ndim == 1

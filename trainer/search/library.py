@@ -1,4 +1,4 @@
-"""What the page asks: queries to results, a sample's metadata, labels. Plain values in and out; server.py speaks HTTP.
+"""Answers to the page's requests: search results, a sample's metadata, zero-shot labels. server.py adds HTTP.
 
 library = Library(source, [SearchModel.open("runs/a", source)])
 library.search(Query(text="a red house"), model=0, kind="pictures", count=24)
@@ -23,14 +23,14 @@ from trainer.search.model import SearchModel, Vector
 
 Kind = Literal["pictures", "captions"]
 MOST = 500
-"""Results of a query."""
+"""Most results of a query."""
 LOOKED_AT = 50
-"""Samples whose .json says which fields there are."""
+"""Samples whose .json members give the names of the fields."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is searched for: one of the three, or nothing (some samples are shown)."""
+    """Words, the bytes of an image file or a sample of the dataset. Empty: evenly spaced samples are shown."""
 
     text: str = ""
     picture: bytes = b""
@@ -38,7 +38,7 @@ class Query:
 
 
 class Library:
-    """A dataset with one or several models on it."""
+    """A dataset and one or several models."""
 
     def __init__(self, source: ShardedDataset, models: list[SearchModel]) -> None:
         self.source, self.models, self.size = source, models, source.size
@@ -46,13 +46,13 @@ class Library:
         self.thumbnail = lru_cache(maxsize=2048)(self._thumbnail)
 
     def warm_up(self) -> None:
-        """Reads the columns and runs each tower once: the first query is as fast as the next."""
+        """Reads the columns and runs each text tower once, so that the first query is as fast as the next."""
         for number in range(len(self.models)):
             for kind in get_args(Kind):
                 self.search(Query(text="a"), number, kind, 1)
 
     def about(self) -> dict[str, Any]:
-        """What the page shows before anything is asked."""
+        """The models and the dataset."""
         models = [{"name": m.name, "origin": m.origin, "bias": bool(m.bias)} for m in self.models]
         data = {"name": self.source.dataset.root, "samples": self.size, "fields": self.fields.names}
         return {"models": models, "data": data}
@@ -60,8 +60,8 @@ class Library:
     def search(
         self, query: Query, model: int, kind: Kind, count: int, filters: tuple[tuple[str, str], ...] = ()
     ) -> dict[str, Any]:
-        """The nearest ``kind`` with cosines, and the probability that picture and caption belong together where one of
-        each is compared by a model with a bias."""
+        """The nearest pictures or captions with their cosines; for a picture and a text, by a model with a bias, also
+        the probability that they match."""
         among: NDArray[np.bool_] | None = None
         for name, value in filters:
             mask = self.fields.mask(name, value)
@@ -84,7 +84,7 @@ class Library:
         return {"total": total, "results": results}
 
     def sample(self, sample: int) -> dict[str, Any]:
-        """All that is stored of a sample but its pixels."""
+        """Key, captions and metadata of a sample."""
         self._check(sample)
         try:
             metadata = self.source.metadata(sample)
@@ -95,10 +95,10 @@ class Library:
         }
 
     def labels(self, query: Query, model: int, labels: list[str], template: str) -> list[dict[str, Any]]:
-        """Zero-shot: how well each label fits the picture, best first."""
+        """Zero-shot classification of a picture: cosine and probabilities of each label, best first."""
         vector = self._vector(query, model)
         if vector is None or query.text:
-            raise UserError("labels are for a picture: drop one, or click one")
+            raise UserError("labels are for a picture: drop one or click one")
         chosen = self.models[model]
         texts = [template.replace("{}", label) if "{}" in template else f"{template}{label}" for label in labels]
         cosines = chosen.texts(texts) @ vector
@@ -110,13 +110,13 @@ class Library:
         return sorted(rows, key=lambda row: -row["score"])
 
     def _thumbnail(self, sample: int, side: int) -> tuple[bytes, str]:
-        """A picture of at most ``side`` pixels a side, encoded anew (nothing that is stored is handed to the browser),
-        and its type. Raises Damaged."""
+        """A picture of at most ``side`` pixels per side and its media type. It is encoded again: the browser never gets
+        stored bytes. Raises Damaged."""
         self._check(sample)
         image = Image.fromarray(decode(self.source.picture(sample), self.models[0].max_pixels, (side, side)))
         image.thumbnail((side, side))
         buffer = io.BytesIO()
-        tiny = max(image.size) <= 96  # JPEG would blur what is shown as large squares
+        tiny = max(image.size) <= 96  # the page shows its pixels as squares, which JPEG would blur
         image.save(buffer, "PNG" if tiny else "JPEG", quality=88)
         return buffer.getvalue(), "image/png" if tiny else "image/jpeg"
 
@@ -126,7 +126,7 @@ class Library:
             self._check(query.sample)
             row = chosen.pictures.row(query.sample)
             if not row.any():
-                raise UserError(f"sample {query.sample}: its picture could not be read when they were embedded")
+                raise UserError(f"sample {query.sample}: its picture could not be decoded, so it has no embedding")
             return row
         if query.picture:
             return chosen.picture(query.picture)
@@ -144,7 +144,7 @@ class Library:
 
     def _check(self, sample: int) -> None:
         if not 0 <= sample < self.size:
-            raise UserError(f"sample {sample}: there are 0 to {self.size - 1}")
+            raise UserError(f"sample {sample}: not in the dataset, which has 0 to {self.size - 1}")
 
     def _field_names(self) -> list[str]:
         found: dict[str, None] = {}

@@ -1,11 +1,12 @@
-"""A model to search with: it embeds a dataset once, as columns beside the shards, and then what is typed or dropped.
+"""A model to search with: embeds a dataset once, as side-car columns, and then each query.
 
-model = SearchModel.open("runs/quickstart", source, batch_size=256)         # embeds what is not there yet
+model = SearchModel.open("runs/quickstart", source, data, batch_size=256)   # computes the columns that are missing
 model.pictures.nearest(model.text("a red house"), 24)
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,17 +29,22 @@ from trainer.evaluate import find_recipe, load_model
 from trainer.models import DualEncoder
 from trainer.models.param_groups import Tower
 from trainer.models.precomputed import fingerprint
+from trainer.models.vision_text import PAIR
 from trainer.search.vectors import Vectors
 
 Vector = NDArray[np.float32]
+UNPADDED = ("clip", PAIR)
+"""Families whose embedding does not depend on padding (causal attention, or a mask): a query of 5 tokens takes a tenth
+of the time of 77. SigLIP attends to padding."""
 SIDES: tuple[Tower, Tower] = ("image", "text")
-KEPT = 64
-"""Queries whose embeddings are remembered: a filter that changes runs no tower."""
+SEARCH_COLUMN = re.compile(r"search-[0-9a-f]{12}-(image|text)")
+"""Names of the columns; the digits are those of the tower's fingerprint."""
+CACHED = 64
+"""Queries whose embeddings are cached, so that a changed filter does not run a tower again."""
 
 
 class WholeEmbedder(Embedder):
-    """Embeddings as they are compared: a pair's projection included, and the first caption of a sample that has
-    several."""
+    """Embeds into the joint space, including the projection of a pair; of several captions it takes the first."""
 
     def caption(self, source: ShardedDataset, sample: int) -> str:
         return source.captions(sample)[0]
@@ -49,57 +55,63 @@ class WholeEmbedder(Embedder):
 
 @dataclass
 class SearchModel:
-    """One model with the vectors of one dataset. Any thread may ask; the towers run one query at a time."""
+    """One model with its embeddings of one dataset. Thread-safe; the towers run one query at a time."""
 
     name: str
     origin: str
     """Where its weights came from."""
     model: DualEncoder
+    columns: list[str]
+    """Names of the side-car columns that hold ``pictures`` and ``captions``."""
     pictures: Vectors
     captions: Vectors
     max_pixels: int
     scale: float = 1.0
     bias: float = 0.0
-    """0 where the loss had none: then a cosine by itself says nothing about a pair's probability."""
+    """0 if the loss has no bias: then a cosine alone does not give the probability of a pair."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _kept: OrderedDict[str, Vector] = field(default_factory=OrderedDict)
+    _cache: OrderedDict[str, Vector] = field(default_factory=OrderedDict)
 
     @classmethod
     def open(
         cls, where: str, source: ShardedDataset, data: DataSettings, batch_size: int, average: bool = False
     ) -> SearchModel:
-        """Loads the model and maps its columns; makes those that are not there."""
+        """Loads the model and maps its columns, after computing those that are missing."""
         model, origin = load_model(where, average)
-        pictures, captions = (_column(model, origin, source, data, side, batch_size) for side in SIDES)
+        columns = [_column(model, origin, source, data, side, batch_size) for side in SIDES]
+        pictures, captions = (_vectors(source.dataset.root, column) for column in columns)
         with torch.inference_mode():
             scale, bias = (float(value) for value in model.head())
         recipe = find_recipe(None, where)
         if recipe is not None and recipe.loss.name != "sigmoid":
-            bias = 0.0  # it was there, and never trained
-        return cls(where, origin, model, pictures, captions, data.max_pixels, scale, bias)
+            bias = 0.0  # present in the model, but the loss did not train it
+        return cls(where, origin, model, columns, pictures, captions, data.max_pixels, scale, bias)
 
     def text(self, text: str) -> Vector:
         """[d], of length 1."""
-        return self._remembered(f"text {text}", lambda: self.texts([text])[0])
+        return self._cached(f"text {text}", lambda: self.texts([text])[0])
 
     def texts(self, texts: list[str]) -> Vector:
         """[len(texts), d]."""
         tokens, mask = self.model.preprocess.tokenize(texts)
+        if self.model.family in UNPADDED:
+            longest = int(mask.sum(dim=1).max())
+            tokens, mask = tokens[:, :longest], mask[:, :longest]
         return self._run(self.model.embed_texts, tokens, mask)
 
     def picture(self, data: bytes) -> Vector:
-        """[d] for an encoded picture. Raises Damaged for one that cannot be used."""
+        """[d] for the bytes of an image file. Raises Damaged if it cannot be decoded."""
 
         def run() -> Vector:
             return self._run(self.model.embed_images, fit(decode(data, self.max_pixels), self.model.preprocess)[None])[
                 0
             ]
 
-        return self._remembered(f"picture {xxhash.xxh3_128_hexdigest(data)}", run)
+        return self._cached(f"picture {xxhash.xxh3_128_hexdigest(data)}", run)
 
     def probabilities(self, cosines: Vector) -> dict[str, list[float]]:
-        """Of one picture's cosines with labels [k]: softmax over them and, for a model with a bias, the sigmoid of
-        each."""
+        """From the cosines [k] of one picture with k labels: softmax over the labels and, for a model with a bias, the
+        sigmoid of each."""
         logits = torch.from_numpy(cosines) * self.scale + self.bias
         found = {"softmax": logits.softmax(0).tolist()}
         return found | ({"sigmoid": logits.sigmoid().tolist()} if self.bias else {})
@@ -109,24 +121,28 @@ class SearchModel:
             device = distributed.device()
             return tower(*(distributed.to_device(value, device) for value in inputs)).float().cpu().numpy()
 
-    def _remembered(self, key: str, make: Callable[[], Vector]) -> Vector:
-        found = self._kept.get(key)
+    def _cached(self, key: str, make: Callable[[], Vector]) -> Vector:
+        found = self._cache.get(key)
         if found is None:
-            found = self._kept[key] = make()
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            found = self._cache[key] = make()
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
         return found
 
 
 def _column(
     model: DualEncoder, origin: str, source: ShardedDataset, data: DataSettings, side: Tower, batch_size: int
-) -> Vectors:
-    """The vectors of one side, embedded now where they are not there yet."""
+) -> str:
+    """The name of one side's column, which is computed here if it is missing."""
     made_by = fingerprint(model.towers, model.preprocess, side, projected=True)
     column = f"search-{made_by[:12]}-{side}"
     tower = PrecomputedTower(side, column, made_by, model.embed_dim)
     embed(WholeEmbedder(model, tower, data, batch_size, "fp32", origin), source, "fp16")
-    dataset = Dataset.open(source.dataset.root)  # the manifest names the column now
+    return column
+
+
+def _vectors(root: str, column: str) -> Vectors:
+    dataset = Dataset.open(root)  # opened again: its manifest names the new column
     rows = dataset.column(column)
     assert not isinstance(rows, Strings)
     return Vectors(rows, empty=int(dataset.manifest["columns"][column]["empty"]), threads=distributed.cores())

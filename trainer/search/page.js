@@ -1,4 +1,4 @@
-// What is asked, and when: the words, the picture and the filters above, the keys, one sample's dialog.
+// The query, the filters, keyboard control, and the dialog of one sample.
 import { bars, card, drawLines, drawPictures, make, models, number, picture } from "./results.js";
 
 const FIRST = 24, FIRST_OF_TWO = 12, STEP = 48, LINES = 8, MOST = 500;
@@ -7,7 +7,7 @@ let data = null;       // what /api/about says of the dataset
 let asked = { text: "", sample: null, picture: null, filters: [] };
 let count = 0, turn = 0, stopping = null;
 const timers = {};
-let last = null;       // the last dropped picture, so that "back" finds it again
+let last = null;       // the last dropped picture, for the "back" button
 
 const first = () => models.length > 1 && (asked.text || asked.picture || asked.sample !== null) ? FIRST_OF_TWO : FIRST;
 
@@ -21,17 +21,17 @@ function say(text, bad = false) {
   $("status").textContent = text;
   $("status").classList.toggle("bad", bad);
 }
-// once nothing of the kind has happened for some milliseconds
+// runs `act` after some milliseconds without another call for `what`
 function later(what, milliseconds, act) {
   clearTimeout(timers[what]);
   timers[what] = setTimeout(act, milliseconds);
 }
 function fail(error) {
   if (error.name === "AbortError") return;
-  say(error instanceof TypeError ? "no answer: `ringlip search` has ended; start it again" : error.message, true);
+  say(error instanceof TypeError ? "no response: `ringlip search` is not running; start it again" : error.message, true);
 }
 
-// what is asked for, in the address: back, forward and bookmarks work
+// the query is in the address, so that back, forward and bookmarks work
 function params(more = {}) {
   const found = new URLSearchParams(more);
   if (asked.text) found.set("text", asked.text);
@@ -81,11 +81,11 @@ async function search() {
   try {
     const found = await Promise.all((any ? numbers : [0]).map(model => one(model, "pictures", count)));
     if (mine !== turn) return;
-    drawPictures($("results"), found, any ? "No picture passes the filter." : "No pictures.");
-    const of = found[0].total === data.samples ? "" : ` that pass the filter`;
+    drawPictures($("results"), found, any ? "No picture matches the filter." : "No pictures.");
+    const of = found[0].total === data.samples ? "" : ` that match the filter`;
     const shown = found[0].results.length, total = number(found[0].total);
-    say(any ? `the nearest ${number(shown)} of ${total} pictures${of} · ${Math.round(performance.now() - started)} ms`
-      : `${number(shown)} of ${total} pictures${of}: type words, or click one`);
+    say(any ? `${number(shown)} nearest of ${total} pictures${of} · ${Math.round(performance.now() - started)} ms`
+      : `${number(shown)} of ${total} pictures${of}: type words or click one`);
     $("more").hidden = shown < count || shown >= MOST;
     if (!any) return;
     const lines = await Promise.all(numbers.map(model => one(model, "captions", LINES)));
@@ -113,7 +113,7 @@ async function name(signal) {
 // one sample
 const flat = (tree, prefix = "") => Object.entries(tree).flatMap(([key, value]) =>
   value && typeof value === "object" && !Array.isArray(value) ? flat(value, `${prefix}${key}.`) : [[prefix + key, value]]);
-let around = [];       // the samples that the arrow keys go through
+let around = [];       // the samples that the arrow keys step through
 async function open(sample, list) {
   around = list;
   const dialog = $("detail"), close = make("button", { type: "button", className: "close", textContent: "×", title: "close (Esc)", ariaLabel: "close" });
@@ -138,7 +138,7 @@ async function open(sample, list) {
     if (!current()) return;
     near.classList.toggle("two", neighbours.length > 1);
     near.replaceChildren(...neighbours.map((model, which) => make("div", {},
-      make("h3", { textContent: "Its neighbours" + (neighbours.length > 1 ? `, ${models[which].name}` : "") }),
+      make("h3", { textContent: "Nearest pictures" + (neighbours.length > 1 ? `, ${models[which].name}` : "") }),
       make("div", { className: "hits" }, ...model.results.filter(hit => hit.sample !== sample).slice(0, 12).map(hit => card(hit))))));
     const named = await namedBy({ sample }, "");
     if (current()) fits.replaceChildren(...named);
@@ -226,7 +226,7 @@ document.addEventListener("drop", event => {
   const sample = event.dataTransfer.getData("application/x-sample"), file = event.dataTransfer.files[0];
   if (sample) ask({ sample: Number(sample), text: "", picture: null });
   else if (file) take(file);
-  else say("that is no picture file: save it first, or copy and paste it", true);
+  else say("not a picture file: save it first, or copy and paste it", true);
 });
 function drawFilters() {
   const rows = [...asked.filters, ["", ""]];

@@ -1,7 +1,6 @@
-// What is drawn of answers. Every text of the data reaches the page through textContent or an attribute: none is ever read
-// as markup.
+// Draws results. All texts of the data are set through textContent or attributes, never parsed as HTML.
 const colours = ["a", "b"];
-export const models = []; // as /api/about names them
+export const models = []; // from /api/about
 
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -14,7 +13,7 @@ export function make(tag, properties = {}, ...children) {
 export const number = value => value.toLocaleString("en");
 const percent = share => share >= 0.095 ? Math.round(100 * share) + "%" : share >= 0.00095 ? (100 * share).toFixed(1) + "%" : "<0.1%";
 
-// The answers of each model side by side.
+// The results of each model, side by side.
 export function drawPictures(results, found, empty) {
   const two = found.length > 1;
   results.classList.toggle("two", two);
@@ -33,8 +32,8 @@ function heading(which) {
   mark.style.setProperty("--s", `var(--${colours[which]})`);
   return title;
 }
-const note = (place, other) => place ? make("em", { title: `number ${place} of ${models[other].name}` }, make("span", { textContent: "also " }), `#${place}`)
-  : make("em", { className: "only", textContent: "only here", title: `not among these of ${models[other].name}` });
+const note = (place, other) => place ? make("em", { title: `number ${place} for ${models[other].name}` }, make("span", { textContent: "also " }), `#${place}`)
+  : make("em", { className: "only", textContent: "only here", title: `not among the results of ${models[other].name}` });
 export function picture(sample, side, alt = "") {
   const image = make("img", { src: `/picture?sample=${sample}&side=${side}`, alt, loading: "lazy", decoding: "async" });
   image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 96 && image.naturalHeight <= 96);
@@ -45,7 +44,7 @@ function score(hit) {
   const found = make("b", { textContent: hit.score.toFixed(3), title: "cosine" });
   if (hit.probability !== undefined) {
     found.append(make("i", { textContent: ` · ${percent(hit.probability)}` }));
-    found.title = "cosine · the model's probability that picture and caption belong together";
+    found.title = "cosine · the model's probability that picture and text match";
   }
   return found;
 }

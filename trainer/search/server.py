@@ -1,15 +1,15 @@
-"""The page over HTTP, for this machine: what is asked is answered by library.py.
+"""The HTTP server of the page. library.py computes the answers.
 
     GET  /                       the page; /page.css, /page.js, /results.js
-    GET  /api/about              models, dataset, fields
-    GET  /api/field?name=        its commonest values
+    GET  /api/about              models, dataset, names of fields
+    GET  /api/field?name=        its most frequent values
     GET  /api/sample?sample=     metadata and captions of a sample
     POST /api/search?model=&kind=pictures|captions&count=&text= | sample= [&field=&value= ...]  body: a picture or empty
     POST /api/labels?model=&sample=&template=&label= ...                                        body: a picture or empty
     GET  /picture?sample=&side=  a thumbnail
 
-A page of another site must not read the pictures: a request is answered only where its Host names this machine (against
-DNS rebinding) or it brings the token, and the answers forbid other origins to embed them.
+Other sites must not read the pictures. Without a token, a request is accepted only if its Host header names this
+machine (DNS rebinding). Origin and Sec-Fetch-Site must not name another site; other origins may not embed responses.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from trainer.search.library import Kind, Library, Query
 
 HERE = Path(__file__).parent
 STYLES = (Path(trainer.report.__file__).parent / "page.css", HERE / "page.css")
-"""The report's look, and what this page has beyond it."""
+"""The style of the report, and what this page adds."""
 MOST_BYTES = 64 * 2**20
-"""Of a picture that is dropped."""
+"""Largest upload."""
 MOST_LABELS = 1000
 COOKIE = "ringlip"
 HEADERS = {
@@ -49,7 +49,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not answered, and why."""
+    """A request that is rejected."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
         super().__init__(why)
@@ -57,7 +57,7 @@ class Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``library`` at ``host``:``port`` (0: any that is free). ``url`` is what to open."""
+    """Serves ``library`` at ``host``:``port`` (0: any free port)."""
 
     daemon_threads = True
 
@@ -71,18 +71,18 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """With the token, where there is one."""
+        """The address to open, with the token if there is one."""
         name = self.host if _is_loopback(self.host) else self.server_name
         return f"http://{name}:{self.server_address[1]}/" + (f"?token={self.token}" if self.token else "")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is no error of ours."""
+        """Ignores a browser that closes its connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handles one connection."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -111,28 +111,28 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._check_source()
             if parts.path not in routes:
-                raise Refused(HTTPStatus.NOT_FOUND, f"{parts.path}: nothing is there")
+                raise Refused(HTTPStatus.NOT_FOUND, f"{parts.path}: no such page")
             routes[parts.path]()
         except Refused as error:
-            self.close_connection = True  # its body may be unread
+            self.close_connection = True  # the body may be unread
             self._json({"error": str(error)}, error.status)
         except (UserError, Damaged) as error:
             self._json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
 
     def _check_source(self) -> None:
-        """Raises Refused for a request that a page of another site may have made."""
+        """Raises Refused for a request that another site may have caused."""
         token = self.server.token
         if token:
             if not secrets.compare_digest(self._given_token().encode(), token.encode()):
-                raise Refused(HTTPStatus.FORBIDDEN, "open the address that `ringlip search` printed: it has a token")
+                raise Refused(HTTPStatus.FORBIDDEN, "no valid token: open the URL that `ringlip search` printed")
         elif not _is_loopback(urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""):
-            raise Refused(HTTPStatus.FORBIDDEN, "this page answers at localhost and 127.0.0.1 alone")
-        followed = urlsplit(self.path).path == "/"  # a link from elsewhere to the page itself, which holds no data
+            raise Refused(HTTPStatus.FORBIDDEN, "the Host header is not localhost or 127.0.0.1")
+        followed = urlsplit(self.path).path == "/"  # a link to the page itself, which holds no data
         if not followed and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise Refused(HTTPStatus.FORBIDDEN, "asked by a page of another site")
+            raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another site")
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
-            raise Refused(HTTPStatus.FORBIDDEN, "asked by a page of another site")
+            raise Refused(HTTPStatus.FORBIDDEN, "the request comes from another site")
 
     def _given_token(self) -> str:
         try:
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         query = self._query()
         labels = [label.strip() for label in self.asked.get("label", []) if label.strip()][:MOST_LABELS]
         if not labels:
-            raise UserError("no labels: type some")
+            raise UserError("no labels given")
         self._json(self.server.library.labels(query, self._model(), labels, self._one("template", "{}")))
 
     def _picture(self) -> None:
@@ -179,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         if not length.isdigit() or "Transfer-Encoding" in self.headers:
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "no Content-Length")
         if int(length) > MOST_BYTES:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the picture is larger than {MOST_BYTES // 2**20} MiB")
         return self.rfile.read(int(length))
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     def _model(self) -> int:
         number = self._number("model", 0)
         if not 0 <= number < len(self.server.library.models):
-            raise UserError(f"model {number}: there are {len(self.server.library.models)}")
+            raise UserError(f"model {number}: {len(self.server.library.models)} are loaded, counted from 0")
         return number
 
     def _one(self, name: str, default: str | None = None) -> str:
@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def _number(self, name: str, default: int | None = None) -> int:
         text = self._one(name, None if default is None else str(default))
         if not text.isascii() or not text.isdigit() or len(text) > 18:
-            raise UserError(f"{name}: {text!r} is no number")
+            raise UserError(f"{name}: {text!r} is not a number")
         return int(text)
 
     def _json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
@@ -217,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Not a line a request."""
+        """Requests are not logged."""
 
 
 def _text(path: Path) -> str:

@@ -1,10 +1,10 @@
-"""The nearest among unit vectors that lie in a file: exact, from a matrix product over all of them.
+"""Exact nearest neighbours among unit vectors in a memory-mapped file, by a matrix product over all of them.
 
     vectors = Vectors(dataset.column("search-1a2b3c4d-image"), empty=0)
     samples, scores = vectors.nearest(query, 24)
 
-An approximate index (HNSW, IVF) would need memory of its own and a build, and loses answers where a filter leaves few
-samples; a million vectors of 768 float16 numbers are read in about 65 ms of one core, and nothing is kept beside them.
+An approximate index (HNSW, IVF) needs memory and time to build, and misses results under a selective filter. Reading a
+million float16 vectors of width 768 takes about 65 ms of one core, and needs no memory beside the mapped file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 16_384
-"""Rows of a task: small enough that the cores end together."""
+"""Rows per task: small enough to balance the cores."""
 FEW = 32
-"""Where a filter leaves less than one in so many, those rows are gathered instead of reading all."""
+"""If fewer than 1 in ``FEW`` rows pass the filter, those rows are gathered instead of reading all."""
 
 
 class Nearest(NamedTuple):
-    """Best first; of equal scores the lower number."""
+    """Best first; ties by sample number."""
 
     samples: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -33,12 +33,12 @@ class Nearest(NamedTuple):
 
 
 class Vectors:
-    """Rows [n, d] float16 of length 1, usually mapped from a file; rows of zeros are no answers (``empty`` says how
-    many there are, None: unknown)."""
+    """Rows [n, d] float16 of length 1, usually memory-mapped. Rows of zeros are never returned; ``empty`` is their
+    number, None if it is unknown."""
 
     def __init__(self, rows: NDArray[np.float16], empty: int | None = None, threads: int = 1) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a read-only map: nothing here writes to it
+            warnings.simplefilter("ignore", UserWarning)  # a read-only map; nothing here writes to it
             self._rows = torch.from_numpy(np.asarray(rows))
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._usable: Tensor | None = None
@@ -49,16 +49,16 @@ class Vectors:
         return len(self._rows)
 
     def row(self, sample: int) -> NDArray[np.float32]:
-        """One stored vector [d]; zeros where the sample has none."""
+        """One stored vector [d]; zeros if the sample has none."""
         return self._rows[sample].float().numpy()
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Stops the threads."""
         self._pool.shutdown()
 
     def nearest(self, query: NDArray[np.float32], count: int, among: NDArray[np.bool_] | None = None) -> Nearest:
-        """The ``count`` rows (fewer where there are no more) with the largest inner product with ``query`` [d], of
-        those that are True in ``among`` [n]."""
+        """The ``count`` rows with the largest inner product with ``query`` [d], among those that are True in ``among``
+        [n]; fewer if there are not so many."""
         wanted = torch.from_numpy(np.asarray(query, np.float32))
         chosen = self._usable
         if among is not None:
@@ -73,16 +73,16 @@ class Vectors:
         return self._best(self._candidates(wanted, count, chosen), wanted, count)
 
     def _candidates(self, query: Tensor, count: int, chosen: Tensor | None) -> Tensor:
-        """Every row that can be among the best: the products are made in float16 (sums in float32), and what that may
-        change is known."""
+        """A superset of the best rows: products of float16 numbers with float32 sums, and a bound on their error."""
         half = query.half()
         rough = torch.cat(self._each_block(lambda block: torch.mv(block, half))).float()
         if chosen is not None:
             rough[~chosen] = -torch.inf
-        cut = rough.topk(count).values[-1]
-        # |row| <= 1 + 2^-10; the query's rounding, the result's (2^-11 of it), and the order of float32 sums.
-        error = 1.001 * (query - half.float()).norm() + 2.0**-11 * rough[rough > -torch.inf].abs().max() + 1e-5
-        return (rough >= cut - 2 * error).nonzero()[:, 0]
+        best = rough.topk(count).values
+        # Rounding of the query (|row| < 1.001), of the results (2^-11 relative), and the order of the float32 sums.
+        largest = torch.maximum(best[0].abs(), best[-1].abs())
+        error = 1.001 * (query - half.float()).norm() + 1.001 * 2.0**-11 * largest + 1e-5
+        return (rough >= best[-1] - 2 * error).nonzero()[:, 0]
 
     def _best(self, candidates: Tensor, query: Tensor, count: int) -> Nearest:
         scores = torch.cat([self._rows[part].float() @ query for part in candidates.split(BLOCK)])
