@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     else:
         say(*plan.reasons)
         if not options.dry_run and not options.no_sweep:
-            sweep(plan, out / "sweep", options.minutes, gpus)
+            sweep(plan, options.model, out / "sweep", options.minutes, gpus)
         write_recipe(plan, recipe)
     if options.dry_run:
         print(f"{recipe} written; train it with: deepspeed --module trainer.train {recipe}")

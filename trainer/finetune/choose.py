@@ -12,6 +12,7 @@ from trainer.config import Recipe
 from trainer.core.settings import parse
 from trainer.defaults import RATES
 from trainer.evals.run import prefixes
+from trainer.finetune.calibrate import calibrated_bias
 from trainer.finetune.data import Data
 from trainer.models import DualEncoder
 from trainer.plan.auto import largest_micro_batch
@@ -100,6 +101,11 @@ def choose(
         )
     plan.set("optim.lr", RATES["pretrained" if whole else "lora"], f"usual for {'whole towers' if whole else 'LoRA'}")
     plan.set("optim.warmup", 0.1, "short runs from a checkpoint begin gently")
+    if model.head.logit_bias is not None:
+        was, bias = model.head.logit_bias.item(), round(calibrated_bias(model, data.train, batch), 2)
+        plan.set(
+            "model.bias", bias, f"where the sigmoid loss of a batch of {batch:,} is least; the base's is {was:.2f}"
+        )
     _evaluation(plan, data, label, general, samples)
     return plan
 
@@ -139,8 +145,7 @@ def _evaluation(plan: Plan, data: Data, label: str | None, general: str | None, 
     every = max(1, samples // EVALUATIONS // batch) * batch
     plan.set("eval.every", every, "ten evaluations on what is held out, and one before the first step")
     plan.tree["checkpoint"] = {"every": every, "keep": 1}
-    best = [*plan.own, *plan.general]
-    plan.set("checkpoint.best", best, "exported is the checkpoint that is best, the base among them")
+    plan.set("checkpoint.best", list(plan.own), "exported is the checkpoint that is best, the base among them")
     plan.set("eval.patience", 4, "the run ends when four evaluations in a row are no better")
 
 

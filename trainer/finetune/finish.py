@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from data_tools.io.files import write_atomic
 from trainer import checkpoint, evaluate, export, report
-from trainer.blend import blend, whole
 from trainer.config import Recipe
-from trainer.core import distributed
-from trainer.evals import Evaluation
-from trainer.evals import evaluate as measure
 from trainer.evals.gallery import make_gallery
 from trainer.finetune.choose import Plan
-from trainer.finetune.sweep import LOSS, Scores
-from trainer.models import DualEncoder, ModelSettings, build
+from trainer.finetune.mix import Scores, base_of, measure, mix, tuned_of
+from trainer.models import DualEncoder
 from trainer.models.card import measured_table
-
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
-"""Of the trained weights in the model that is exported; the largest that keeps what must be kept."""
 
 
 def finish(plan: Plan, path: str, recipe: Recipe, out: Path) -> int:
     """Exports the model that gains most and loses at most LOSS of the general set, and says what was gained."""
     source, record = checkpoint.find_best(recipe.run.directory)
-    model, _ = checkpoint.load_model(recipe.model, source)
-    tuned = whole(model).to(distributed.device()).eval()
-    tuned.settings = tuned.settings.model_copy(update={"path": path})
-    base = base_of(recipe, path)
-    before = _measure(base, recipe)
+    tuned, base = tuned_of(recipe, path, source), base_of(recipe, path)
+    before = measure(base, recipe)
     start = Scores.of(plan, before.metrics)
-    share, chosen, after = _choose(plan, base, tuned, recipe, start)
+    share, chosen, after = mix(plan, base, tuned, recipe, start)
     found = Scores.of(plan, after.metrics)
     about = {
         "model": str(out / "model"),
@@ -64,33 +53,6 @@ def last_line(plan: Plan, before: Scores, after: Scores, share: float) -> str:
         return f"{text} on held-out pairs (what was forgotten is unknown: give --general SHARDS)"
     mixed = f" (weights: {share:g} trained, {1 - share:g} base)" if share < 1 else ""
     return f"{text}; on your general set {100 * before.general:.1f} -> {100 * after.general:.1f}{mixed}"
-
-
-def _choose(
-    plan: Plan, base: DualEncoder, tuned: DualEncoder, recipe: Recipe, start: Scores
-) -> tuple[float, DualEncoder, Evaluation]:
-    """(share of the trained weights, that model, what it can do)."""
-    for share in SHARES:
-        model = tuned if share == 1 else _between(base, tuned, share)
-        found = _measure(model, recipe)
-        scores = Scores.of(plan, found.metrics)
-        if scores.lost(start) <= LOSS:
-            return share, model, found
-    return 0.0, base, _measure(base, recipe)
-
-
-def base_of(recipe: Recipe, path: str) -> DualEncoder:
-    """The model that the run began with, for pictures and captions of the run's sizes."""
-    sizes = {key: getattr(recipe.model, key) for key in ("image_size", "num_patches", "num_tokens")}
-    return build(ModelSettings(path=path, **sizes)).to(distributed.device()).eval()
-
-
-def _between(base: DualEncoder, tuned: DualEncoder, share: float) -> DualEncoder:
-    return blend([copy.deepcopy(tuned), base], [share, 1 - share], ["the run", "the model that it began with"])
-
-
-def _measure(model: DualEncoder, recipe: Recipe) -> Evaluation:
-    return measure(model, recipe.eval, model.preprocess, 0, 1, recipe.data)
 
 
 def _write(

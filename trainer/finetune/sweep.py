@@ -1,7 +1,8 @@
 """Short runs at several rates, and the long one.
 
-A rate is tried by a run of a thirtieth of the budget; from the usual one it is raised fivefold as long as that is
-better. What counts is the gain on one's own data less what the general set loses beyond one point.
+A rate is tried by a run of a thirtieth of the budget; from the usual one it is raised fivefold, until that spoils what
+the base can do on these data. What counts is the gain on one's own data of what would be exported: mixed with the base
+as far as needed to lose at most a point of the general set.
 """
 
 from __future__ import annotations
@@ -9,82 +10,79 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from data_tools.io.files import write_atomic
+from trainer import checkpoint
+from trainer.config import dump, load
 from trainer.core.types import UserError
 from trainer.evals import read_history
 from trainer.finetune.choose import Plan
+from trainer.finetune.mix import LOSS, Scores, base_of, mix, tuned_of
 from trainer.report.curves import read_log
 
 FACTOR, TRIES = 5.0, 4
+SPOILT = 0.05
+"""A fall on one's own data from which on higher rates are not tried."""
+FEW_SHARES = (0.6, 0.3, 0.1)
 SHARE, FEWEST_STEPS = 30, 30
 """A trial's part of the budget, and the steps it has at least."""
-LOSS = 0.01
-"""What the general set may lose."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Means of the metrics that count, in [0, 1]."""
-
-    own: float
-    general: float | None
-
-    @classmethod
-    def of(cls, plan: Plan, metrics: dict[str, float]) -> Scores:
-        """Those of ``plan`` in the metrics of an evaluation."""
-        own, general = ([metrics[name] for name in names] for names in (plan.own, plan.general))
-        return cls(sum(own) / len(own), sum(general) / len(general) if general else None)
-
-    def lost(self, base: Scores) -> float:
-        """What the general set has lost; 0 without one."""
-        return 0.0 if self.general is None or base.general is None else base.general - self.general
-
-    def gain(self, base: Scores) -> float:
-        """On one's own data, less what was lost beyond LOSS."""
-        return self.own - base.own - max(0.0, self.lost(base) - LOSS)
-
-
-def sweep(plan: Plan, out: Path, minutes: float | None, gpus: int) -> None:
+def sweep(plan: Plan, path: str, out: Path, minutes: float | None, gpus: int) -> None:
     """Sets ``optim.lr`` to the best that was tried, and the length of the run where it is to take ``minutes``."""
     size, usual = plan.tree["batch"]["size"], plan.tree["optim"]["lr"]
     samples = max(FEWEST_STEPS, plan.tree["run"]["samples"] // SHARE // size) * size
-    tried: dict[float, float] = {}
+    gains: dict[float, float] = {}
     for number in range(TRIES):
         rate = usual * FACTOR**number
-        folder = out / f"rate-{rate:g}"
-        recipe = folder / "recipe.yaml"
-        section = {"every": samples, "patience": 0}
-        short = plan.recipe(
-            run={"directory": str(folder / "run"), "samples": samples}, optim={"lr": rate}, eval=section
-        ).model_dump(mode="json")
-        short["checkpoint"] |= {"best": [], "every": 10**12}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(recipe, yaml.safe_dump(short, sort_keys=False))
-        train(recipe, folder / "run", gpus, quiet=True)
-        before, after = (Scores.of(plan, read_history(folder / "run", 10**18).records[place][1]) for place in (0, -1))
+        run = _try(plan, rate, samples, out / f"rate-{rate:g}", gpus)
+        before, after = (Scores.of(plan, read_history(run, 10**18).records[place][1]) for place in (0, -1))
+        share, spoilt = 1.0, after.own < before.own - SPOILT
+        if after.lost(before) > LOSS:
+            after, share = _mixed(plan, path, run, before)
+        gains[rate] = after.own - before.own
         if not number:
-            chance = "" if before.general is None else f"; general set {100 * before.general:.1f}"
-            print(f"base: {100 * before.own:.1f}{chance}", file=sys.stderr, flush=True)
-        tried[rate] = after.gain(before)
-        lost = f", general set {-100 * after.lost(before):+.1f}" if plan.general else ""
-        print(
-            f"rate {rate:g}: {100 * (after.own - before.own):+.1f} after {samples:,} pairs{lost}",
-            file=sys.stderr,
-            flush=True,
+            _say("base: " + before.words())
+        _say(
+            f"rate {rate:g}: {after.words()} after {samples:,} pairs"
+            + (f", {share:g} of it in the base" if share < 1 else "")
         )
-        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
-        if tried[rate] < max(tried.values()):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        if spoilt:
             break
-    best = max(tried, key=lambda rate: tried[rate])
-    listed = ", ".join(f"{rate:g}: {100 * gain:+.1f}" for rate, gain in tried.items())
+    best = max(gains, key=lambda rate: gains[rate])
+    listed = ", ".join(f"{rate:g}: {100 * gain:+.1f}" for rate, gain in gains.items())
     plan.set("optim.lr", best, f"the best of short runs of {samples:,} pairs, by their gain: {listed}")
     if minutes is not None:
-        _fit_time(plan, folder / "run", minutes)
+        _fit_time(plan, run, minutes)
+
+
+def _try(plan: Plan, rate: float, samples: int, folder: Path, gpus: int) -> Path:
+    """A short run at ``rate``; its directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    recipe = plan.recipe(
+        run={"directory": str(folder / "run"), "samples": samples},
+        optim={"lr": rate},
+        eval={"every": samples, "patience": 0},
+        checkpoint={"best": [], "every": samples},
+    )
+    write_atomic(folder / "recipe.yaml", dump(recipe))
+    train(folder / "recipe.yaml", folder / "run", gpus, quiet=True)
+    return folder / "run"
+
+
+def _mixed(plan: Plan, path: str, run: Path, before: Scores) -> tuple[Scores, float]:
+    """What the run is worth mixed with the base as far as needed, and the share of it."""
+    recipe = load(run / "recipe.yaml")
+    tuned = tuned_of(recipe, path, checkpoint.find(run))
+    share, _, found = mix(plan, base_of(recipe, path), tuned, recipe, before, FEW_SHARES)
+    return Scores.of(plan, found.metrics), share
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fit_time(plan: Plan, run: Path, minutes: float) -> None:
