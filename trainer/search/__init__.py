@@ -79,11 +79,12 @@ def forget(root: str, keep: set[str]) -> None:
 
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m trainer.search",
+        usage="%(prog)s MODEL [MODEL] SHARDS [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "paths", nargs="+", metavar="MODEL [MODEL] SHARDS", help="one or two models, then the folder of shards"
-    )
+    parser.add_argument("paths", nargs="+", metavar="MODEL SHARDS", help="one or two models, then the folder of shards")
     parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on (default {PORT}; 0: any free port)")
     parser.add_argument(
         "--host",
