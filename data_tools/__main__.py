@@ -9,6 +9,7 @@ import sys
 from data_tools.commands import COMMANDS
 from data_tools.io.command_table import check_command, usage
 from data_tools.io.errors import AGAIN, run_command
+from data_tools.io.formatting import printable
 
 PROGRAM = "python -m data_tools"
 GROUPS = {"Data": COMMANDS}
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, missing rights, a lost mount: the message names its file
-        print(f"error: {error}; {AGAIN}", file=sys.stderr, flush=True)
+        print(printable(f"error: {error}; {AGAIN}"), file=sys.stderr, flush=True)
         return 2
 
 

@@ -19,6 +19,7 @@ from data_tools.commands.arguments import Parser
 from data_tools.format.index import Dataset, hash_key, read_key
 from data_tools.format.map_shards import Place, TarReader, open_local
 from data_tools.io.errors import UserError
+from data_tools.io.formatting import printable
 from data_tools.io.output import make_folder
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import decode
@@ -79,6 +80,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
             f"  {column}  {value if isinstance(value, str) else np.array2string(np.asarray(value), threshold=8)}  "
             f"(joined)"
         )
+    lines = [printable(line) for line in lines]
     if show:
         try:
             lines.append(draw(image, 64))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data_tools.commands.arguments import Parser, add_processes
 from data_tools.commands.merge import REJECTS, summary
 from data_tools.format.columns import Entries, note_change, still_true
-from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name, scan_tar
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, check_names, index_name, scan_tar
 from data_tools.format.map_shards import TarReader, over_shards
 from data_tools.io.errors import UserError
 from data_tools.io.output import Output
@@ -94,6 +94,8 @@ def _tars(folder: Path, manifest: dict[str, Any] | None) -> tuple[list[Path], li
     folders = [str(path) for path in found if path.is_dir()]
     if folders:
         raise UserError(f"{folders[0]}: a folder with the name of a tar; rename it or move it away")
+    if manifest is not None:
+        check_names(f"{folder}/{MANIFEST}", manifest)
     if manifest is None:
         return found, [path.name for path in found]
     paths = [folder / entry.get("path", entry["name"]) for entry in manifest["shards"]]

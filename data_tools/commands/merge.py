@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools.commands.arguments import Parser
 from data_tools.format.columns import put_aside, taken_up
-from data_tools.format.index import FORMAT, MANIFEST, VERSION, index_name
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, check_names, index_name
 from data_tools.io.errors import UserError
 from data_tools.io.output import PARTS, Output
 
@@ -41,6 +41,7 @@ def reopen_if_damaged(output: Output) -> None:
     manifest = output.read_json(MANIFEST)
     if manifest is None:
         return
+    check_names(f"{output.root}/{MANIFEST}", manifest)
     names = [entry["name"] for entry in manifest["shards"]]
     damaged = {
         entry["name"]

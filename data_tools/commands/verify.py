@@ -22,6 +22,7 @@ from data_tools.format import tar_reader
 from data_tools.format.index import Dataset, hash_key, read_key
 from data_tools.format.map_shards import TarReader, open_local, over_shards
 from data_tools.io.errors import UserError
+from data_tools.io.formatting import printable
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import check_pixels
 from data_tools.samples.reject import REASONS, Reject
@@ -122,10 +123,10 @@ def main(argv: list[str]) -> int | None:
     for shard, found in enumerate(over_shards(work, dataset.num_shards, arguments.processes)):
         total += len(found)
         for key, fault in found:
-            print(f"{dataset.manifest['shards'][shard]['name']}\t{key}\t{fault}")
+            print(printable(f"{dataset.manifest['shards'][shard]['name']}\t{key}\t{fault}"))
     for file, fault in verify_columns(dataset):
         total += 1
-        print(f"{file}\t-\t{fault}")
+        print(printable(f"{file}\t-\t{fault}"))
     state = f"{total} damages" if total else "sound"
     print(
         f"{arguments.dataset}: {dataset.num_samples:,} samples in {dataset.num_shards} shards: {state}", file=sys.stderr

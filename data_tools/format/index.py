@@ -121,6 +121,7 @@ class Dataset:
             raise UserError(
                 f"{path}: version {manifest['version']}, this reader knows {VERSION}; install the RingLIP that wrote it"
             )
+        check_names(path, manifest)
         return cls(root, manifest)
 
     @property
@@ -206,6 +207,14 @@ class Dataset:
             raise UserError(f"{path}: no such file, but {MANIFEST} names it; {remedy}") from None
         except ValueError as error:
             raise UserError(f"{path}: not a column ({error}); {remedy}") from None
+
+
+def check_names(path: str, manifest: dict[str, Any]) -> None:
+    """Raises UserError for a shard name that is not a plain file name: an index is written beside each shard."""
+    for entry in manifest.get("shards", []):
+        name = entry.get("name")
+        if not isinstance(name, str) or "/" in name or name.startswith("."):
+            raise UserError(f"{path}: {name!r} cannot be the name of a shard, which is a file in its folder; remove it")
 
 
 # NumPy parses a header with ast.literal_eval, which raises SystemError at random when two threads call it (CPython

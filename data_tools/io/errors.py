@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from data_tools.io.formatting import printable
+
 AGAIN = "fix this and run again to continue"
 
 
@@ -25,7 +27,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int
         return main(argv) or 0
     except UserError as error:
         if not error.told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,6 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers and untrusted text, as people read them on a terminal."""
 
 from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def count(number: float) -> str:
@@ -27,6 +31,12 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def printable(text: str) -> str:
+    """Text from outside (captions, keys, file names) for a terminal: control characters are shown as \\xNN, so that it
+    cannot move the cursor, change colours or forge a line. Line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def distinct_ends(paths: list[str], least: int = 1) -> list[str]:

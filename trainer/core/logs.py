@@ -13,6 +13,8 @@ import logging
 import os
 import sys
 
+from data_tools.io.formatting import printable
+
 EVERY_NODE = {"ranks": "every node"}
 EVERY_RANK = {"ranks": "every rank"}
 
@@ -35,7 +37,7 @@ class _Terminal(logging.Handler):
         try:
             clear = "\r\x1b[K" if sys.stderr.isatty() else ""
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(clear + level + self.format(record), file=sys.stderr, flush=True)
+            print(clear + printable(level + self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

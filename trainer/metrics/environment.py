@@ -1,4 +1,5 @@
-"""``environment.json`` documents a run: what ran, where, and from which sources."""
+"""``environment.json`` documents a run: what ran, where, and from which sources. No environment variables: they may be
+secret."""
 
 from __future__ import annotations
 

@@ -49,6 +49,11 @@ def reading(key: str, path: str, what: str) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key} {path!r}: {what} needs Python code from that model's files, which RingLIP never runs; choose a "
+                "model whose classes are in transformers"
+            ) from error
         if here:
             raise UserError(
                 f"{key} {path!r}: {what} cannot be read there ({_words(error)}); copy or download it again"

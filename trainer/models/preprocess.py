@@ -72,7 +72,7 @@ def read_tokenizer(settings: ModelSettings) -> Any:
     assert isinstance(name, str)
     key = "model.tokenizer" if settings.tokenizer else "model.path" if settings.path else "model.text.path"
     with reading(key, name, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if open_clip.is_open_clip(settings.path):
         assert settings.path is not None
         tokenizer = open_clip.clean_like_open_clip(tokenizer, settings.path)
@@ -130,7 +130,7 @@ def _image_processor(key: str, path: str) -> Any:
         found = (
             open_clip.image_processor(path)
             if open_clip.is_open_clip(path)
-            else AutoImageProcessor.from_pretrained(path)
+            else AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         )
     if int(found.resample) not in RESAMPLE:
         known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())

@@ -83,7 +83,7 @@ def read_config(path: str) -> PretrainedConfig:
     if open_clip.is_open_clip(path):
         return open_clip.read_config(path)
     with reading("model.path", path, "its config"):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def _new_pair(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
@@ -192,7 +192,7 @@ def check_tokenizer(config: PretrainedConfig, tokenizer: Any, settings: ModelSet
 
 def _own_vocabulary(path: str) -> dict[str, int] | None:
     try:
-        return AutoTokenizer.from_pretrained(path).get_vocab()
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
     except (OSError, ValueError, ImportError):
         return None  # weights without a tokenizer: that is what model.tokenizer is for
 
@@ -226,7 +226,7 @@ def _read_towers(config: PretrainedConfig, settings: ModelSettings, weights: boo
     if open_clip.is_open_clip(settings.path):
         return _of_open_clip(settings.path, config, options)
     with reading("model.path", settings.path, "its weights"):
-        return AutoModel.from_pretrained(settings.path, **options)
+        return AutoModel.from_pretrained(settings.path, trust_remote_code=False, **options)
 
 
 def _of_open_clip(path: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:

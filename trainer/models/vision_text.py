@@ -67,7 +67,7 @@ def tower_config(settings: TowerSettings, key: str, part: str) -> PretrainedConf
             raise UserError(f"{key}.config: {str(error).splitlines()[0]}") from error
     assert settings.path is not None
     with reading(f"{key}.path", settings.path, "its config"):
-        config = AutoConfig.from_pretrained(settings.path)
+        config = AutoConfig.from_pretrained(settings.path, trust_remote_code=False)
     return getattr(config, part, config)
 
 
@@ -129,5 +129,5 @@ def _tower(settings: TowerSettings, config: PretrainedConfig, part: str, options
         with making("model.image.config" if part == "vision_model" else "model.text.config"):
             return AutoModel.from_config(config, **options)
     with reading("model.image.path" if part == "vision_model" else "model.text.path", settings.path, "its weights"):
-        model = AutoModel.from_pretrained(settings.path, **options)
+        model = AutoModel.from_pretrained(settings.path, trust_remote_code=False, **options)
     return getattr(model, part, model)
