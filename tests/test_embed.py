@@ -244,6 +244,18 @@ def test_a_killed_run_goes_on_and_the_manifest_comes_last(
     assert (copy / entry["file"]).stat().st_mtime_ns == before
 
 
+def test_a_tower_may_compute_in_fp16(world: Path, tmp_path: Path) -> None:
+    copy, stored = tmp_path / "shards", {}
+    shutil.copytree(world / "pairs" / "shards", copy)
+    for precision in ("fp32", "fp16"):
+        options = [f"model.precomputed.image={precision}", "--data", str(copy), "--precision", precision]
+        assert embed.main([str(world / "recipe.yaml"), *options]) == 0
+        entry = json.loads((copy / "manifest.json").read_text())["columns"][precision]
+        stored[precision] = np.load(copy / entry["file"], allow_pickle=False).astype(np.float32)
+    error = np.linalg.norm(stored["fp16"] - stored["fp32"]) / np.linalg.norm(stored["fp32"])
+    assert 1e-5 < error < 4e-3
+
+
 def test_a_filtered_view_keeps_them(embedded: Path, tmp_path: Path) -> None:
     view = tmp_path / "view"
     assert filter_verb.main([str(embedded / "pairs" / "shards"), str(view), "--where", "width >= 1"]) in (0, None)

@@ -40,6 +40,7 @@ from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
+from trainer.engine.precision import DTYPES, Precision
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     with distributed.process_group(recipe.run.timeout) if "RANK" in os.environ else nullcontext():
         model = build(recipe.model.without_precomputed_tower)
         precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
-        precision = options.precision or ("bf16" if recipe.engine.computes_in == "bf16" else "fp32")
+        precision = options.precision or recipe.engine.computes_in
         model = model.to(distributed.device()).eval()
         embedder = Embedder(model, precomputed, recipe.data, options.batch_size, precision, tower_path(recipe.model))
         for settings in (
@@ -162,7 +163,7 @@ class Embedder:
         usable = [row for row, one in enumerate(found) if one is not None]
         if not usable:
             return rows
-        with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
+        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             if self.precomputed.side == "image":
                 pixels = torch.stack([one for one in found if isinstance(one, Tensor)])
                 output = self.output(distributed.to_device(pixels, self.device))
@@ -198,8 +199,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="precision of the tower (default: bf16 if the recipe trains in it, else fp32)",
+        choices=get_args(Precision),
+        help="precision of the tower (default: what the recipe trains in)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -39,6 +39,7 @@ from trainer.core.help import describe
 from trainer.core.settings import check_out, override, parse
 from trainer.core.types import UserError
 from trainer.data.settings import DataSettings
+from trainer.engine.precision import DTYPES, Precision
 from trainer.evals import EvalSettings, Evaluation, evaluate
 from trainer.evals.gallery import make_gallery
 from trainer.models import DualEncoder
@@ -103,7 +104,7 @@ def _settings(options: argparse.Namespace, recipe: config.Recipe | None) -> Eval
 
 def _evaluate(model: DualEncoder, settings: EvalSettings, data: DataSettings, precision: str) -> Evaluation:
     device = distributed.device().type
-    with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+    with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
         return evaluate(model, settings, model.preprocess, distributed.rank(), distributed.world_size(), data)
 
 
@@ -203,7 +204,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--out", metavar="evaluation.json", help="write the results to this file, and gallery.json beside it"
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the towers (default fp32)"
+        "--precision", choices=get_args(Precision), default="fp32", help="precision of the towers (default fp32)"
     )
     parser.add_argument("--label", metavar="FIELD", help="zero-shot: the metadata field that holds the class")
     parser.add_argument(

@@ -9,10 +9,12 @@ traceback instead of hanging the rest.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -81,6 +83,8 @@ def _rank(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
     )
+    # Shows in the test's captured stderr what a rank was doing that says nothing.
+    faulthandler.dump_traceback_later(0.9 * timeout, file=sys.__stderr__)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
