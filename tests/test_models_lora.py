@@ -15,6 +15,7 @@ from transformers import logging as hf_logging
 from tests.support.tiny_models import KINDS, tiny_batch, tiny_model
 from trainer.core.types import UserError
 from trainer.models import DualEncoder, ModelSettings, build
+from trainer.models.adapt import quantize
 from trainer.models.adapt.lock import LockSettings
 from trainer.models.adapt.lora import LoraSettings
 
@@ -151,3 +152,14 @@ def test_a_locked_tower_cannot_be_adapted(bases: dict[str, str]) -> None:
     ModelSettings(path=bases["clip"], lora=LoraSettings(towers="text"), lock=LockSettings(image=True))
     with pytest.raises(UserError, match="no adapter to save"):
         tiny_model("clip").save_adapter("nowhere")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_nf4_computes_in_what_the_gpu_has_units_for(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    packed: Any = quantize._packed(torch.nn.Linear(64, 64), "nf4")
+    assert packed.compute_dtype == dtype

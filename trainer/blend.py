@@ -37,8 +37,7 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
         where = str(folder)
     elif (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{where}: an adapter, no model by itself: name its run, or what `python -m trainer.export --merge` "
-            f"makes of it"
+            f"{where}: an adapter, not a model: name its run, or what `python -m trainer.export --merge` makes of it"
         )
     elif path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
