@@ -60,7 +60,7 @@ ROWS = [
     Row("lion", LionSettings(), (1e-4, 2e-4, 5e-4)),
     Row("lion, bfloat16 moments", LionSettings(moments="bfloat16"), (1e-4, 2e-4, 5e-4)),
     Row("muon", MuonSettings(), (1e-3, 2e-3, 4e-3)),
-    Row("lamb", LambSettings(), (5e-3, 1e-2, 2e-2)),
+    Row("lamb", LambSettings(), (2e-3, 5e-3, 1e-2)),
 ]
 KEYS = ["loss.name=softmax", "batch.size=64", "eval.every=0", "checkpoint.every=1000000000", "engine.ds_config=zero0"]
 
