@@ -1,6 +1,7 @@
 """Finetuning one pretrained model in four ways: what is learnt, what is forgotten, what it costs.
 
     python -m tests.benchmarks.finetune                                        # about five minutes on two idle cores
+    python -m tests.benchmarks.finetune --rows forgetting                      # what is lost with each remedy
     python -m tests.benchmarks.finetune --pretrain 2048 --finetune 1024 --out /tmp/finetune      # does it run?
 
 The quickstart's model is pretrained from nothing on the glyph pairs of one half of the scripts (OLD) and finetuned on
@@ -57,8 +58,29 @@ def embed_images(bench: Bench) -> list[str]:
     return ["model.precomputed.image=base"]
 
 
+def teach(bench: Bench) -> list[str]:
+    """The base looks at the same batches, and the student's similarities follow its own."""
+    return [f"distill.teacher={bench.out / 'base'}"]
+
+
+def replay(bench: Bench) -> list[str]:
+    """Three pairs in ten of the OLD half."""
+    sources = ((bench.shards("train", NEW), 0.7), (bench.shards("train", OLD), 0.3))
+    mixture = ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in sources)
+    return [f"data.train=[{mixture}]"]
+
+
+FULL = "full finetuning"
+FORGETTING = [
+    Row(FULL, ("optim.lr=1.0e-3",)),
+    Row("a tenth of the rate", ("optim.lr=1.0e-4",)),
+    Row("lower layers slower (layer_decay 0.65)", ("optim.lr=1.0e-3", "model.rates={head: 10, layer_decay: 0.65}")),
+    Row("the base as teacher (distill.weight 1)", ("optim.lr=1.0e-3",), teach),
+    Row("replay: 30% of the pairs from OLD", ("optim.lr=1.0e-3",), replay),
+]
+"""Against forgetting; what is mixed with the base stands below."""
 ROWS = [
-    Row("full finetuning", ("optim.lr=1.0e-3",)),
+    Row(FULL, ("optim.lr=1.0e-3",)),
     Row("LoRA, rank 16, all linear layers", ("optim.lr=4.0e-3", "model.lora={rank: 16}")),
     Row("LiT: image tower locked", ("optim.lr=1.0e-3", "model.lock.image=true")),
     Row("SigLiT: the same on stored embeddings", ("optim.lr=1.0e-3", "model.lock.image=true"), embed_images),
@@ -186,10 +208,12 @@ def main() -> None:
     parser.add_argument("--pretrain", type=int, default=64_000, metavar="PAIRS")
     parser.add_argument("--finetune", type=int, default=24_000, metavar="PAIRS")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", choices=("ways", "forgetting"), default="ways", help="ways to train, or remedies")
     options = parser.parse_args()
+    rows = FORGETTING if options.rows == "forgetting" else ROWS
     from trainer import export
 
-    bench = Bench(**vars(options))
+    bench = Bench(options.data, options.out, options.pretrain, options.finetune, options.ranks)
     make_data(bench.data)
     pretrained = bench.train("pretrained", bench.pretrain, OLD)
     base = bench.out / "base"
@@ -201,7 +225,7 @@ def main() -> None:
         f"| pretrained on OLD | {trained_millions(pretrained):.2f} | {100 * before['new']:.1f}% | "
         f"{100 * before['old']:.1f}% | | |",
     ]
-    for row in ROWS:
+    for row in rows:
         keys = [*bench.pretrained(), *row.overrides, *(row.prepare(bench) if row.prepare else [])]
         run = bench.train(row.name.split(":")[0].split(",")[0].replace(" ", "-"), bench.finetune, NEW, *keys)
         after = recall(bench, run)

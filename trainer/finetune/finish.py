@@ -41,6 +41,8 @@ def finish(plan: Plan, path: str, recipe: Recipe, out: Path) -> int:
         print(
             "no evaluation was better than the base, which is what is exported: more data, or another --train, may help"
         )
+    if share < 1 and isinstance(plan.tree["data"]["train"], str):
+        print("all that was trained would lose more than a point there: --replay with such pairs lets more of it stay")
     print(last_line(plan, start, found, share))
     return 0
 
