@@ -1,5 +1,5 @@
-"""A training run to which things happen: real ranks, forked from a warm parent, under a launcher process that may be
-killed as well.
+"""A training run to which things happen (tests/faults.py): real ranks, forked from a warm parent, under a launcher
+process that may be killed as well.
 
     python -m tests.chaos --faults 50 --seed 0        # a line a fault, and the longest time to the exit of all ranks
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import psutil
 import yaml
 
 from data_tools.io.errors import run_command
+from tests.faults import AT_ONCE, FAULTS, NEEDS_WORKERS, WORKERS, Fault, plan
 from tests.support.clusters import free_port
 from tests.support.runs import curve, make_shards
 from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
@@ -98,10 +99,10 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, ou
 class Start:
     """A launcher process and its ranks."""
 
-    def __init__(self, world: int, arguments: list[str], seen: Path, output: Path) -> None:
+    def __init__(self, world: int, arguments: list[str], seen: Path, output: Path, port: int | None = None) -> None:
         self.world = world
         reading, writing = os.pipe()
-        port = free_port()
+        port = port or free_port()
         self.launcher = os.fork()
         if self.launcher == 0:
             ranks = []
@@ -161,16 +162,19 @@ class Chaos:
         for stage in STAGES:  # nothing is too small to be partitioned
             zero = {"stage": int(stage[-1]), **({"stage3_param_persistence_threshold": 0} if stage == "zero3" else {})}
             (folder / f"{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
-        self.run = (disk or folder) / "run"
+        self.directory, self.shards = (disk or folder) / "run", folder / "pairs"
+        self.extra: list[str] = []
+        """Overrides of all later starts."""
+        self.after: Callable[[], None] | None = None
+        """What a fault leaves to be done when the ranks have ended."""
         self.output = folder / "output"
         self.longest = 0.0
         self.expected, self.order = self._undisturbed()
-        self.arguments: list[str] = []
 
     def _undisturbed(self) -> tuple[dict[int, float], dict[int, list[int]]]:
         seen = self._folder("seen-whole")
         start = Start(2, [str(self.recipe)], seen, self.output)
-        self._until(start, lambda: not start.alive())
+        self.until(start, lambda: not start.alive())
         start.end()
         losses = {samples: loss for samples, loss, _ in curve(self.folder / "whole")}
         order: dict[int, list[int]] = {}
@@ -192,7 +196,7 @@ class Chaos:
             if line.endswith("\n"):  # a killed rank may leave half a line
                 yield tuple(json.loads(line))
 
-    def _until(self, start: Start, reached: Callable[[], bool]) -> None:
+    def until(self, start: Start, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + MOST
         while not reached():
             if not start.alive() and not reached():
@@ -204,7 +208,7 @@ class Chaos:
 
     def check(self, whole: bool = False) -> None:
         """Nothing that was learnt or read may differ from the undisturbed run."""
-        found = curve(self.run) if (self.run / "log.jsonl").exists() else []
+        found = curve(self.directory) if (self.directory / "log.jsonl").exists() else []
         positions = [samples for samples, _, _ in found]
         # From the first step on, none missing, none twice.
         assert positions == sorted(self.expected)[: len(positions)]
@@ -221,90 +225,52 @@ class Chaos:
             assert sorted(taken) == sorted(self.order)
             assert all(rows == set(range(SIZE)) for rows in taken.values())
 
-    def go(self, say: Callable[[str], None]) -> None:
+    def go(self, say: Callable[[str], None], kinds: list[Fault] = FAULTS) -> None:
         """All faults, one a start; then to the end."""
-        kinds = [self.kill_rank, self.kill_launcher, self.kill_while_saving, self.truncate, self.signal] + [
-            self.fill
-        ] * bool(self.disk)
-        plan: list[Callable[[Start], None]] = []
-        while len(plan) < self.faults:  # each kind before any comes again
-            plan += self.dice.sample(kinds, len(kinds))
-        for number, fault in enumerate(plan[: self.faults]):
-            start = self._start()
+        for number, fault in enumerate(plan(self.dice, self.faults, self.disk is not None, kinds)):
+            start = self.start(WORKERS if fault in NEEDS_WORKERS else ())
             step = STEPS_A_FAULT * number + self.dice.randint(2, STEPS_A_FAULT)
-            self._until(start, lambda start=start, step=step: self._at(start) >= step * SIZE)  # type: ignore[misc]
-            time.sleep(self.dice.uniform(0, 0.1))
-            self.after: Callable[[], None] | None = None
-            fault(start)
+            if fault not in AT_ONCE:
+                self.until(start, lambda start=start, step=step: self._at(start) >= step * SIZE)  # type: ignore[misc]
+                time.sleep(self.dice.uniform(0, 0.1))
+            self.after = None
+            fault(self, start)
             seconds = start.end()
             if self.after is not None:
                 self.after()
             self.longest = max(self.longest, seconds)
             where = f"{start.world} rank(s), {self.stage}, step {step:4d}"
-            say(f"{number + 1:3d} {fault.__name__:18} {where}: all ended after {seconds:5.2f} s")
+            say(f"{number + 1:3d} {fault.__name__:24} {where}: all ended after {seconds:5.2f} s")
             self.check()
-        start = self._start()
-        self._until(start, lambda: not start.alive())
+        start = self.start()
+        self.until(start, lambda: not start.alive())
         start.end()
         self.check(whole=True)
 
-    def _start(self) -> Start:
-        overrides = [f"run.directory={self.run}", f"checkpoint.asynchronous={self.dice.random() < 0.5}"]
+    def start(self, overrides: Sequence[str] = (), world: int | None = None, port: int | None = None) -> Start:
+        """The same command again, on another number of ranks and at another ZeRO stage."""
         if not self.stages:  # each before any comes again
             self.stages = self.dice.sample(STAGES, len(STAGES))
         self.stage = self.stages.pop()
-        overrides += [f"engine.ds_config={self.folder / self.stage}.json"]
-        return Start(self.dice.choice([1, 2, 4]), [str(self.recipe), *overrides], self._folder("seen"), self.output)
+        arguments = [
+            str(self.recipe),
+            f"run.directory={self.directory}",
+            f"checkpoint.asynchronous={self.dice.random() < 0.5}",
+            f"engine.ds_config={self.folder / self.stage}.json",
+            *self.extra,
+            *overrides,
+        ]
+        return Start(world or self.dice.choice([1, 2, 4]), arguments, self._folder("seen"), self.output, port)
+
+    def makes_steps(self, start: Start, steps: int) -> None:
+        """Waits for some more steps, or for the last but one."""
+        goal = min(self._at(start) + steps * SIZE, (self.steps - 1) * SIZE)
+        self.until(start, lambda: self._at(start) >= goal)
 
     def _at(self, start: Start) -> int:
         """The position that a start has reached."""
         paths = [self._folder("seen") / f"{pid}.jsonl" for pid in start.ranks]
         return max((at for path in paths if path.exists() for at, *_ in self._lines(path)), default=0)
-
-    # ------------------------------------------------------------------------------------------------------------
-    # faults
-
-    def kill_rank(self, start: Start) -> None:
-        os.kill(self.dice.choice(start.ranks), signal.SIGKILL)
-
-    def kill_launcher(self, start: Start) -> None:
-        os.kill(start.launcher, signal.SIGKILL)
-
-    def signal(self, start: Start) -> None:
-        os.kill(self.dice.choice(start.ranks), self.dice.choice([signal.SIGTERM, signal.SIGUSR1]))
-
-    def kill_while_saving(self, start: Start) -> None:
-        self._until(start, lambda: bool(list((self.run / "checkpoints").glob(".samples-*.partial"))))
-        os.kill(start.ranks[0], signal.SIGKILL)
-
-    def truncate(self, start: Start) -> None:
-        """The newest checkpoint loses its tail after everybody has gone."""
-        self._until(start, lambda: len(list((self.run / "checkpoints").glob("samples-*/checkpoint.json"))) >= 2)
-        self.kill_rank(start)
-
-        def cut() -> None:
-            newest = max((self.run / "checkpoints").glob("samples-*"))
-            path = newest / self.dice.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
-            os.truncate(path, path.stat().st_size // 2)
-
-        self.after = cut
-
-    def fill(self, start: Start) -> None:
-        """Not a byte is left; checkpoints fail and training goes on; then the machine dies, and somebody makes room."""
-        assert self.disk is not None
-        filler = self.disk / "filler"
-        with filler.open("wb", buffering=0) as file:
-            for size in (2**20, 4096, 1):
-                try:
-                    while file.write(bytes(size)) == size:
-                        pass
-                except OSError:
-                    continue
-        at = self._at(start)
-        last = self.steps * SIZE
-        self._until(start, lambda: self._at(start) >= min(at + 3 * SIZE, last - SIZE))
-        self.kill_rank(start)
-        self.after = filler.unlink
 
 
 @contextmanager

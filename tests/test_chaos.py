@@ -11,7 +11,7 @@ from tests.chaos import Chaos, small_disk
 
 
 @pytest.mark.parametrize(
-    ("faults", "seed"), [(5, 0), pytest.param(50, 0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    ("faults", "seed"), [(5, 0), pytest.param(100, 0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_nothing_is_lost_whatever_happens(tmp_path: Path, faults: int, seed: int) -> None:
     with small_disk(tmp_path / "disk") as disk:
