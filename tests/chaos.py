@@ -100,7 +100,7 @@ class Start:
     """A launcher process and its ranks."""
 
     def __init__(self, world: int, arguments: list[str], seen: Path, output: Path, port: int | None = None) -> None:
-        self.world = world
+        self.world, self.ended = world, False
         reading, writing = os.pipe()
         port = port or free_port()
         self.launcher = os.fork()
@@ -120,7 +120,7 @@ class Start:
             self.ranks: list[int] = json.loads(file.read())
 
     def alive(self) -> list[int]:
-        """Ranks that have not ended (one that nobody has taken leave of yet has ended)."""
+        """Ranks that have not ended (a zombie has ended)."""
         found = []
         for pid in self.ranks:
             try:
@@ -140,7 +140,9 @@ class Start:
                 raise AssertionError(f"ranks {left} of {self.world} are still there {LIMIT} s after the fault")
             time.sleep(0.02)
         seconds = time.monotonic() - began
-        os.waitpid(self.launcher, 0)
+        if not self.ended:
+            os.waitpid(self.launcher, 0)
+            self.ended = True
         return seconds
 
     def kill(self) -> None:

@@ -1,6 +1,6 @@
-"""What all losses over pairs share: one autograd function, the settings of the exchange, and the loss contract.
+"""The base of all losses over pairs: one autograd function, the settings of the exchange, and the loss contract.
 
-The forward pass already holds exact gradients of the global batch; backward multiplies them by the incoming scalar.
+The forward pass computes exact gradients of the global batch; backward multiplies them by the incoming scalar.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SameGroup = Literal["negative", "mask", "positive"]
 
 
 class PairSettings(Settings):
-    """Keys that every loss over pairs has: they change memory, traffic and speed."""
+    """Keys that all losses over pairs have; they change memory, traffic and speed."""
 
     renamed: ClassVar = {"rows": "tile_rows", "wire": "comm_dtype", "wire_gradient": "comm_gradient_dtype"}
 
     tile_rows: Annotated[int, OPERATIONAL] = Field(default=1024, ge=1)
-    """Images in a tile of logits. Memory grows with it; below some hundreds the matrix products lose speed."""
+    """Images per tile of logits. Memory grows with it; below a few hundred, matrix products become slow."""
     exchange: Annotated[Exchange, OPERATIONAL] = "ring"
     """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with
     ranks, for fast interconnects); hierarchical (gather inside a node, ring between nodes). All give the same
@@ -41,25 +41,25 @@ class PairSettings(Settings):
     """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
     Open MPI)."""
     comm_dtype: CommDtype | None = None
-    """Dtype of travelling texts; null keeps the embeddings' own. bfloat16 halves their traffic and rounds them, on
-    every rank alike."""
+    """Dtype in which text embeddings are exchanged; null: their own. bfloat16 halves the traffic and rounds them, alike
+    on every rank."""
     precision: Literal["exact", "fast"] = "exact"
     """exact: products of float32 embeddings (error up to 1e-6; of a softmax at scale 120, 2e-6). fast: embeddings and
     the gradient of the logits are rounded to float16 for the tensor cores (an eighth of bfloat16's rounding), which
     also halves the traffic of texts; logits and sums stay float32. exact is the default because the loss is a small
     part of most steps."""
     comm_gradient_dtype: CommDtype = "float32"
-    """Dtype of travelling gradients. bfloat16 halves their traffic and rounds them once a hop; they are added up in
-    float32."""
+    """Dtype in which text gradients are exchanged. bfloat16 halves the traffic and rounds them once per hop; they are
+    summed in float32."""
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the loss; a same_group that nobody has decided yet is negative."""
+        """The keyword arguments of the loss; an undecided same_group counts as negative."""
         found = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
         return {key: "negative" if key == "same_group" and value == "auto" else value for key, value in found.items()}
 
 
 class _Exact(torch.autograd.Function):
-    """The loss, with gradients made in the forward pass."""
+    """The loss, with gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -83,23 +83,23 @@ class _Exact(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "this loss hands its gradients out once, in place: call it again instead of backward twice"
+                "backward() may run only once per call of this loss, which hands out its gradients in place: call it "
+                "again"
             )
         return *(None if g is None else g.mul_(incoming[0].to(g.dtype)) for g in gradients), None, None, None
 
 
 class PairLoss(nn.Module):
-    """A loss over all pairs of the global batch; subclasses say what a tile of logits is worth.
+    """A loss over all pairs of the global batch; subclasses compute it from tiles of logits.
 
     The arguments are the keys of PairSettings, and ``group``: the default process group when None, one rank when there
     is none.
     """
 
     uses_scale = True
-    """False where the objective is about cosines: scale and bias then get zero gradients."""
+    """False if the objective uses cosines only: scale and bias then get zero gradients."""
     scale_from_image = False
-    """True where some logits have no text that takes a gradient, so that the texts' gradient does not tell the
-    scale's."""
+    """True if constant texts (a queue) contribute: the scale's gradient must then be computed from the images'."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class PairLoss(nn.Module):
     ) -> None:
         super().__init__()
         if tile_rows < 1:
-            raise UserError(f"loss.tile_rows: {tile_rows} rows make no tile; 256 to 2048 are usual")
+            raise UserError(f"loss.tile_rows is {tile_rows}: it must be 1 or more; 256 to 2048 are usual")
         self.tile_rows, self.exchange, self.node_size, self.group = tile_rows, exchange, node_size, group
         self.comm_dtype = DTYPES[comm_dtype] if comm_dtype else None
         self.comm_gradient_dtype = DTYPES[comm_gradient_dtype]
@@ -126,24 +126,24 @@ class PairLoss(nn.Module):
         """``z`` -> scalar float32 (float64 for float64 embeddings); the mean over ranks is the loss of the global
         batch.
 
-        Local batches may be unequal: all is divided by the true global batch. Raises UserError when ranks brought
-        embeddings of unequal kind, PeerLost (a RuntimeError) when a peer dies or hangs. Gradients can be taken once.
+        Local batches may be unequal: sums are divided by the true global batch. Raises UserError if the ranks'
+        embeddings differ in width or dtype, PeerLost (a RuntimeError) if a peer dies or hangs. Gradients can be taken
+        once.
         """
         _check(z)
         loss: Tensor = _Exact.apply(*z[:4], self, {"groups": z.groups, "teacher": z.teacher}, torch.is_grad_enabled())
         return loss
 
     def connect(self, device: torch.device) -> None:
-        """Sends a few rows the way that texts and their gradients will go, so that NCCL opens its connections, and
-        takes the memory for them, before the model fills the card. Raises UserError where the ranks cannot exchange as
-        the settings say. All ranks together."""
+        """Sends a few rows along the paths of texts and gradients, so that NCCL opens its connections and allocates
+        their memory before the model fills the card. Raises UserError if the ranks cannot exchange as the settings say.
+        Call it on all ranks."""
         ring = Ring(8, (0, 0, 0), self.exchange, self.node_size, self.group, device)
         rows = torch.zeros(8, 1, device=device)
         traverse(ring, [rows], [Sums((1,), rows.dtype, 0.0, Tensor.add_)], lambda *_: None)
 
     def snapshot(self) -> Callable[[], None]:
-        """What brings this loss's state (its buffers) back to what it is now: a repeated step must meet it
-        unchanged."""
+        """A function that restores this loss's present state (its buffers), for a repeated step."""
         kept = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
 
         def restore() -> None:
@@ -153,7 +153,7 @@ class PairLoss(nn.Module):
         return restore
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """Tells schedules where the run is; called before each step."""
+        """Updates schedules; called before each step."""
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:
         """Sum (not mean) of this rank's losses, float64 []; leaves the gradients asked for in ``pairs``."""
@@ -168,7 +168,7 @@ class PairLoss(nn.Module):
         scale, bias = (value.detach().to(dtype).reshape(()) for value in (z.scale, z.bias))
         if not self.uses_scale:
             scale, bias = torch.ones_like(scale), torch.zeros_like(bias)
-        # One side is enough for the scale's gradient; the texts' would cost their way home.
+        # One side is enough for the scale's gradient; the texts' would have to be sent back.
         with_image = needs[0] or (any(needs) and (not needs[1] or self.scale_from_image))
         signature = (image.shape[1], list(DTYPES.values()).index(text.dtype), needs[1] + 2 * (z.groups is not None))
         ring = Ring(image.shape[0], signature, self.exchange, self.node_size, self.group, image.device, self.traffic)
@@ -179,7 +179,7 @@ class PairLoss(nn.Module):
         return value, self._gradients(z, pairs, needs, share) if any(needs) else [None] * 4
 
     def _gradients(self, z: Embeddings, pairs: Pairs, needs: list[bool], share: float) -> list[Tensor | None]:
-        # What pairs holds is with respect to scaled cosines: sum(image * gradient) is the scale's gradient.
+        # Gradients in ``pairs`` are with respect to scaled cosines: sum(image * gradient) is the scale's gradient.
         d_scale = _inner(pairs.image, pairs.d_image) if pairs.d_image is not None else _inner(pairs.text, pairs.d_text)
         factor = pairs.scale * share
         made = [

@@ -1,5 +1,5 @@
-"""Distillation: the student's softmaxes over the global batch follow a teacher's, with the same flat memory as the loss
-beside it.
+"""Distillation: the student's softmaxes over the global batch are trained to match a teacher's, with the flat memory of
+the main loss.
 
     loss = 1/2B sum over images i of KL(Q_i. || P_i.) + 1/2B sum over texts j of KL(Q_.j || P_.j)
 
@@ -9,8 +9,8 @@ of the teacher's, which has its own width and temperature. It is the contrastive
 (arXiv 2309.12314, section 3.1), over the global batch.
 
 Two sweeps, as in softmax.py: log-sum-exps of both models, then the loss and its gradients. The teacher's texts and the
-texts' log-sum-exps ride along with the student's texts; biases drop out of a softmax, so the student's has a gradient
-of zero.
+texts' log-sum-exps are exchanged together with the student's texts. Biases cancel in a softmax, so the student's has a
+gradient of zero.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class TaughtLoss(nn.Module):
         self.affinity = AffinityLoss(**{key: getattr(exchange, key) for key in PairSettings.model_fields})
 
     def forward(self, z: Embeddings) -> Tensor:
-        """As PairLoss; ``z.teacher`` holds what the teacher says of the same pairs."""
+        """As PairLoss; ``z.teacher`` has the teacher's embeddings of the same pairs."""
         loss: Tensor = self.main(z) + self.weight * self.affinity(z)
         return loss
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
-        """Tells schedules where the run is; called before each step."""
+        """Updates schedules; called before each step."""
         self.main.progress(samples_seen, total_samples)
 
     def snapshot(self) -> Callable[[], None]:
@@ -97,7 +97,7 @@ class TaughtLoss(nn.Module):
 def _teacher_of(pairs: Pairs) -> Embeddings:
     teacher = pairs.teacher
     if teacher is None:
-        raise UserError("loss: distillation needs Embeddings.teacher, what the teacher says of the same pairs")
+        raise UserError("loss: distillation needs Embeddings.teacher, the teacher's embeddings of the same pairs")
     if teacher.image.shape != teacher.text.shape or teacher.image.shape[0] != pairs.image.shape[0]:
         shapes = f"{list(teacher.image.shape)} images and {list(teacher.text.shape)} texts"
         raise UserError(f"loss: the teacher's {shapes} are not those of {pairs.image.shape[0]} pairs")

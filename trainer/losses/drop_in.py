@@ -1,4 +1,4 @@
-"""The losses under open_clip's names and signatures, for training loops that are not RingLIP's.
+"""The losses under open_clip's names and signatures, for other training loops.
 
     loss = SigLipLoss()                                  # or ClipLoss(); any data-parallel wrapper
     loss(**model(images, texts)).backward()              # model returns image_features, text_features, logit_scale, ...
@@ -37,12 +37,12 @@ EXCHANGES: dict[str | None, Exchange] = {
 
 
 class _DropIn(nn.Module):
-    """What both share: open_clip's call, on one of RingLIP's losses."""
+    """The base of both: open_clip's call, on one of RingLIP's losses."""
 
     def __init__(self, loss: PairLoss, rank: int | None, world_size: int | None, accum_freq: int) -> None:
         super().__init__()
         if accum_freq < 1:
-            raise UserError(f"accum_freq: {accum_freq} cannot be; 1 is no accumulation")
+            raise UserError(f"accum_freq is {accum_freq}; it must be 1 (no accumulation) or more")
         self.loss, self.rank, self.world_size, self.accum_freq = loss, rank, world_size, accum_freq
 
     def forward(

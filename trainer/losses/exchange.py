@@ -1,5 +1,5 @@
-"""The trip of all slices around the ring: what is sent and received at each tick, while a slice is computed (see
-ring.py)."""
+"""The traversal of the ring by all slices: what is sent and received at each tick, while a slice is computed (see
+topology.py)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from trainer.losses.topology import Naming, Ring, Slice
 
 
 class Sums(NamedTuple):
-    """What is summed for each travelling row: ``merge(mine, other)`` writes the sum of two partial results into
-    ``mine``."""
+    """A sum for each travelling row: ``merge(mine, other)`` adds two partial results in place of ``mine``."""
 
     tail: tuple[int, ...]
     dtype: torch.dtype
@@ -39,8 +38,8 @@ def traverse(
     ``payload`` holds tensors [rows, ...] that travel; ``visit`` adds into the sums it is given, in place. Returns, for
     each of ``sums``, the [rows, *tail] total over all ranks for this rank's own rows.
 
-    A rank that runs out of memory goes on passing slices, so that no other waits for it; at the end all raise
-    SharedOutOfMemory.
+    A rank that runs out of memory continues to pass on slices, so that no other rank waits for it; at the end all ranks
+    raise SharedOutOfMemory.
     """
     trip = error = None
     try:
@@ -53,7 +52,7 @@ def traverse(
 
 
 def _out_of_memory(error: RuntimeError) -> RuntimeError:
-    """``error`` without the frames that hold what filled the memory; raises what is another one."""
+    """``error`` without its frames, which reference the tensors that filled the memory; raises any other error."""
     if not is_out_of_memory(error):
         raise error
     error.__traceback__ = None
@@ -62,7 +61,7 @@ def _out_of_memory(error: RuntimeError) -> RuntimeError:
 
 @dataclass
 class Mail:
-    """The transfers of one tick: all are posted together, then waited for."""
+    """The transfers of one tick, which are posted together and then waited for."""
 
     ring: Ring
     hop: int

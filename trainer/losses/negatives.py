@@ -32,7 +32,7 @@ class NegativeSettings(Settings):
     """Negatives kept and their weight; the defaults keep all, as SigLIP does."""
 
     keep: Literal["random", "hardest", "easiest"] = "random"
-    """Which negatives stay when not all do; hardest and easiest are chosen over the global batch (1.7x the time)."""
+    """Which negatives to keep if not all; hardest and easiest are chosen over the global batch (1.7x the time)."""
     ratio: float | None = Field(default=None, gt=0)
     """Negatives kept per matched pair; null keeps all."""
     warmup: float = Field(default=0.0, ge=0, le=1)
@@ -40,8 +40,8 @@ class NegativeSettings(Settings):
     weight: float = Field(default=1.0, ge=0)
     """Factor on every kept negative."""
     seed: int = 0
-    """Of the random choice, which also depends on samples_seen and on the pair's place in the global batch, not on
-    ranks."""
+    """Seed of the random choice, which also depends on samples_seen and on the pair's place in the global batch, but
+    not on ranks."""
 
     @model_validator(mode="after")
     def _warmup_starts_below(self) -> NegativeSettings:
@@ -59,8 +59,8 @@ class NegativeSettings(Settings):
 
 
 def matched_samples(settings: NegativeSettings, samples: int, global_batch: int) -> int:
-    """Samples a run needs for as many scored pairs as ``samples`` give with all negatives (SigLIP's "matched pairs");
-    warm-up left out."""
+    """Number of samples at which a run has scored as many pairs as ``samples`` with all negatives (SigLIP's "matched
+    pairs"), without warm-up."""
     ratio = settings.ratio_at(1, 1, global_batch)
     return samples if ratio is None else round(samples * global_batch / (1 + ratio))
 
@@ -76,7 +76,7 @@ class Choice:
         self.salt = _mix(torch.tensor([settings.seed * 1_000_003 + samples_seen]))[0].item()
 
     def decide(self, excluded: Tensor | None, riders: list[Tensor]) -> None:
-        """Sweeps for the threshold where there is one; ``excluded`` groups never count as negatives."""
+        """Sweeps for the threshold if there is one; ``excluded`` groups never count as negatives."""
         if self.ratio is None or self.settings.keep == "random":
             return
         wanted = torch.full((1,), round(self.ratio * self.pairs.ring.total_rows), device=self.pairs.image.device)
@@ -90,7 +90,7 @@ class Choice:
     ) -> tuple[Tensor, Tensor]:
         """The half-key in which the ``wanted``-th largest lies, and how many are still wanted inside it, [1] each.
 
-        All of it stays on the device: asking for a number would wait for every tile before it.
+        It stays on the device: reading a number would synchronise with every tile before it.
         """
         counts = torch.zeros(BINS + 1, dtype=torch.int64, device=wanted.device)  # the last bin: pairs that do not count
         one = torch.ones((), dtype=torch.int64, device=wanted.device)

@@ -3,10 +3,9 @@ openai/CLIP #25).
 
     loss: {name: queue, size: 65536, width: 768}
 
-Each image's softmax runs over the global batch and the queue; texts see the batch alone, as there is no queue of
-images. The queue is [size, width] float32, replicated and equal on all ranks: it takes in the texts as they pass, which
-costs no further traffic. Entries have no gradient. MoCo's momentum encoder is the text tower's business: what enters
-here is what the tower gave.
+Each image's softmax runs over the global batch and the queue; texts see the batch only, as there is no queue of images.
+The queue is [size, width] float32, replicated and equal on all ranks: it stores the texts as they pass, without further
+traffic. Entries have no gradient, and there is no momentum encoder: they are outputs of the text tower itself.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class QueueLoss(SoftmaxLoss):
     def _apply(self, fn: Any, recurse: bool = True) -> QueueLoss:
         taken = self.taken
         super()._apply(fn, recurse)
-        self.taken = taken  # stays on the host: asking a device for it would wait for all that the device has to do
+        self.taken = taken  # on the host: reading it from a device would synchronise
         return self
 
     def snapshot(self) -> Callable[[], None]:
-        """Only what a step overwrites is kept, and only until the next snapshot."""
+        """Keeps only what a step overwrites, until the next snapshot."""
         taken = self.taken.clone()
         replaced: list[tuple[slice, Tensor]] = []
         self._replaced = replaced
@@ -103,8 +102,8 @@ class QueueLoss(SoftmaxLoss):
             self._take_in(pairs, tile)
 
     def _take_in(self, pairs: Pairs, tile: Tile) -> None:
-        """Puts the tile's texts where their place in the global batch says: the same on all ranks, in whatever order
-        they pass."""
+        """Stores the tile's texts by their position in the global batch: the same on all ranks, in whatever order they
+        pass."""
         size = self.queue.shape[0]
         first = sum(pairs.ring.rows[: tile.owner]) + tile.columns.start
         skip = max(0, pairs.ring.total_rows - size - first)  # of a batch larger than the queue, the last stay

@@ -21,7 +21,7 @@ from trainer.losses.negatives import Choice, NegativeSettings
 from trainer.losses.tiles import Pairs, Tile
 
 KERNELS = True
-"""False keeps to the torch path on GPUs too."""
+"""False uses the torch path on GPUs too."""
 
 
 class _SigmoidBaseSettings(PairSettings):

@@ -26,7 +26,7 @@ from trainer.losses.tiles import Pairs, Tile
 
 
 class SoftmaxBaseSettings(PairSettings):
-    """What softmax losses share."""
+    """Keys of all softmax losses."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all texts (images) of the global batch (arXiv 1512.00567)."""
@@ -54,7 +54,9 @@ class SoftmaxLoss(PairLoss):
     ) -> None:
         super().__init__(*args, **kwargs)
         if label_smoothing and same_group == "mask":
-            raise UserError("loss.label_smoothing: it would put a target on masked pairs; leave one of the two out")
+            raise UserError(
+                "loss.label_smoothing and same_group=mask: a target on masked pairs is impossible; remove one"
+            )
         self.label_smoothing, self.same_group = label_smoothing, same_group
 
     def objective(self, pairs: Pairs, image_gradient: bool, text_gradient: bool) -> Tensor:

@@ -30,19 +30,20 @@ from trainer.losses.topology import Ring, Slice
 
 
 class Tile(NamedTuple):
-    """Logits of this rank's images ``rows`` against the texts ``columns`` of the block that rank ``owner`` brought."""
+    """Logits of this rank's images ``rows`` with the texts ``columns`` of rank ``owner``."""
 
     z: Tensor
-    """[r, c] logits, the visitor's to overwrite; in a gradient sweep it must leave d loss / d logits there."""
+    """[r, c] logits, which the callback may modify in place; in a gradient sweep it must leave d loss / d logits
+    here."""
     rows: slice
     columns: slice
     owner: int
     own: bool
-    """True on this rank's own block, whose diagonal holds the pairs that belong together."""
+    """Whether the texts are this rank's own: the diagonal then has the matched pairs."""
     riders: list[Tensor]
-    """What travels with the texts: [c, ...] each."""
+    """Further tensors exchanged with the texts: [c, ...] each."""
     sums: list[Tensor]
-    """What is summed for the texts: [c, ...] each."""
+    """Tensors summed for the texts: [c, ...] each."""
     images: Tensor
     """[r, d] in the dtype of the products' operands."""
     texts: Tensor
@@ -219,7 +220,7 @@ class Pairs:
         return self._space(name, values.shape[0], values.shape[1], dtype).copy_(values)
 
     def _refuse_empty_blocks(self) -> None:
-        # Normalised embeddings are never all zero: such a slice was never written by its sender.
+        # Normalised embeddings are never all zero: such a slice was not written by its sender.
         if not self._empty:
             return
         largest = torch.stack([amount for _, amount in self._empty]).tolist()

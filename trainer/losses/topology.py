@@ -1,8 +1,8 @@
-"""Exact sums over all pairs of a global batch while every rank holds a few slices of the others' rows.
+"""Exact sums over all pairs of a global batch, while every rank holds only a few slices of the others' rows.
 
-Ranks stand in ``num_nodes`` nodes of ``node_size`` (G) lanes. Inside a node slices are shared by all; between nodes
-they travel lane by lane around a ring, and what has been summed for them (a text gradient, a log-sum-exp) travels one
-slice behind and comes home:
+Ranks form ``num_nodes`` nodes of ``node_size`` (G) lanes. Inside a node all ranks share slices; between nodes slices
+travel lane by lane around a ring, and their sums (a text gradient, a log-sum-exp) follow one slice behind and return to
+their owner:
 
     exchange        node_size            ring between nodes
     ring            1                    world nodes, one way
@@ -39,8 +39,7 @@ from trainer.core.distributed import ranks_here
 from trainer.core.types import PeerLost, SharedOutOfMemory, UserError, is_out_of_memory
 
 SLICE_ROWS = 512
-"""Rows of a slice at most. Larger ones make buffers that hold more and products that are no faster; smaller ones,
-slower products."""
+"""Largest slice in rows. Larger ones need more memory without faster products; smaller ones make products slower."""
 Exchange = Literal["ring", "bidirectional", "gather", "hierarchical"]
 
 
@@ -63,7 +62,7 @@ class Slice(NamedTuple):
 
 
 class Naming:
-    """Turns the error of a transfer into PeerLost with these words, unless this rank itself ran out of memory in it."""
+    """Turns the error of a transfer into PeerLost with this message, unless this rank itself ran out of memory."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -76,7 +75,7 @@ class Naming:
 
 
 class Ring:
-    """Who holds what, agreed anew for every batch.
+    """Which rank holds what, agreed for every batch.
 
     ``rows`` is this rank's number of rows, ``signature`` three integers (such as width and dtype) that must be equal on
     all ranks, else every rank raises UserError. ``traffic`` counts the bytes this rank has sent, by kind, until the
@@ -111,7 +110,7 @@ class Ring:
         self.slice_rows = -(-largest // self.num_slices)
 
     def _lanes(self, exchange: Exchange, node_size: int | None) -> int:
-        """Ranks that share slices on this rank's node; 0 where nothing says how many."""
+        """Number of ranks that share slices on this rank's node; 0 if unknown."""
         if exchange == "gather":
             return self.world
         if exchange != "hierarchical" or self.world == 1:
@@ -119,7 +118,7 @@ class Ring:
         return min(node_size or ranks_here() or 0, self.world)
 
     def _common(self, node_sizes: list[int]) -> int:
-        """The number of lanes on all nodes; raises UserError, on every rank, where there is none."""
+        """The number of lanes, equal on all nodes; otherwise raises UserError on every rank."""
         lanes = node_sizes[0]
         if 0 in node_sizes:
             raise UserError(
@@ -164,7 +163,7 @@ class Ring:
         return values
 
     def check_memory(self, error: BaseException | None) -> None:
-        """Raises SharedOutOfMemory on all ranks where one of them brings an ``error``; they wait for each other."""
+        """Raises SharedOutOfMemory on all ranks if any of them has an ``error``. A collective."""
         failed = error is not None
         if self.world > 1:
             vote = torch.tensor([int(failed)], device=self.device)
@@ -180,7 +179,7 @@ class Ring:
         return -1 if self.two_way and index % self.num_slices % 2 else 1
 
     def peer(self, index: int, step: int) -> int:
-        """The rank of this lane ``step`` nodes further on the way of a slice."""
+        """The rank of this lane ``step`` nodes further along a slice's path."""
         return (self.node + step * self._way(index)) % self.num_nodes * self.node_size + self.lane
 
     def slice_at(self, index: int, lane: int) -> Slice:
