@@ -254,7 +254,7 @@ def test_a_layer_beyond_float16_is_named_and_can_be_kept_in_float32(capfd: pytes
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="matches no module; names look like towers"):
         keep_float32(Case().model(), ("no_such_layer",))
-    with pytest.raises(UserError, match="not a regular expression"):
+    with pytest.raises(UserError, match="not a valid regular expression"):
         keep_float32(Case().model(), ("(",))
 
 
