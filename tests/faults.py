@@ -168,7 +168,7 @@ def missing_shard(run: Chaos, start: Start) -> None:
     kill_rank(run, start)
 
     def lose() -> None:
-        [*_, tar] = sorted(run.shards.glob("*.tar"))
+        [*_, tar] = sorted(run.shards.rglob("*.tar"))
         kept = tar.rename(tar.with_suffix(".kept"))
         before = len(run.output.read_text())
         run.start().end()

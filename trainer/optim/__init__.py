@@ -1,11 +1,12 @@
-"""Optimizers, the rate as a function of the samples seen, and the guard that decides what becomes of a bad gradient.
+"""Optimizers, the learning rate as a function of the samples seen, and the guard that handles bad gradients.
 
 optimizer = build_optimizer(model, settings)
 rate = learning_rate(settings, samples_seen, total_samples)
 verdict = guard.judge(norm)                # "step" | "skip" | "clip"
 
 A recipe's ``optim:`` section chooses by ``name``. All are exact at every ZeRO stage, on any number of ranks, offloaded
-or not: one that needs more of a tensor than this rank has (trainer/core/partitioned.py) asks the other ranks for it.
+or not: an optimizer that needs more of a tensor than this rank has gets it from the other ranks
+(trainer/core/partitioned.py).
 """
 
 from trainer.optim.build import Shapes, build_optimizer, matrices, moment_bytes, trained_shapes

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, and what it takes of memory.
+"""Builds the optimizer of a recipe, and tells how much memory it needs.
 
 optimizer = build_optimizer(model, settings)
 """
@@ -30,7 +30,7 @@ def build_optimizer(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UserError(
-            "model: every parameter is locked, there is nothing to train; unlock a tower, or the scale and bias"
+            "model: every parameter is locked, so there is nothing to train; unlock a tower, or the scale and bias"
         )
     if groups is None:
         groups = [

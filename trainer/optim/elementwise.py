@@ -1,4 +1,4 @@
-"""AdamW with moments in any format, and Lion: what an element becomes depends on nothing but itself."""
+"""AdamW with moments in any format, and Lion: the update of an element depends on that element only."""
 
 from __future__ import annotations
 

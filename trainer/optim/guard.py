@@ -1,4 +1,4 @@
-"""The guard that decides what becomes of a bad gradient.
+"""The guard that decides what to do with a bad gradient.
 
 verdict = guard.judge(norm)                # "step" | "skip" | "clip"
 guard.check()                              # raises UserError when the run has diverged
@@ -36,7 +36,7 @@ class Guard:
         return spike.factor * median(self.norms)
 
     def judge(self, norm: float) -> Verdict:
-        """What to do with a gradient of this norm (inf or nan: the loss or the gradient was not finite)."""
+        """Decides on a gradient of this norm (inf or nan: the loss or the gradient was not finite)."""
         if not math.isfinite(norm):
             self.num_bad_steps += 1
             self._bad_in_a_row += 1
@@ -50,8 +50,7 @@ class Guard:
         return {"count": "step", "skip": "skip", "clip": "clip"}[self.settings.spike.action]  # type: ignore[return-value]
 
     def check(self) -> None:
-        """Raises UserError after ``max_bad_steps`` steps in a row that were not finite: going on would only burn
-        time."""
+        """Raises UserError after ``max_bad_steps`` non-finite steps in a row: continuing would only waste time."""
         if self._bad_in_a_row >= self.settings.max_bad_steps:
             raise UserError(
                 f"training diverged: loss or gradient was not finite in {self._bad_in_a_row} steps in a row "
@@ -60,7 +59,7 @@ class Guard:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as this one would have; plain numbers."""
+        """The state that exact resume needs; plain numbers."""
         return {
             "norms": list(self.norms),
             "num_spikes": self.num_spikes,
@@ -69,7 +68,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what ``state_dict`` gave."""
+        """Restores the result of ``state_dict``."""
         self.norms = deque(state["norms"], maxlen=self.settings.spike.window)
         self.num_spikes, self.num_bad_steps = state["num_spikes"], state["num_bad_steps"]
         self._bad_in_a_row = state["bad_in_a_row"]

@@ -1,4 +1,4 @@
-"""``optim:`` of a recipe: which optimizer, its rate as a function of the samples seen, and limits.
+"""The ``optim:`` section of a recipe: the optimizer, its rate as a function of the samples seen, and limits.
 
 optimizer = build_optimizer(model, settings)
 rate = learning_rate(settings, samples_seen, total_samples)
@@ -19,28 +19,29 @@ NEW_RATE = 1e-3
 
 
 class SpikeSettings(Settings):
-    """What to do with a step whose gradient norm leaps out of those before it."""
+    """What to do with a step whose gradient norm is far above those before it."""
 
     action: Literal["count", "skip", "clip"] = "count"
-    "count only reports it; skip leaves the weights as they are; clip scales the gradient down to the limit."
+    "count: only report it; skip: do not update the weights; clip: scale the gradient down to the limit."
     factor: float = Field(default=10.0, gt=1)
     "A spike is a norm above this many times the median of the last `window` steps."
     window: int = Field(default=100, ge=1)
-    "Steps whose norms are remembered; nothing counts as a spike before a tenth of them are known."
+    "Number of past steps to compare with; there are no spikes before a tenth of them are known."
 
 
 class OptimizerSettings(Settings):
-    """What all optimizers share: rate, schedule, clipping, averaging and what happens at gradient spikes."""
+    """Keys of all optimizers: rate, schedule, clipping, averaging and gradient spikes."""
 
     rate_of_adamw: ClassVar[float] = 1.0
     """The usual rate, in AdamW's."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate. auto, by what is trained: 1e-3 for new weights, 1e-5 for whole pretrained towers, 2e-4 for
-    LoRA, each part of a mixed model at its own; with lion a tenth of that."""
+    """Peak learning rate. auto depends on what is trained: 1e-3 for new weights, 1e-5 for whole pretrained towers, 2e-4
+    for LoRA, each part of a mixed model at its own; with lion a tenth of these."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Decoupled weight decay of matrices, a step: this times the rate; vectors (norms, biases), the scale and the bias
-    are never decayed. CLIP: 0.2. SigLIP's 1e-4 is not multiplied by its rate of 1e-3: that is 0.1 here."""
+    """Decoupled weight decay of matrices, multiplied by the rate in each step; vectors (norms, biases), the scale and
+    the bias are not decayed. CLIP: 0.2. SigLIP's 1e-4 is not multiplied by its rate of 1e-3: it corresponds to 0.1
+    here."""
     warmup: float = Field(default=0.05, ge=0)
     "Linear warm-up: a fraction of the run below 1, else a number of samples."
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -48,23 +49,23 @@ class OptimizerSettings(Settings):
     final: float = Field(default=0.0, ge=0, le=1)
     "Fraction of the peak rate at the end of a cosine."
     clip: float = Field(default=1.0, ge=0)
-    "Largest norm of the global gradient; 0 switches clipping off."
+    "Largest norm of the global gradient; 0: no clipping."
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay a step of a running average of the weights, kept in float32 beside the optimizer's moments (4 bytes a
-    trained parameter) and in every checkpoint. Evaluations during training are of it ("weights": "ema" in log.jsonl),
-    as with `evaluate --ema` and `export --ema`; `evaluate` without --ema scores the weights themselves. 0: none; 0.999
-    averages about the last thousand steps."""
+    """Decay per step of a running average of the weights, kept in float32 with the optimizer's moments (4 bytes per
+    trained parameter) and in every checkpoint. Evaluations during training use it ("weights": "ema" in log.jsonl), as
+    do `evaluate --ema` and `export --ema`; without --ema they use the weights. 0: none; 0.999 averages about the last
+    thousand steps."""
     spike: SpikeSettings = SpikeSettings()
     "Gradient-norm spikes."
     max_bad_steps: int = Field(default=10, ge=1)
-    "Steps in a row with a loss or gradient that is not finite (each is skipped) before the run ends."
+    "The run ends after this many consecutive steps with a non-finite loss or gradient (each is skipped)."
     max_scale: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
-    """Ceiling of the scale t = exp(logit_scale). Never below what a pretrained model starts at. null: no ceiling; auto:
-    100 with a softmax loss, as CLIP, else none."""
+    """Upper limit of the scale t = exp(logit_scale), never below a pretrained model's own. null: no limit; auto: 100
+    with a softmax loss, as in CLIP, else none."""
 
     @property
     def peak(self) -> float:
-        """``lr`` as a number: `auto` is for new weights where nobody has looked at what is trained."""
+        """``lr`` as a number; an unresolved `auto` counts as that for new weights."""
         return NEW_RATE * self.rate_of_adamw if self.lr == "auto" else self.lr
 
 
@@ -80,12 +81,12 @@ class AdamWSettings(OptimizerSettings):
     eps: float = Field(default=1e-8, gt=0)
     "Added to the root of the second moment."
     moments: Format = "float32"
-    """What the two moments are kept in: 8 bytes a trained parameter, in bfloat16 4 (rounded stochastically), in int8
+    """Format of the two moments: float32, 8 bytes per trained parameter; bfloat16, 4 (rounded stochastically); int8,
     2.03 (blocks of 256 elements, Dettmers et al., arXiv 2110.02861; parameters under 4,096 elements stay float32)."""
 
 
 class AdafactorSettings(OptimizerSettings):
-    """Adafactor (Shazeer and Stern, arXiv 1804.04235) as big_vision trains SigLIP with it: about 2 bytes a trained
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) as in big_vision's SigLIP: about 2 bytes per trained
     parameter."""
 
     name: Literal["adafactor"] = "adafactor"
@@ -96,12 +97,12 @@ class AdafactorSettings(OptimizerSettings):
     eps: float = Field(default=1e-30, gt=0)
     "Added to the square of the gradient."
     moments: Format = "bfloat16"
-    "What the momentum is kept in: 2 bytes a trained parameter in bfloat16; second moments are float32 and tiny."
+    "Format of the momentum: 2 bytes per trained parameter in bfloat16. Second moments are float32 and tiny."
 
 
 class LionSettings(OptimizerSettings):
-    """Lion (Chen et al., arXiv 2302.06675): the sign of a momentum. 4 bytes a trained parameter. Every element moves by
-    the rate itself: take a third to a tenth of AdamW's optim.lr, and as many times its optim.weight_decay."""
+    """Lion (Chen et al., arXiv 2302.06675): the sign of a momentum. 4 bytes per trained parameter. Every element moves
+    by the rate itself: use a third to a tenth of AdamW's optim.lr, and 3 to 10 times its optim.weight_decay."""
 
     rate_of_adamw: ClassVar[float] = 0.1
     name: Literal["lion"] = "lion"
@@ -110,7 +111,7 @@ class LionSettings(OptimizerSettings):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     "Decay of the momentum."
     moments: Format = "float32"
-    "What the momentum is kept in; see adamw."
+    "Format of the momentum; see adamw."
 
 
 class MuonSettings(OptimizerSettings):
@@ -139,7 +140,7 @@ class LambSettings(OptimizerSettings):
     eps: float = Field(default=1e-6, gt=0)
     "Added to the root of the second moment."
     moments: Format = "float32"
-    "What the two moments are kept in; see adamw."
+    "Format of the two moments; see adamw."
 
 
 OptimSettings = Annotated[
@@ -149,7 +150,7 @@ OptimSettings = Annotated[
 
 
 def learning_rate(settings: OptimizerSettings, samples_seen: int, total_samples: int) -> float:
-    """The rate of the step that begins after ``samples_seen`` of ``total_samples``: pure, so a resumed run cannot
+    """The rate of the step after ``samples_seen`` of ``total_samples``; a pure function, so a resumed run cannot
     differ."""
     warmup = settings.warmup * total_samples if settings.warmup < 1 else settings.warmup
     if samples_seen < warmup:

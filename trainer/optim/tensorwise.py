@@ -1,4 +1,4 @@
-"""Adafactor, LAMB and Muon: what an element becomes depends on the whole of its tensor, which ZeRO may have cut up.
+"""Adafactor, LAMB and Muon: the update of an element depends on its whole tensor, which ZeRO may have partitioned.
 
 Adafactor needs the sums of a matrix's rows and columns, LAMB two norms of a tensor: each rank sums what it has, and one
 small all-reduce a group does the rest. Muon needs the matrix itself: the ranks assemble it in bf16, a bucket at a time,

@@ -1,2 +1,2 @@
-"""What ``python -m trainer.plan`` knows: a trace of the model under fake tensors, where ZeRO keeps what, how fast cards
-are."""
+"""The planner (``python -m trainer.plan``): a trace of the model under fake tensors, a model of ZeRO's memory, a
+roofline of cards."""

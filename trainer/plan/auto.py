@@ -1,4 +1,4 @@
-"""``batch.micro_batch: auto``: the planner's answer for the recipe as it is."""
+"""``batch.micro_batch: auto``: the planner's answer for an unchanged recipe."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
-    """What ``gpus`` ranks in ``nodes`` have to do in a step. Raises UserError where the global batch does not divide
-    among them."""
+    """The work of ``gpus`` ranks in ``nodes`` in a step. Raises UserError if the global batch does not divide
+    evenly."""
     rows = distributed.per_rank(recipe.batch.size, gpus)
     here, optim = max(1, gpus // nodes), recipe.optim
     given: dict[str, Any] = {"node_ranks": here, "optim": optim, "average": optim.ema > 0}
@@ -30,14 +30,14 @@ def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
 
 
 def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:
-    """What the recipe's teacher weighs and does; None where there is none."""
+    """The survey of the recipe's teacher; None if there is none."""
     return look(recipe.distill.model, precision, device, held=True) if recipe.distill is not None else None
 
 
 def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device: Device = "cuda") -> int:
     """The largest micro-batch that fits ``memory_bytes`` per rank.
 
-    1 where not even that fits: the step then says so itself, or proves the forecast too careful.
+    1 if not even that fits: the step will then fail with a message, or show that the forecast was too careful.
     """
     precision = recipe.engine.computes_in
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))

@@ -1,4 +1,4 @@
-"""Forecasts memory and time per GPU before any GPU is rented, and chooses the ds_config and the micro-batch.
+"""Forecasts memory and time per GPU, and chooses the ds_config and the micro-batch. Needs no GPU.
 
     python -m trainer.plan trainer/recipes/glyphs.yaml --gpu-memory 16GiB --gpus 8
     python -m trainer.plan RECIPE batch.size=32768 --gpu-memory 24GiB --gpus 16 --nodes 2 --link 25Gbit \\
@@ -40,7 +40,7 @@ UNITS = {"gib": 2.0**30, "mib": 2.0**20, "gb": 1e9, "mb": 1e6, "gbit": 1e9 / 8, 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was considered and what came out."""
+    """The options considered and the one chosen."""
 
     options: list[Option]
     chosen: Option | None
@@ -48,7 +48,7 @@ class Plan:
     """Bytes per GPU that tensors may take."""
     notes: list[str]
     job: Job
-    """One step as a rank sees it, of one pair at a time."""
+    """A step of one rank, with one pair at a time."""
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""What another device does otherwise than the processor on which a model is traced.
+"""Emulates, while a model is traced on the CPU, what another device does differently.
 
 with FakeTensorMode(), as_on("cuda") as parking:
     ...

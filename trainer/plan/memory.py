@@ -1,4 +1,4 @@
-"""Where ZeRO keeps what: bytes on the device and on the host in every phase of a step, for a ds_config.
+"""A model of ZeRO's memory: bytes on the device and on the host in every phase of a step, for a ds_config.
 
     peak = forecast(survey, zero, Job(ranks=8, local_batch=4096, micro_batch=64))
     peak.total, peak.parts["activations"], peak.phase, peak.host
@@ -74,7 +74,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class _States:
-    """What outlives a step (device and host), and what the phases add to it."""
+    """Memory that outlives a step (device and host), and what each phase adds to it."""
 
     device: dict[str, float]
     host: float

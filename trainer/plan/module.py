@@ -1,4 +1,4 @@
-"""What a module of the user's own weighs and does, for the planner: traced with the inputs that it is given.
+"""Surveys any module for the planner, by tracing it with given inputs.
 
 survey = survey_module(model, (images, texts), precision="bf16")
 

@@ -1,5 +1,4 @@
-"""What a recipe's model weighs and does: parameters counted on the meta device, a micro-batch traced under fake
-tensors.
+"""Surveys a recipe's model: counts parameters on the meta device and traces a micro-batch under fake tensors.
 
 survey = look(recipe.model, precision="bf16", device="cuda")
 survey.training.peak(rows=32)                  # bytes of activations of a micro-batch of 32 pairs

@@ -1,5 +1,5 @@
-"""How long a step takes: a roofline over the traced operators, and a model of the links. Assumptions are stated, and
-printed.
+"""Forecasts the time of a step: a roofline over the traced operators, and a model of the links. The planner prints its
+assumptions.
 
 Every operator takes max(FLOPs / attained FLOP/s, bytes / attained bandwidth), attained being MATRIX and STREAM of the
 datasheet's dense figures, for the dtype that the operator multiplies. Collectives run at the slowest link on their ring

@@ -1,12 +1,12 @@
-"""One HTML page about a run, with everything inside it: what it reached, how it got there, and real pictures with their
-captions. For several runs: overlaid curves, results side by side and the differences of their recipes.
+"""Writes one self-contained HTML page about a run: its results, its curves, and example pictures with captions. For
+several runs: overlaid curves, results side by side and the differences of their recipes.
 
     python -m trainer.report runs/quickstart                # -> runs/quickstart/report.html
     python -m trainer.report runs/a runs/b runs/c           # -> runs/comparison.html
 
-Made from what lies in the run's directory: log.jsonl, evaluation.json, gallery.json, recipe.yaml, deepspeed.json,
-environment.json, and plan.svg where `python -m trainer.plan ... --out RUN/plan.svg` has drawn one. What is not there is
-left out, and said. It may be made while the run goes on.
+It reads log.jsonl, evaluation.json, gallery.json, recipe.yaml, deepspeed.json and environment.json in the run's
+directory, and plan.svg if `python -m trainer.plan ... --out RUN/plan.svg` wrote one. The page says which of them are
+missing. The run may still be in progress.
 """
 
 from __future__ import annotations
@@ -105,6 +105,6 @@ def _json(path: Path) -> dict[str, Any]:
             raise ValueError("not a mapping")
     except ValueError as error:
         raise UserError(
-            f"{path}: not readable ({error}); remove it, or make it anew with `python -m trainer.evaluate`"
+            f"{path}: not readable ({error}); remove it, or rewrite it with `python -m trainer.evaluate`"
         ) from None
     return found
