@@ -1,0 +1,73 @@
+"""Workarounds for DeepSpeed 0.19: what importing it must not do, and what it does not reset after an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+from trainer.core import distributed
+
+# To find out which of its C++ extensions can be built, DeepSpeed runs the compiler in every process; on CPUs it would
+# also spend a minute on building one for small all-reduces. RingLIP needs no extension.
+vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+# DeepSpeed calls collectives by names that torch has deprecated, and torch warns on every rank, at ZeRO-3 in every
+# step. Users cannot do anything about it. The warning comes from torch's logger; nothing in this package uses those
+# names.
+warnings.filterwarnings(
+    "ignore",
+    r"`torch\.distributed\.(all_gather_into_tensor|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base)` is ",
+    FutureWarning,
+    r"torch\.distributed\.c10d_logger",
+)
+DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
+DEEPSPEED_LOGGER.setLevel(logging.WARNING)  # DeepSpeed's start-up report is a hundred lines per rank
+# It calls other optimizers than its own and torch's untested; tests/test_engine_optimizers.py tests trainer.optim's.
+DEEPSPEED_LOGGER.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+
+
+def use_all_cores() -> None:
+    """Overrides torchrun's OMP_NUM_THREADS=1, with which an offloaded optimizer would run on one core; a number that
+    the user set stays."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(distributed.cores())
+
+
+def forget_reductions(optimizer: Any) -> None:
+    """Resets ZeRO's bookkeeping of a backward pass to the start of a step, after an error at any point.
+
+    DeepSpeed resets it only at the end of a completed step: gradients that an interrupted step leaves in the buckets
+    would be reduced again by the next, and no parameter may be reduced twice.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # reductions on other streams may still read the buckets that are released here
+    optimizer._backward_active_depth = optimizer._remaining_grad_acc_hooks = 0
+    optimizer._backward_hook_state.reset_for_new_step()
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params()
+        optimizer.params_already_reduced = dict.fromkeys(optimizer.params_already_reduced, False)
+        optimizer._offload_boundary_param_ids = set()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        return
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.clear()
+    optimizer.extra_large_param_to_reduce.clear()
+    optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
+    optimizer._clear_previous_reduced_grads()
+    optimizer._release_ipg_buffers()
+    optimizer._release_preflattened_grad_buffers()
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+    for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        gradients.update(dict.fromkeys(gradients))  # in place: each parameter refers to the first as well
