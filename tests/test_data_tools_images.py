@@ -14,8 +14,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools.samples.decoding import check_pixels, decode
 from data_tools.samples.image_header import read_header
-from data_tools.samples.images import ImageOptions, check_pixels, decode, prepare
+from data_tools.samples.images import ImageOptions, prepare
 from data_tools.samples.reject import Reject
 from tests.support.picture_files import encoded, picture
 
@@ -252,7 +253,7 @@ def test_resize_never_enlarges() -> None:
 def test_large_jpegs_decode_at_a_fraction_with_nearly_the_same_pixels() -> None:
     source = picture(12, 1600, 1200)
     data = encoded(source, "JPEG", quality=95)
-    assert decode(data, read_header(data), 100).shape[0] == 300  # the smallest eighth that is at least twice 100
+    assert decode(data, least=(200, 200)).shape[0] == 300  # the smallest eighth that is at least twice 100
     prepared = prepare(data, ImageOptions(resize=100, encode="png"))
     assert close(
         pixels_of(prepared.data), np.asarray(Image.fromarray(source).resize((133, 100), Image.Resampling.HAMMING)), 1.0

@@ -158,7 +158,8 @@ def test_webp_and_a_jpeg_named_otherwise_are_read_by_their_bytes() -> None:
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says how large it is and holds nothing."""
     header, pixels = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"")
-    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, pixels)]
+    chunks = (header, pixels, b"IEND")
+    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -185,7 +186,7 @@ def test_what_is_not_a_picture_is_damaged(data: bytes) -> None:
 def test_float_pictures_are_damaged() -> None:
     buffer = io.BytesIO()
     Image.new("F", (4, 4), 0.5).save(buffer, "TIFF")
-    with pytest.raises(Damaged, match="floating-point"):
+    with pytest.raises(Damaged, match=r"pixel_format \(floating-point\)"):
         decode(buffer.getvalue(), MANY)
 
 
@@ -193,8 +194,7 @@ def test_float_pictures_are_damaged() -> None:
 def test_large_pictures_are_refused_from_their_header() -> None:
     with pytest.raises(Damaged, match=r"12000 x 12000 pixels are above data.max_pixels"):
         decode(png_header(12_000, 12_000), 10**8)
-    # Pillow's own limit comes first, unless data_tools, which checks for itself, has switched it off in this process.
-    with pytest.raises(Damaged, match=r"exceeds limit of|30000 x 30000 pixels are above data.max_pixels"):
+    with pytest.raises(Damaged, match=r"pixels are above data\.max_pixels"):
         decode(png_header(30_000, 30_000), 10**8)
     with pytest.raises(Damaged, match="64 x 64"):
         decode(encode(picture(1, (64, 64)), "jpg"), 4000)

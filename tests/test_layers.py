@@ -80,4 +80,4 @@ def test_the_trainer_knows_the_format_of_shards_and_no_command_of_data_tools() -
             continue
         for name in imports(path):
             if name.split(".")[0] == "data_tools":
-                assert name.split(".")[1] in {"format", "io"}, f"{path} imports {name}"
+                assert name.split(".")[1] in {"format", "io", "samples"}, f"{path} imports {name}"

@@ -21,8 +21,7 @@ from data_tools.format.map_shards import Place, TarReader, open_local
 from data_tools.io.errors import UserError
 from data_tools.io.formatting import printable
 from data_tools.io.output import make_folder
-from data_tools.samples.image_header import read_header
-from data_tools.samples.images import decode
+from data_tools.samples.decoding import decode
 from data_tools.samples.reject import Reject
 
 _EXTENSIONS = {1: "jpg", 2: "png", 3: "webp", 0: "image"}
@@ -45,7 +44,7 @@ def find(dataset: Dataset, name: str) -> Place:
 
 def draw(image: bytes, width: int) -> str:
     """A picture as two pixels a character, in 24-bit terminal colours."""
-    pixels = Image.fromarray(decode(image, read_header(image)))
+    pixels = Image.fromarray(decode(image))
     height = max(2, round(pixels.height * width / pixels.width / 2) * 2)
     small = np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS))
     lines = []

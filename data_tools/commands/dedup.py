@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image
@@ -28,8 +27,7 @@ from data_tools.commands.merge import summary
 from data_tools.format.index import Dataset, read_key
 from data_tools.format.map_shards import TarReader, open_local, over_shards
 from data_tools.format.view import open_view, write_view
-from data_tools.samples.image_header import read_header
-from data_tools.samples.images import open_image, to_rgb
+from data_tools.samples.decoding import decode
 from data_tools.samples.reject import Reject
 
 _SIDE, _KEPT = 32, 8
@@ -49,16 +47,7 @@ _DCT = _dct_rows()
 def perceptual_hash(image: bytes) -> int | None:
     """64 bits that hardly change when a picture is scaled or compressed; None for a flat picture. Raises Reject if the
     picture is damaged."""
-    header = read_header(image)
-    if header.format == "jpg" and header.components != 4 and min(header.width, header.height) >= 8 * _SIDE:
-        try:
-            grey = Image.fromarray(
-                simplejpeg.decode_jpeg(image, colorspace="GRAY", min_height=_SIDE, min_width=_SIDE)[..., 0]
-            )
-        except ValueError:
-            raise Reject("corrupt") from None
-    else:
-        grey = to_rgb(open_image(image, header)).convert("L")
+    grey = Image.fromarray(decode(image, least=(2 * _SIDE, 2 * _SIDE))).convert("L")
     pixels = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
     parts = _DCT @ pixels @ _DCT.T
     if np.abs(parts).max() < 16 * _SIDE:

@@ -95,6 +95,9 @@ def merge(output: Output) -> dict[str, Any]:
         {**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]
     ]
     rejected = Counter(line["reason"] for line in lines)
+    # The manifest of a run that was reopened does not say which shard a change was in.
+    known = all("changed" in record for record in whole)
+    changed = sum((Counter(record["changed"]) for record in whole), Counter[str]()) if known else None
     shards = [record["entry"] for record in whole]
     columns = taken_up(output, shards)
     manifest = {
@@ -105,6 +108,7 @@ def merge(output: Output) -> dict[str, Any]:
         "samples": sum(entry["samples"] for entry in shards),
         "max_captions": max(record["max_captions"] for record in whole),
         "rejected": dict(sorted(rejected.items())),
+        **({"changed": dict(sorted(changed.items()))} if changed is not None else {}),
         "input": plan["input"],
         "options": plan["options"],
         **({"columns": columns} if columns else {}),
@@ -122,10 +126,12 @@ def merge(output: Output) -> dict[str, Any]:
 def summary(root: str, manifest: dict[str, Any]) -> str:
     """One line for the terminal."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items()) or "none"
+    mended = sum(count for name, count in manifest.get("changed", {}).items() if name.startswith("mended_"))
+    note = f"; harmless faults mended in {mended:,} JPEGs" if mended else ""
     size = sum(entry["bytes"] for entry in manifest["shards"])
     return (
         f"{root}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, {size / 1e6:,.1f} MB; "
-        f"left out: {rejected}"
+        f"left out: {rejected}{note}"
     )
 
 

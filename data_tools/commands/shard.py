@@ -27,6 +27,7 @@ from data_tools.format.index import MANIFEST
 from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.io.remote import require_backend
+from data_tools.samples.formats import NEVER, ON_REQUEST
 from data_tools.samples.images import ImageOptions
 from data_tools.samples.reject import explain
 from data_tools.sharding.counts import Tally
@@ -176,6 +177,35 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         help=f"leave out pictures of more pixels, by their header (default {defaults.max_pixels})",
     )
     group.add_argument(
+        "--formats",
+        type=_formats,
+        default=(),
+        metavar="A,B,...",
+        help=f"also read rare formats: {', '.join(ON_REQUEST)}",
+    )
+    group.add_argument(
+        "--icc",
+        choices=("ignore", "srgb"),
+        default=defaults.icc,
+        help="srgb converts pictures with another colour profile, such as Display P3 or a CMYK one; ignore reads the "
+        f"values as image processors of pretrained models do (default {defaults.icc})",
+    )
+    group.add_argument(
+        "--max-memory",
+        type=whole(64),
+        default=defaults.max_memory,
+        metavar="MIB",
+        help="leave out pictures of unusual formats or more than 25 million pixels whose decoding takes more memory "
+        f"(default {defaults.max_memory})",
+    )
+    group.add_argument(
+        "--max-seconds",
+        type=number(0.1),
+        default=defaults.max_seconds,
+        metavar="S",
+        help=f"and those that take more processor time (default {defaults.max_seconds:g})",
+    )
+    group.add_argument(
         "--max-bytes",
         type=whole(1),
         default=defaults.max_bytes,
@@ -189,6 +219,16 @@ def _task(text: str) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
     return int(index), int(count)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(sorted({name.upper() for name in text.split(",")}))
+    for name in names:
+        if name in NEVER:
+            raise argparse.ArgumentTypeError(f"{name} is never read: {NEVER[name]}")
+        if name not in ON_REQUEST:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(ON_REQUEST)}")
+    return names
 
 
 def options_of(arguments: argparse.Namespace) -> ShardOptions:
@@ -215,6 +255,10 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
         max_aspect=arguments.max_aspect,
         max_pixels=arguments.max_pixels,
         max_bytes=arguments.max_bytes,
+        formats=arguments.formats,
+        icc=arguments.icc,
+        max_memory=arguments.max_memory,
+        max_seconds=arguments.max_seconds,
     )
     return ShardOptions(
         source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption

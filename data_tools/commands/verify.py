@@ -23,8 +23,7 @@ from data_tools.format.index import Dataset, hash_key, read_key
 from data_tools.format.map_shards import TarReader, open_local, over_shards
 from data_tools.io.errors import UserError
 from data_tools.io.formatting import printable
-from data_tools.samples.image_header import read_header
-from data_tools.samples.images import check_pixels
+from data_tools.samples.decoding import check
 from data_tools.samples.reject import REASONS, Reject
 from data_tools.sources.base import read_pieces
 
@@ -103,7 +102,7 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
         faults.append((key, "its .json member is not JSON"))
     if decode:
         try:
-            check_pixels(image, read_header(image))
+            check(image)
         except Reject as reject:
             faults.append((key, REASONS[reject.reason]))
     return faults

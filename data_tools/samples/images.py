@@ -3,13 +3,13 @@
     prepared = prepare(data, ImageOptions(resize=224))      # .data .extension .width .height .changed; raises Reject
 
 Kept byte for byte: JPEG, PNG and WebP that decode without a warning to upright 8-bit RGB, grey or palette pixels.
-Everything else that can be understood is encoded anew, and ``changed`` says why.
+Everything else that can be understood is encoded anew, and ``changed`` says why. A JPEG whose only fault lies outside
+of its pixels (jpeg_faults.py) is kept without the fault, and ``changed`` names it.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +18,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.samples.image_header import Header, read_header
+from data_tools.samples.decoding import check_pixels, decode_here, foreign_profile
+from data_tools.samples.image_header import LIMITS, Header, Limits, cheap_header, in_sandbox, read_here
 from data_tools.samples.reject import Reject
-
-Image.MAX_IMAGE_PIXELS = None  # our own cap is read from the header, and does not warn but reject
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,20 @@ class ImageOptions:
     """JPEG and WebP quality of pictures that are encoded anew."""
     min_side: int = 8
     max_aspect: float = 20.0
-    max_pixels: int = 100_000_000
+    max_pixels: int = LIMITS.max_pixels
     max_bytes: int = 256 << 20
+    formats: tuple[str, ...] = ()
+    """Rare formats to read as well."""
+    icc: Literal["ignore", "srgb"] = "ignore"
+    """srgb converts pictures with another colour profile; ignore takes their values as they are, which is what image
+    processors of pretrained models do."""
+    max_memory: int = LIMITS.max_memory
+    max_seconds: float = LIMITS.max_seconds
+
+    @property
+    def limits(self) -> Limits:
+        """What decoding one picture may cost."""
+        return Limits(self.max_pixels, self.formats, self.max_memory, self.max_seconds)
 
 
 class Prepared(NamedTuple):
@@ -57,17 +68,29 @@ class Prepared(NamedTuple):
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
     """The picture as it will be stored. Raises Reject with the reason when it cannot be used."""
-    header = read_header(data)
+    header = cheap_header(data)
+    if header is None:
+        prepared: Prepared = in_sandbox("images:prepare_here", (data, options), options.limits)
+        return prepared
+    return prepare_here(data, options, header)
+
+
+def prepare_here(data: bytes, options: ImageOptions, header: Header | None = None) -> Prepared:
+    """``prepare`` in this process."""
+    header = header or read_here(data, options.formats)
     _check_size(header, options)
     changed = list(header.changes)
     shrink = options.resize is not None and _target(header.width, header.height, options) != (
         header.width,
         header.height,
     )
-    if not changed and not shrink:
-        check_pixels(data, header)
-        return Prepared(data, header.format, header.width, header.height, changed)
-    pixels = decode(data, header, options.resize if shrink else None)
+    profile = foreign_profile(data, header) if options.icc == "srgb" else None
+    if not changed and not shrink and profile is None:
+        sound, notes = check_pixels(data, header)
+        return Prepared(sound, header.format, header.width, header.height, notes)
+    least = 2 * options.resize if shrink and options.resize else 0
+    pixels, notes = decode_here(data, header, (least, least), profile)
+    changed += notes
     if shrink:
         changed.append("resized")
         pixels = _resize(pixels, options)
@@ -84,88 +107,6 @@ def _check_size(header: Header, options: ImageOptions) -> None:
         raise Reject("too_small")
     if max(width, height) > options.max_aspect * min(width, height):
         raise Reject("too_elongated")
-
-
-def check_pixels(data: bytes, header: Header) -> None:
-    """Decodes everything that can be wrong, and as few pixels as possible. Raises Reject."""
-    if header.format == "jpg":
-        try:
-            # All entropy-coded data is read, which is where damage shows; the pixels themselves are made at 1/8 of the
-            # size and grey.
-            simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=8)
-        except ValueError:
-            _decode_jpeg(data, 0)  # RGB-coded files have no grey to take: decide by the whole picture
-    else:
-        open_image(data, header).close()
-
-
-def decode(data: bytes, header: Header, resize: int | None = None) -> NDArray[np.uint8]:
-    """Upright RGB pixels [height, width, 3], alpha on white. With ``resize``, a large JPEG may come at a fraction of
-    its size, but no side shorter than twice ``resize``."""
-    if header.format == "jpg" and header.components != 4:
-        pixels = _decode_jpeg(data, 2 * resize if resize else 0)
-        return _upright(pixels, header.orientation)
-    if header.format == "jpg":
-        _strict(data, "CMYK", 0)
-    return _upright(np.asarray(to_rgb(open_image(data, header))), header.orientation)
-
-
-def _decode_jpeg(data: bytes, min_side: int) -> NDArray[np.uint8]:
-    return _strict(data, "RGB", min_side)
-
-
-def _strict(data: bytes, colorspace: str, min_side: int) -> NDArray[np.uint8]:
-    try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, colorspace=colorspace, min_height=min_side, min_width=min_side
-        )
-    except ValueError as error:
-        raise Reject("truncated" if "Premature end" in str(error) else "corrupt") from None
-    return pixels
-
-
-def open_image(data: bytes, header: Header) -> Image.Image:
-    """The first frame, decoded by Pillow. Raises Reject when it is damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage in metadata, which does not matter to the pixels
-            image = Image.open(io.BytesIO(data))
-            image.load()
-    except Image.DecompressionBombError:
-        raise Reject("too_many_pixels") from None
-    # Pillow's plugins raise almost anything on damaged data (OSError, SyntaxError, struct.error, IndexError, zlib.error
-    # ...).
-    except Exception as error:
-        raise Reject("truncated" if "truncated" in str(error) else "corrupt") from None
-    return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as 8-bit RGB: transparency on white, 16 bits rescaled. Raises Reject for float and 32-bit
-    pixels."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise Reject("pixel_format")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
-
-
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undoes an EXIF orientation of 1 .. 8."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 def _target(width: int, height: int, options: ImageOptions) -> tuple[int, int]:

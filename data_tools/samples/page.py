@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_tools.io.formatting import human_bytes
-from data_tools.samples.image_header import read_header
-from data_tools.samples.images import decode
+from data_tools.samples.decoding import decode
 from data_tools.samples.reject import Reject
 
 _THUMB = 160
@@ -175,7 +174,7 @@ def figure(picture: Picture) -> str:
 
 def thumbnail(image: bytes) -> str:
     """A picture of at most 160 pixels a side as a data: URL. Raises Reject when it is damaged."""
-    small = Image.fromarray(decode(image, read_header(image), _THUMB))
+    small = Image.fromarray(decode(image, least=(2 * _THUMB, 2 * _THUMB)))
     small.thumbnail((_THUMB * 2, _THUMB * 2))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)

@@ -17,7 +17,7 @@ from data_tools.samples.images import ImageOptions
 from data_tools.sources import Source, SourceOptions
 from data_tools.sources.base import hash_text
 
-LAYOUT = 3
+LAYOUT = 4
 """Increase it whenever the same input and options would give other bytes than before."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ def write_shard(
     index = np.zeros(len(numbers), ROW)
     rejects: list[dict[str, Any]] = []
     kept, max_captions = 0, 1
+    changed: Counter[str] = Counter()
     try:
         for number, row in zip(numbers.tolist(), plan.source.rows(numbers), strict=True):
             key = plan.key(number)
             try:
-                entry, num_captions, num_bytes = _write_sample(plan, writer, key, row)
+                entry, num_captions, num_bytes, changes = _write_sample(plan, writer, key, row)
             except Reject as reject:
                 if strict:
                     words = explain(reject.reason, reject.path)
@@ -50,6 +52,7 @@ def write_shard(
             else:
                 index[kept] = entry
                 kept += 1
+                changed.update(changes)
                 max_captions = max(max_captions, num_captions)
                 reporter.image(num_bytes)
         reporter.flush()
@@ -57,7 +60,8 @@ def write_shard(
     except BaseException:
         writer.abandon()
         raise
-    return _publish(output, name, local, writer, index[:kept], rejects, max_captions)
+    about = {"max_captions": max_captions, "rejects": rejects, "changed": dict(sorted(changed.items()))}
+    return _publish(output, name, local, writer, index[:kept], about)
 
 
 def _publish(
@@ -66,8 +70,7 @@ def _publish(
     local: Path,
     writer: TarWriter,
     index: Any,
-    rejects: list[dict[str, Any]],
-    max_captions: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Publishes the tar, then the index, then the record: if the record exists, the others are complete."""
     local_index = output.scratch / f"{index_name(name)}.tmp"
@@ -76,14 +79,16 @@ def _publish(
     output.publish(name, local)
     output.publish(index_name(name), local_index)
     entry = {"name": name, "samples": len(index), "bytes": writer.bytes, "digest": writer.digest}
-    record = {"entry": entry, "max_captions": max_captions, "rejects": rejects}
+    record = {"entry": entry, **about}
     output.write_json(f"{PARTS}/{name}.json", record)
     return record
 
 
-def _write_sample(plan: ShardPlan, writer: TarWriter, key: str, row: Row) -> tuple[tuple[int, ...], int, int]:
-    """(Its index row, number of captions, bytes read). All checks that may reject the row come before the first
-    write."""
+def _write_sample(
+    plan: ShardPlan, writer: TarWriter, key: str, row: Row
+) -> tuple[tuple[int, ...], int, int, list[str]]:
+    """(Its index row, number of captions, bytes read, changes of the picture). All checks that may reject the row
+    come before the first write."""
     if row.fault is not None:
         raise Reject(row.fault, row.detail)
     captions, cut = clean_all(list(row.captions), plan.options.max_caption)
@@ -117,4 +122,4 @@ def _write_sample(plan: ShardPlan, writer: TarWriter, key: str, row: Row) -> tup
         picture.width,
         picture.height,
     )
-    return entry, len(captions), len(data)
+    return entry, len(captions), len(data), picture.changed

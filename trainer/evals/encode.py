@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from trainer.core import collectives, distributed
 from trainer.core.types import Embeddings, Preprocess, UserError
 from trainer.data.order import Permutation, derive_key
+from trainer.data.settings import DataSettings
 from trainer.data.transforms import Damaged, decode, fit
 from trainer.evals.examples import Examples
 from trainer.evals.settings import EvalSettings
-
-MAX_PIXELS = 100_000_000
-"""Larger pictures count as damaged, as in training."""
 
 
 class Seen(NamedTuple):
@@ -46,6 +44,8 @@ class Pictures:
     """[len(seen), d] float32, L2-normalised; identical pictures have identical rows."""
     damaged: dict[str, int] = field(default_factory=dict)
     """Number of unusable samples by reason."""
+    max_pixels: int = DataSettings().max_pixels
+    """The largest picture that was decoded."""
 
 
 class Wrapped(Protocol):
@@ -67,8 +67,15 @@ class Encoder:
     """Embeds with ``model``: a DualEncoder, or an engine around one, on this rank's device."""
 
     def __init__(
-        self, model: nn.Module | Wrapped, settings: EvalSettings, preprocess: Preprocess, rank: int, world: int
+        self,
+        model: nn.Module | Wrapped,
+        settings: EvalSettings,
+        preprocess: Preprocess,
+        rank: int,
+        world: int,
+        max_pixels: int = DataSettings().max_pixels,
     ) -> None:
+        self.max_pixels = max_pixels
         self.settings, self.preprocess, self.rank, self.world = settings, preprocess, rank, world
         self.forward = model if isinstance(model, nn.Module) else model.forward
         self.module = model if isinstance(model, nn.Module) else model.module
@@ -130,7 +137,7 @@ class Encoder:
     def _read(self, examples: Examples, sample: int) -> tuple[Seen | str, Tensor | None]:
         try:
             example = examples.read(sample)
-            pixels = fit(decode(example.image, MAX_PIXELS), self.preprocess).contiguous()
+            pixels = fit(decode(example.image, self.max_pixels), self.preprocess).contiguous()
         except Damaged as error:
             return str(error), None
         return Seen(
@@ -157,7 +164,7 @@ class Encoder:
             raise UserError(
                 f"{examples.path}: none of its {sum(damaged.values())} pictures can be used ({', '.join(damaged)})"
             )
-        return Pictures(examples, seen, features[torch.tensor(rows, device=features.device)], damaged)
+        return Pictures(examples, seen, features[torch.tensor(rows, device=features.device)], damaged, self.max_pixels)
 
     def _gather(self, features: Tensor) -> Tensor:
         return collectives.stack_over_ranks(features.contiguous()).flatten(0, 1)

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.transforms import decode
-from trainer.evals.encode import MAX_PIXELS
-from trainer.evals.examples import Examples
+from trainer.evals.encode import Pictures
 from trainer.evals.ranking import Standing
 from trainer.evals.retrieval import best
 from trainer.evals.run import Evaluation, Retrieved
@@ -39,17 +38,15 @@ def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int 
             answer["picture"] for query in captions for answer in query["answers"]
         }
         seen = one.pictures.seen
-        thumbnails = {
-            str(number): thumbnail(one.pictures.examples, seen[number].sample, side) for number in sorted(shown)
-        }
+        thumbnails = {str(number): thumbnail(one.pictures, seen[number].sample, side) for number in sorted(shown)}
         name = prefix.rstrip("/") or one.pictures.examples.path
         datasets.append({"name": name, "image_to_text": pictures, "text_to_image": captions, "thumbnails": thumbnails})
     return {"scale": found.scale, "bias": found.bias, "datasets": datasets}
 
 
-def thumbnail(examples: Examples, sample: int, side: int) -> str:
+def thumbnail(pictures: Pictures, sample: int, side: int) -> str:
     """A data URI: lossless PNG for a tiny picture, else JPEG."""
-    image = Image.fromarray(decode(examples.read(sample).image, MAX_PIXELS))
+    image = Image.fromarray(decode(pictures.examples.read(sample).image, pictures.max_pixels))
     small = max(image.size) <= 64
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()

@@ -113,7 +113,7 @@ def evaluate(
     paths = datasets(settings, data)
     if not asked_for(settings, data):
         raise UserError("eval.data is empty, and so is data.validation: name shards to evaluate on")
-    encoder = Encoder(model, settings, preprocess, rank, world)
+    encoder = Encoder(model, settings, preprocess, rank, world, data.max_pixels)
     embedded: dict[str, Pictures] = {}
     found = Evaluation()
 
