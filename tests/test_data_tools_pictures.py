@@ -103,7 +103,9 @@ def test_mended_pictures_are_counted_in_the_manifest(tmp_path: Path) -> None:
     first = next(iter(sorted((tmp_path / "in").glob("*.jp*g"))))
     first.write_bytes(JPEG[:20] + b"junk" + JPEG[20:])
     shard(table, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changed"]["mended_junk_bytes"] == 1
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["changed"] == {
+        "00000.tar": {"mended_junk_bytes": 1}
+    }
 
 
 def turned(format: str, by: str, orientation: int) -> bytes:

@@ -61,6 +61,7 @@ def reopen_if_damaged(output: Output) -> None:
     for number, (name, entry) in enumerate(zip(names, manifest["shards"], strict=True)):
         if name not in damaged:
             record = {"entry": entry, "max_captions": manifest["max_captions"], "rejects": rejects.get(number, [])}
+            record["changed"] = manifest.get("changed", {}).get(name, {})
             output.write_json(f"{PARTS}/{name}.json", record)
     put_aside(output, manifest)
     output.remove(MANIFEST)
@@ -95,9 +96,7 @@ def merge(output: Output) -> dict[str, Any]:
         {**line, "shard": number} for number, record in enumerate(whole) for line in record["rejects"]
     ]
     rejected = Counter(line["reason"] for line in lines)
-    # The manifest of a run that was reopened does not say which shard a change was in.
-    known = all("changed" in record for record in whole)
-    changed = sum((Counter(record["changed"]) for record in whole), Counter[str]()) if known else None
+    changed = {record["entry"]["name"]: record["changed"] for record in whole if record.get("changed")}
     shards = [record["entry"] for record in whole]
     columns = taken_up(output, shards)
     manifest = {
@@ -108,7 +107,7 @@ def merge(output: Output) -> dict[str, Any]:
         "samples": sum(entry["samples"] for entry in shards),
         "max_captions": max(record["max_captions"] for record in whole),
         "rejected": dict(sorted(rejected.items())),
-        **({"changed": dict(sorted(changed.items()))} if changed is not None else {}),
+        **({"changed": changed} if changed else {}),
         "input": plan["input"],
         "options": plan["options"],
         **({"columns": columns} if columns else {}),
@@ -126,7 +125,8 @@ def merge(output: Output) -> dict[str, Any]:
 def summary(root: str, manifest: dict[str, Any]) -> str:
     """One line for the terminal."""
     rejected = ", ".join(f"{count} {reason}" for reason, count in manifest["rejected"].items()) or "none"
-    mended = sum(count for name, count in manifest.get("changed", {}).items() if name.startswith("mended_"))
+    changes = [item for counts in manifest.get("changed", {}).values() for item in counts.items()]
+    mended = sum(count for name, count in changes if name.startswith("mended_"))
     note = f"; harmless faults mended in {mended:,} JPEGs" if mended else ""
     size = sum(entry["bytes"] for entry in manifest["shards"])
     return (
