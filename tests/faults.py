@@ -180,13 +180,13 @@ def missing_shard(run: Chaos, start: Start) -> None:
 
 
 def taken_port(run: Chaos, start: Start) -> None:
-    """Another program has the port of the next start, which says so and ends."""
+    """Another program has the port of the next start, whose rank 0 says so and ends (launchers then end the others)."""
     kill_rank(run, start)
 
     def take() -> None:
         with socket.create_server(("", 0)) as other:
             before = len(run.output.read_text())
-            run.start(world=2, port=other.getsockname()[1]).end()
+            run.start(world=1, port=other.getsockname()[1]).end()
             said = run.output.read_text()[before:]
             assert "is in use" in said, said
 
