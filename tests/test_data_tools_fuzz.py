@@ -24,7 +24,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from data_tools.format.index import Dataset, scan_tar
+from data_tools.format.index import Dataset
+from data_tools.format.scan import scan_tar
 from data_tools.io.errors import UserError
 from data_tools.samples.reject import REASONS, Reject
 from data_tools.sources import SourceOptions, open_source

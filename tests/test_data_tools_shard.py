@@ -22,7 +22,8 @@ from fsspec.registry import known_implementations
 from PIL import Image
 
 from data_tools.__main__ import main as data_tools
-from data_tools.format.index import Dataset, hash_key, read_key, scan_tar
+from data_tools.format.index import Dataset
+from data_tools.format.scan import hash_key, read_key, scan_tar
 from data_tools.format.tar_reader import TarProblem, walk
 from data_tools.io import output
 from data_tools.io.output import Output

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.format.index import ROW, hash_key, read_key, scan_samples, scan_tar, split_name
+from data_tools.format.index import ROW
+from data_tools.format.scan import hash_key, read_key, scan_samples, scan_tar, split_name
 from data_tools.format.tar_reader import TarProblem, walk
 from data_tools.format.tar_writer import TarWriter, header
 from data_tools.samples.reject import REASONS

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from data_tools.commands.arguments import Parser
-from data_tools.format.index import Dataset, hash_key, read_key
+from data_tools.format.index import Dataset
 from data_tools.format.map_shards import Place, TarReader, open_local
+from data_tools.format.scan import hash_key, read_key
 from data_tools.io.errors import UserError
 from data_tools.io.formatting import printable
 from data_tools.io.output import make_folder

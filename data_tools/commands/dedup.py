@@ -24,8 +24,9 @@ from PIL import Image
 
 from data_tools.commands.arguments import Parser, add_processes, whole
 from data_tools.commands.merge import summary
-from data_tools.format.index import Dataset, read_key
+from data_tools.format.index import Dataset
 from data_tools.format.map_shards import TarReader, open_local, over_shards
+from data_tools.format.scan import read_key
 from data_tools.format.view import open_view, write_view
 from data_tools.samples.decoding import decode
 from data_tools.samples.reject import Reject

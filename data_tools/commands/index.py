@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from data_tools.commands.arguments import Parser, add_processes
 from data_tools.commands.merge import REJECTS, summary
 from data_tools.format.columns import Entries, note_change, still_true
-from data_tools.format.index import FORMAT, MANIFEST, VERSION, check_names, index_name, scan_tar
+from data_tools.format.index import FORMAT, MANIFEST, VERSION, check_names, index_name
 from data_tools.format.map_shards import TarReader, over_shards
+from data_tools.format.scan import scan_tar
 from data_tools.io.errors import UserError
 from data_tools.io.output import Output
 from data_tools.samples.image_header import read_header

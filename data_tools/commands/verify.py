@@ -19,8 +19,9 @@ import xxhash
 
 from data_tools.commands.arguments import Parser, add_processes
 from data_tools.format import tar_reader
-from data_tools.format.index import Dataset, hash_key, read_key
+from data_tools.format.index import Dataset
 from data_tools.format.map_shards import TarReader, open_local, over_shards
+from data_tools.format.scan import hash_key, read_key
 from data_tools.io.errors import UserError
 from data_tools.io.formatting import printable
 from data_tools.samples.decoding import check

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.format.index import Dataset, Strings, read_key
+from data_tools.format.index import Dataset, Strings
 from data_tools.format.map_shards import TarReader, over_shards
+from data_tools.format.scan import read_key
 from data_tools.io.errors import UserError
 
 _FORMATS = {0: "other", 1: "jpg", 2: "png", 3: "webp"}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.format.index import IMAGE_FORMATS, ROW, hash_key, index_name
+from data_tools.format.index import IMAGE_FORMATS, ROW, index_name
+from data_tools.format.scan import hash_key
 from data_tools.format.tar_writer import TarWriter
 from data_tools.io.errors import UserError
 from data_tools.io.files import synced_file

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.format import tar_reader
-from data_tools.format.index import find_key, hash_key, scan_samples
+from data_tools.format.scan import find_key, hash_key, scan_samples
 from data_tools.samples.reject import fault_of
 from data_tools.sources.base import Problem, Row, SourceOptions, hash_text
 from data_tools.sources.values import RowMaker

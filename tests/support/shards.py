@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_tools.format.index import FORMAT, VERSION, scan_tar
+from data_tools.format.index import FORMAT, VERSION
+from data_tools.format.scan import scan_tar
 from trainer.core.types import Batch, Preprocess
 from trainer.data import DataSettings, Loader, build_loader
 

@@ -21,7 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_tools.format.index import Dataset, load_array, scan_tar
+from data_tools.format.index import Dataset, load_array
+from data_tools.format.scan import scan_tar
 from data_tools.io.files import atomic_file
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache

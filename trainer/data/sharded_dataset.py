@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from data_tools.format.index import Dataset, Strings, read_key
+from data_tools.format.index import Dataset, Strings
+from data_tools.format.scan import read_key
 from trainer.core.types import UserError
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings
