@@ -23,7 +23,11 @@ def test_help_lists_every_command_and_loads_no_heavy_module() -> None:
     code = "import sys; from trainer.cli.main import ALL, main; main(['--help'], 'ringlip', ALL); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     listed = re.findall(r"^  (\w+) {2,}\S", out, re.MULTILINE)
-    commands = {path.stem for path in (ROOT / "data_tools/commands").glob("*.py")} - {"arguments", "shard_arguments", "__init__"}
+    commands = {path.stem for path in (ROOT / "data_tools/commands").glob("*.py")} - {
+        "arguments",
+        "shard_arguments",
+        "__init__",
+    }
     modules = {path.stem for path in (ROOT / "trainer").glob("*.py") if "run_command" in path.read_text()}
     packages = {path.parent.name for path in (ROOT / "trainer").glob("*/__main__.py")}
     assert sorted(listed) == sorted(commands | modules | packages | {"launch", "completion"})
