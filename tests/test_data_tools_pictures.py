@@ -178,6 +178,10 @@ def hog(size: int) -> int:
     return len(bytearray(size))
 
 
+def divide() -> float:
+    return 1 / int("0")
+
+
 def spin() -> None:
     while True:
         pass
@@ -194,6 +198,8 @@ def test_the_sandbox_enforces_its_limits_and_goes_on() -> None:
             box.call(here + "spin", (), 200, 0.2)
         with pytest.raises(Reject, match="decoder_crashed"):
             box.call("os:abort", (), 200, 10)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            box.call(here + "divide", (), 200, 10)
         assert box.call(here + "hog", (1,), 200, 10) == 1
     finally:
         box.close()

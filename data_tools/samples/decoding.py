@@ -137,9 +137,19 @@ def to_rgb(image: Image.Image) -> Pixels:
     and 32-bit pixels."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # both 0 .. 65535
         wide = np.asarray(image).astype(np.uint32)
-        return np.repeat(((wide + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        grey = ((wide + 128) // 257).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[wide == clear] = 255
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise Reject("pixel_format", "32-bit grey" if image.mode == "I" else "floating-point")
+    try:
+        return _on_white(image)
+    except ValueError as error:  # Pillow converts some modes to none that is of use here
+        raise Reject("pixel_format", str(error)) from None
+
+
+def _on_white(image: Image.Image) -> Pixels:
     if not image.has_transparency_data:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     width, height = image.size

@@ -69,8 +69,9 @@ def name_other(data: bytes) -> str | None:
     if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF, b"mif1", b"msf1"):
         return "HEIF"
     Image.init()
+    head = data[:16].ljust(16, b"\0")
     for name in (*ON_REQUEST, *NEVER):
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
-        if accept is not None and accept(data[:16]):
+        if accept is not None and accept(head):
             return name
     return None

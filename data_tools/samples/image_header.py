@@ -222,7 +222,7 @@ def _pillow(data: bytes, known: str, formats: Sequence[str]) -> Header:
         if known or data[:4] in _MAGIC:
             raise Reject("corrupt") from None
     other = name_other(data)
-    raise Reject("rare_format" if other and other not in formats else "unknown_format", other)
+    raise Reject("unknown_format" if not other else "corrupt" if other in formats else "rare_format", other)
 
 
 def _inspect(image: Image.Image, known: str, data: bytes) -> Header:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class Sandbox:
                 raise Reject(self._why_it_ended(isinstance(error, TimeoutError))) from None
         if kind == "reject":
             raise Reject(*value)
+        if kind == "failure":
+            raise RuntimeError(f"decoding failed\n{value}")
         return value
 
     def close(self) -> None:
@@ -155,6 +158,8 @@ def _answer(function: str, arguments: tuple[Any, ...], seconds: float) -> tuple[
         return "reject", (reject.reason, reject.path)
     except MemoryError:
         return "reject", ("too_much_memory", None)
+    except Exception:  # a fault of ours: the caller raises it
+        return "failure", traceback.format_exc()
 
 
 def _limit_memory(size: int) -> None:
