@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
 import time
@@ -203,6 +204,18 @@ def test_the_sandbox_enforces_its_limits_and_goes_on() -> None:
         assert box.call(here + "hog", (1,), 200, 10) == 1
     finally:
         box.close()
+
+
+def test_a_forked_process_has_a_sandbox_of_its_own() -> None:
+    data = encoded(picture(1), "GIF")
+    expected = decode(data)
+    child = os.fork()
+    if not child:
+        same = np.array_equal(decode(data), expected)
+        sandbox._SANDBOX.close()
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(decode(data), expected)
 
 
 def test_pillows_own_limit_stays_on() -> None:

@@ -193,6 +193,17 @@ def test_damaged_pictures_are_counted_and_left_out(tmp_path: Path) -> None:
         assess(write_tar(tmp_path / "b.tar", [samples[5]]))
 
 
+def test_the_pixel_limit_is_that_of_the_settings(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [glyph(number) for number in range(4)])
+    evaluation, data = settings(tmp_path / "0.tar")
+    side = Image.open(io.BytesIO(glyph(0)["png"])).width
+    low = data.model_copy(update={"max_pixels": side * side - 1})
+    with pytest.raises(UserError, match=rf"{side} x {side} pixels are above data.max_pixels"):
+        evaluate(Oracle(), evaluation, Oracle.preprocess, 0, 1, low)
+    exact = data.model_copy(update={"max_pixels": side * side})
+    assert evaluate(Oracle(), evaluation, Oracle.preprocess, 0, 1, exact).sizes[str(tmp_path / "0.tar")]["damaged"] == 0
+
+
 def test_no_file_stays_open(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [glyph(number) for number in range(6)])
     gc.collect()  # what earlier tests have left

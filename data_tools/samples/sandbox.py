@@ -37,12 +37,16 @@ class Sandbox:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
-        self.owner, self.memory = 0, 0
+        self.memory = 0
+
+    def forget(self) -> None:
+        """Forgets the process, which is the parent's, in a process that was forked."""
+        self.lock, self.process = threading.Lock(), None
 
     def call(self, function: str, arguments: tuple[Any, ...], max_memory: int, max_seconds: float) -> Any:
         """What ``function`` ("module:name") returns for ``arguments``. Raises Reject: its own, or for the limits."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid() or self.memory != max_memory:
+            if self.process is None or self.memory != max_memory:
                 self._start(max_memory)
             try:
                 self._send(pickle.dumps((function, arguments, max_seconds), 5))
@@ -56,9 +60,9 @@ class Sandbox:
         return value
 
     def close(self) -> None:
-        """Ends the process, if it is this one's."""
+        """Ends the process."""
         process, self.process = self.process, None
-        if process is not None and self.owner == os.getpid():
+        if process is not None:
             process.kill()
             process.wait()
             assert process.stdin and process.stdout
@@ -76,7 +80,7 @@ class Sandbox:
             bufsize=0,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
         )
-        self.owner, self.memory = os.getpid(), memory
+        self.memory = memory
 
     def _send(self, data: bytes) -> None:
         assert self.process and self.process.stdin
@@ -115,6 +119,7 @@ class Sandbox:
 _SANDBOX = Sandbox()
 call = _SANDBOX.call
 atexit.register(_SANDBOX.close)
+os.register_at_fork(after_in_child=_SANDBOX.forget)
 
 
 def inside() -> bool:
