@@ -100,7 +100,7 @@ class Start:
     """A launcher process and its ranks."""
 
     def __init__(self, world: int, arguments: list[str], seen: Path, output: Path, port: int | None = None) -> None:
-        self.world, self.ended = world, False
+        self.world, self.seen, self.ended = world, seen, False
         reading, writing = os.pipe()
         port = port or free_port()
         self.launcher = os.fork()
@@ -199,11 +199,14 @@ class Chaos:
                 yield tuple(json.loads(line))
 
     def until(self, start: Start, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + MOST
+        """Waits; fails when the ranks end too early, or when none has made a step for MOST seconds."""
+        at, since = -1, time.monotonic()
         while not reached():
             if not start.alive() and not reached():
                 raise AssertionError(f"the ranks ended too early:\n{self.output.read_text()[-4000:]}")
-            if time.monotonic() > deadline:
+            if time.monotonic() - since > MOST / 4 and self._at(start) > at:
+                at, since = self._at(start), time.monotonic()
+            if time.monotonic() - since > MOST:
                 start.kill()
                 raise AssertionError(f"no progress:\n{self.output.read_text()[-4000:]}")
             time.sleep(0.005)
@@ -271,7 +274,7 @@ class Chaos:
 
     def _at(self, start: Start) -> int:
         """The position that a start has reached."""
-        paths = [self._folder("seen") / f"{pid}.jsonl" for pid in start.ranks]
+        paths = [start.seen / f"{pid}.jsonl" for pid in start.ranks]
         return max((at for path in paths if path.exists() for at, *_ in self._lines(path)), default=0)
 
 
