@@ -39,7 +39,7 @@ class Limits:
     """Names of rare formats (``formats.ON_REQUEST``) to read as well."""
     max_memory: int = 1536
     """MiB that the sandbox may allocate."""
-    max_seconds: float = 10.0
+    max_seconds: float = 20.0
     """Processor seconds in the sandbox."""
 
 

@@ -23,6 +23,10 @@ from data_tools.samples.image_header import LIMITS, Header, Limits, cheap_header
 from data_tools.samples.reject import Reject
 
 
+_LARGE = 3 * 25_000_000
+"""Bytes of pixels above which PNGs are compressed lightly."""
+
+
 @dataclass(frozen=True)
 class ImageOptions:
     """What is done to every picture; part of the plan hash."""
@@ -138,6 +142,7 @@ def encode(pixels: NDArray[np.uint8], extension: str, quality: int) -> bytes:
     if extension == "jpg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420"))
     buffer = io.BytesIO()
-    settings: dict[str, Any] = {"compress_level": 6} if extension == "png" else {"quality": quality, "method": 4}
+    level = 6 if pixels.size <= _LARGE else 1  # level 6 would take 10 s for 100 million pixels
+    settings: dict[str, Any] = {"compress_level": level} if extension == "png" else {"quality": quality, "method": 4}
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, {"png": "PNG", "webp": "WEBP"}[extension], **settings)
     return buffer.getvalue()
