@@ -22,7 +22,6 @@ from data_tools.samples.decoding import check_pixels, decode_here, foreign_profi
 from data_tools.samples.image_header import LIMITS, Header, Limits, cheap_header, in_sandbox, read_here
 from data_tools.samples.reject import Reject
 
-
 _LARGE = 3 * 25_000_000
 """Bytes of pixels above which PNGs are compressed lightly."""
 
@@ -142,7 +141,7 @@ def encode(pixels: NDArray[np.uint8], extension: str, quality: int) -> bytes:
     if extension == "jpg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420"))
     buffer = io.BytesIO()
-    level = 6 if pixels.size <= _LARGE else 1  # level 6 would take 10 s for 100 million pixels
+    level = 6 if pixels.size <= _LARGE else 1  # 100 million pixels would take too long
     settings: dict[str, Any] = {"compress_level": level} if extension == "png" else {"quality": quality, "method": 4}
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, {"png": "PNG", "webp": "WEBP"}[extension], **settings)
     return buffer.getvalue()
