@@ -1,7 +1,7 @@
 """A training run to which things happen (tests/faults.py): real ranks, forked from a warm parent, under a launcher
 process that may be killed as well.
 
-    python -m tests.chaos --faults 50 --seed 0        # a line a fault, and the longest time to the exit of all ranks
+    python -m tests.chaos --faults 108 --seed 3       # a line a fault, and the longest time to the exit of all ranks
 
 Every rank writes down which samples each of its steps takes. After each fault the ranks must end by themselves, within
 LIMIT seconds; then the run is started again on another number of ranks and at another ZeRO stage, and its curve and its
@@ -295,7 +295,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--faults", type=int, default=108)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()
