@@ -30,7 +30,7 @@ import psutil
 import yaml
 
 from data_tools.io.errors import run_command
-from tests.faults import AT_ONCE, FAULTS, NEEDS_WORKERS, WORKERS, Fault, plan
+from tests.faults import AT_ONCE, FAULTS, Fault, overrides, plan
 from tests.support.clusters import free_port
 from tests.support.runs import curve, make_shards
 from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
@@ -41,6 +41,7 @@ from trainer.core.types import Batch
 LIMIT = 30.0
 """Seconds from a fault to the exit of all ranks."""
 STEPS_A_FAULT = 6
+SPARE_STEPS = 60  # a fast run must not finish before its last fault
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SIZE = 16
 ROOM = 24 * 2**20
@@ -158,7 +159,7 @@ class Chaos:
 
     def __init__(self, folder: Path, faults: int, seed: int, disk: Path | None) -> None:
         self.folder, self.dice, self.disk = folder, random.Random(seed), disk
-        self.faults, self.steps = faults, STEPS_A_FAULT * (faults + 1)
+        self.faults, self.steps = faults, STEPS_A_FAULT * faults + SPARE_STEPS
         self.recipe = recipe_in(folder, self.steps)
         self.stages: list[str] = []
         for stage in STAGES:  # nothing is too small to be partitioned
@@ -233,7 +234,7 @@ class Chaos:
     def go(self, say: Callable[[str], None], kinds: list[Fault] = FAULTS) -> None:
         """All faults, one a start; then to the end."""
         for number, fault in enumerate(plan(self.dice, self.faults, self.disk is not None, kinds)):
-            start = self.start(WORKERS if fault in NEEDS_WORKERS else ())
+            start = self.start(overrides(fault, self.shards / "shards"))
             step = STEPS_A_FAULT * number + self.dice.randint(2, STEPS_A_FAULT)
             if fault not in AT_ONCE:
                 self.until(start, lambda start=start, step=step: self._at(start) >= step * SIZE)  # type: ignore[misc]
@@ -252,7 +253,7 @@ class Chaos:
         start.end()
         self.check(whole=True)
 
-    def start(self, overrides: Sequence[str] = (), world: int | None = None, port: int | None = None) -> Start:
+    def start(self, more: Sequence[str] = (), world: int | None = None, port: int | None = None) -> Start:
         """The same command again, on another number of ranks and at another ZeRO stage."""
         if not self.stages:  # each before any comes again
             self.stages = self.dice.sample(STAGES, len(STAGES))
@@ -263,7 +264,7 @@ class Chaos:
             f"checkpoint.asynchronous={self.dice.random() < 0.5}",
             f"engine.ds_config={self.folder / self.stage}.json",
             *self.extra,
-            *overrides,
+            *more,
         ]
         return Start(world or self.dice.choice([1, 2, 4]), arguments, self._folder("seen"), self.output, port)
 

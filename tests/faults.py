@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tests.chaos import Chaos, Start
 
 Fault = Callable[["Chaos", "Start"], None]
-WORKERS = ("data.workers=1", "data.cache_decoded=0")
 GARBAGE = (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 4096, b"\xff" * 64, b'{"rank": 0}\n')
 
 
@@ -57,6 +57,12 @@ def kill_while_saving(run: Chaos, start: Start) -> None:
 
 def stop_signal_while_saving(run: Chaos, start: Start) -> None:
     run.until(start, lambda: bool(list((run.directory / "checkpoints").glob(".samples-*.partial"))))
+    os.kill(run.dice.choice(start.ranks), signal.SIGTERM)
+
+
+def stop_signal_in_evaluation(run: Chaos, start: Start) -> None:
+    """The run evaluates after every step, so that most of its time is evaluation."""
+    time.sleep(run.dice.uniform(0, 0.1))
     os.kill(run.dice.choice(start.ranks), signal.SIGTERM)
 
 
@@ -201,12 +207,20 @@ def edited_recipe(run: Chaos, start: Start) -> None:
 
 FAULTS: list[Fault] = [
     kill_rank, kill_launcher, kill_worker, stop_signal, stop_signal_at_once, kill_while_saving,
-    stop_signal_while_saving, truncate, flip, fill_disk, pause, pause_worker, starve, strangers, second_start,
+    stop_signal_while_saving, stop_signal_in_evaluation, truncate, flip, fill_disk, pause, pause_worker, starve, strangers, second_start,
     missing_shard, taken_port, edited_recipe,
 ]  # fmt: skip
 NEEDS_DISK = {fill_disk}
-NEEDS_WORKERS = {kill_worker, pause_worker}
 AT_ONCE = {stop_signal_at_once}
+
+
+def overrides(fault: Fault, shards: Path) -> list[str]:
+    """What a start needs for a fault to be possible."""
+    if fault in (kill_worker, pause_worker):
+        return ["data.workers=1", "data.cache_decoded=0"]
+    if fault is stop_signal_in_evaluation:
+        return [f"data.validation={shards}", "eval.every=16"]
+    return []
 
 
 def plan(dice: random.Random, count: int, disk: bool, kinds: list[Fault]) -> list[Fault]:

@@ -187,6 +187,11 @@ def test_damaged_parquet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not it")
     assert shard(tmp_path / "a.parquet", tmp_path / "out") == 2
     assert "a.parquet: not readable" in capsys.readouterr().err
+    pq.write_table(pa.table({"image": ["a.png"], "caption": ["a"], "otherX": ["b"]}), tmp_path / "b.parquet")
+    content = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content.replace(b"otherX", b"other\xff"))
+    assert shard(tmp_path / "b.parquet", tmp_path / "out") == 2
+    assert "b.parquet: not readable" in capsys.readouterr().err
 
 
 def save_to_disk(folder: Path, rows: int) -> None:

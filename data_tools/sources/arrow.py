@@ -235,7 +235,8 @@ class _explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (pa.ArrowException, OSError)) and not isinstance(error, FileNotFoundError):
+        damaged = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last: names of columns that are not UTF-8
+        if isinstance(error, damaged) and not isinstance(error, FileNotFoundError):
             raise UserError(
                 f"{self._path}: not readable ({' '.join(str(error).split())[:200]}); fetch or write it again"
             ) from error
