@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +159,29 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             export.main([str(argument) for argument in arguments])
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_leaves_a_whole_export_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    def weights() -> torch.Tensor:
+        model = AutoModel.from_pretrained(tmp_path / "out")
+        return torch.cat([value.flatten() for _, value in sorted(model.state_dict().items())])
+
+    found = []
+    for name, seed in (("old", 0), ("new", 1)):
+        make_run(tmp_path / name, tiny_model("siglip", seed=seed))
+    for name in ("new", "old"):
+        assert export.main([str(tmp_path / name), str(tmp_path / "out")]) in (0, None)
+        found.append(weights())
+    new, old = found
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        pid = os.fork()
+        if pid == 0:
+            export.main([str(tmp_path / "new"), str(tmp_path / "out")])
+            os._exit(0)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        now = weights()
+        assert torch.equal(now, old) or torch.equal(now, new), delay
+    assert export.main([str(tmp_path / "new"), str(tmp_path / "out")]) in (0, None)
+    assert torch.equal(weights(), new)

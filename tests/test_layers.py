@@ -81,3 +81,12 @@ def test_the_trainer_knows_the_format_of_shards_and_no_command_of_data_tools() -
         for name in imports(path):
             if name.split(".")[0] == "data_tools":
                 assert name.split(".")[1] in {"format", "io", "samples"}, f"{path} imports {name}"
+
+
+def test_nothing_waits_by_a_clock_that_may_jump() -> None:
+    """Timeouts and rates use time.monotonic; the clock of the day is shown or compared between machines only."""
+    shown = {ROOT / "trainer/doctor/node.py", ROOT / "trainer/doctor/__main__.py", ROOT / "trainer/runs.py"}
+    asking = {
+        path for package in ("trainer", "data_tools") for path in modules(package) if "time.time()" in path.read_text()
+    }
+    assert asking == shown
