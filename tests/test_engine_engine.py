@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.support.dense_step import Case, global_batch
 from tests.support.forked_ranks import run_ranks
-from trainer.engine import engine
+from trainer.engine import workarounds
 
 
 def heard(quiet: bool) -> list[str]:
@@ -22,7 +22,7 @@ def heard(quiet: bool) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         if quiet:
-            importlib.reload(engine)  # pytest has put the filters away that were set when it was imported
+            importlib.reload(workarounds)  # pytest has put the filters away that were set when it was imported
         dist.all_gather_into_tensor(torch.zeros(4), torch.ones(2))
         dist.reduce_scatter_tensor(torch.zeros(2), torch.ones(4))
         warnings.warn("another", FutureWarning, stacklevel=1)
