@@ -357,7 +357,9 @@ def test_a_signal_at_any_moment_ends_the_script_with_75(tmp_path: Path, name: si
     (tmp_path / "end-1").write_text(FINISHED)
     command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--ranks", "1", "recipe.yaml"]
     environment = around(tmp_path) | {"RINGLIP_RESTART_SECONDS": "30"}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and bash cannot trap it
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGHUP, before)
     assert process.stderr is not None
     try:
         if phase == "pausing":
