@@ -54,7 +54,7 @@ class Recipe(Settings):
     """A recipe: everything that decides what is computed."""
 
     run: RunSettings
-    "Name, length and seed."
+    "Directory, length, seed and timeouts."
     model: ModelSettings
     "The two towers, pretrained or from a config."
     data: DataSettings
@@ -62,7 +62,7 @@ class Recipe(Settings):
     loss: LossSettings = AutoSettings()
     "The objective and how ranks exchange embeddings."
     distill: DistillSettings | None = None
-    "A teacher to learn from beside the pairs; null: none."
+    "A teacher to learn from in addition to the pairs; null: none."
     batch: BatchSettings
     "Global batch and micro-batch."
     optim: OptimSettings = AdamWSettings()

@@ -216,7 +216,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         metavar="TEXT",
         help="zero-shot: a template, a set or a file; may be repeated",
     )
-    parser.add_argument("--accept", metavar="FIELD", help="zero-shot: the field with all right class names of a sample")
+    parser.add_argument("--accept", metavar="FIELD", help="zero-shot: field with all correct classes of a sample")
     parser.add_argument("--name", help="zero-shot: prefix of its metrics")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

@@ -8,9 +8,9 @@
     python -m trainer.export runs/a OUT --interpolate openai/clip-vit-base-patch32 0.5  # half way back (WiSE-FT)
     python -m trainer.export runs/quickstart/checkpoints/samples-000100000 OUT          # an earlier state
 
-Reads the run's recipe and its best checkpoint where `checkpoint.best` kept one, else its newest good one, whatever ZeRO
-stage or number of ranks wrote it, on the CPU alone. The model card holds the numbers of the run's evaluation.json when
-they were measured on the checkpoint that is exported.
+Reads the run's recipe and its best checkpoint if `checkpoint.best` kept one, else its newest undamaged one, from any
+ZeRO stage and number of ranks; needs no GPU. The model card contains the numbers of the run's evaluation.json if they
+were measured on the exported checkpoint.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--interpolate",
         nargs=2,
         metavar=("BASE", "SHARE"),
-        help="SHARE (0 to 1) of the run's weights and the rest of those it began from (WiSE-FT); 0.5 is usual",
+        help="mix SHARE (0 to 1) of the run's weights with BASE, which it started from (WiSE-FT); 0.5 is usual",
     )
     parser.add_argument(
         "--merge", action="store_true", help="merge the LoRA adapter into the base and write the whole model"

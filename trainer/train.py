@@ -1,4 +1,4 @@
-"""Trains: builds the parts, resumes, loops.
+"""Trains a model as a recipe describes, from the start or from a run's last checkpoint.
 
     deepspeed --module trainer.train trainer/recipes/glyphs.yaml [section.key=value ...]     # all GPUs of this node
     torchrun --nproc-per-node 8 -m trainer.train RECIPE                                      # the same

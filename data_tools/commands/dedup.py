@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int | None:
         "--near",
         type=whole(0, 16),
         metavar="BITS",
-        help="also pictures whose perceptual hashes differ in at most BITS of 64 bits, 0 to 16; 4 finds scaled and "
+        help="also drop those whose perceptual hashes differ in at most BITS of 64 bits, 0 to 16; 4 finds scaled and "
         "recompressed copies",
     )
     parser.add_argument(

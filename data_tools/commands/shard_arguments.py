@@ -123,14 +123,14 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=whole(1, 100),
         default=defaults.quality,
         metavar="Q",
-        help=f"JPEG and WebP quality of those (default {defaults.quality})",
+        help=f"JPEG and WebP quality of re-encoded pictures (default {defaults.quality})",
     )
     group.add_argument(
         "--min-side",
         type=whole(1),
         default=defaults.min_side,
         metavar="N",
-        help=f"leave out pictures with a shorter side (default {defaults.min_side})",
+        help=f"leave out pictures with a side of less than N pixels (default {defaults.min_side})",
     )
     group.add_argument(
         "--max-aspect",
@@ -144,7 +144,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=whole(1),
         default=defaults.max_pixels,
         metavar="N",
-        help=f"leave out pictures of more pixels, by their header (default {defaults.max_pixels})",
+        help=f"leave out pictures of more than N pixels, as their header states (default {defaults.max_pixels})",
     )
     group.add_argument(
         "--formats",
@@ -165,7 +165,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=whole(64),
         default=defaults.max_memory,
         metavar="MIB",
-        help="leave out pictures of unusual formats or more than 25 million pixels whose decoding takes more memory "
+        help="leave out pictures of unusual formats or of more than 25 million pixels that need more memory to decode "
         f"(default {defaults.max_memory})",
     )
     group.add_argument(
@@ -173,7 +173,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=number(0.1),
         default=defaults.max_seconds,
         metavar="S",
-        help=f"and those that take more processor time (default {defaults.max_seconds:g})",
+        help=f"leave out such pictures that need more CPU time to decode (default {defaults.max_seconds:g})",
     )
     group.add_argument(
         "--max-bytes",

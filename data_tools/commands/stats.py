@@ -3,7 +3,7 @@
     python -m data_tools stats DATASET                   # writes DATASET/stats.json and DATASET/stats.html
     python -m data_tools stats DATASET --out REPORT      # to another folder
     python -m data_tools stats DATASET --captions 0      # reads every caption, not a random 50,000
-    python -m data_tools stats DATASET --tokenizer openai/clip-vit-base-patch32 --num-tokens 77    # how many are cut
+    python -m data_tools stats DATASET --tokenizer openai/clip-vit-base-patch32 --num-tokens 77    # truncated captions
 
 Sizes in pixels and bytes, formats and exact duplicates cover all samples (they are in the index); figures on captions
 cover a random subset.
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int | None:
         help="count tokens with it too: a directory, a tokenizer.json or a name on the hub",
     )
     parser.add_argument(
-        "--num-tokens", type=whole(1), default=77, metavar="N", help="tokens that the model reads (default 77, CLIP's)"
+        "--num-tokens", type=whole(1), default=77, metavar="N", help="the model's context length (default 77, CLIP's)"
     )
     add_processes(parser)
     arguments = parser.parse_args(argv)

@@ -24,7 +24,7 @@ REASONS = {
     "pixel_format": "pixels that have no defined brightness: float or 32-bit integers",
     "too_many_pixels": "width x height in the header is above --max-pixels (nothing was decoded)",
     "too_much_memory": "decoding the picture takes more than --max-memory",
-    "too_slow": "decoding the picture takes more than --max-seconds of processor time",
+    "too_slow": "decoding the picture takes more than --max-seconds of CPU time",
     "decoder_crashed": "the decoder of the picture's format crashed",
     "too_small": "a side is below --min-side",
     "too_elongated": "the longer side is more than --max-aspect times the shorter one",

@@ -25,7 +25,7 @@ class CheckpointSettings(Settings):
     """When to save, what to keep and what to resume from."""
 
     every: int = Field(default=1_000_000, ge=1)
-    "Pairs between checkpoints; the end of the run, a signal and a stop save too."
+    "Pairs between checkpoints; one is also saved at the end of the run and when it is stopped early."
     keep: int = Field(default=2, ge=1)
     "Number of newest checkpoints to keep."
     keep_every: int = Field(default=0, ge=0)

@@ -22,8 +22,8 @@ from trainer.core.shipped import shipped
 
 TRAINER: Groups = {
     "Training": {
-        "train": "train or finetune, as a recipe says; resumes a run",
-        "finetune": "finetune a model on your pairs by one line: chooses, trains, measures what is forgotten",
+        "train": "train or finetune as a recipe describes; resumes a run",
+        "finetune": "finetune a model on your pairs with one command: chooses a recipe, trains, measures forgetting",
         "plan": "forecast memory and time per GPU; choose ds_config and micro-batch",
         "doctor": "check this machine or a cluster before a run",
         "embed": "store the embeddings of a locked tower beside the shards (SigLiT)",
@@ -43,8 +43,8 @@ SHELL: Groups = {
     },
 }
 ALL: Groups = {**TRAINER, "Data": DATA_COMMANDS, **SHELL}
-LAUNCHERS = """`ringlip train` is one rank on one device. All GPUs, with the same result:
-  ringlip launch --ranks 8 RECIPE                         starts again after failures; --hostfile F: several nodes
+LAUNCHERS = """`ringlip train` runs one rank on one device. To use all GPUs, with the same result:
+  ringlip launch --ranks 8 RECIPE                         restarts after failures; --hostfile F: several nodes
   deepspeed --module trainer.train RECIPE                 all GPUs of this node
   torchrun --nproc-per-node 8 -m trainer.train RECIPE"""
 

@@ -60,7 +60,8 @@ class AugmentSettings(Settings):
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Random resized crop: smallest and largest share of the picture's area; (1, 1) is off, (0.9, 1) is CLIP's."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect of the crop, relative to the picture's own when the model squashes, absolute when it crops."""
+    """Aspect ratio of the crop: relative to the picture's own if the model's preprocessing squashes, absolute if it
+    crops."""
     flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a left-right flip. Not for captions with "left" or "right", or pictures of text."""
     randaugment: int = Field(default=0, ge=0, le=4)
@@ -98,8 +99,8 @@ class DataSettings(Settings):
     """Captions of a pair: "txt" (all that the sample has), or fields of its .json or columns added by `data_tools
     join`. From several, one is drawn by (seed, position)."""
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
-    """Processes per rank that read and decode; 0: a thread of this process; auto: as many as there are cores. Unused if
-    data.cache_decoded applies."""
+    """Processes per rank that read and decode; 0: a thread of the training process; auto: the node's cores divided by
+    its ranks, less one. Unused if data.cache_decoded applies."""
     max_workers: Annotated[int, OPERATIONAL] = Field(default=8, ge=0)
     """Upper limit of `auto`."""
     prefetch: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
@@ -119,8 +120,8 @@ class DataSettings(Settings):
     cache_limit: Annotated[float, OPERATIONAL] = Field(default=100.0, gt=0)
     """GiB of remote shards to keep in data.cache_dir, per node."""
     check_digests: Annotated[bool, OPERATIONAL] = True
-    """Compare every picture's bytes with the index (8 GB/s per core), so that a flipped bit is a damaged sample instead
-    of a wrong picture."""
+    """Compare every picture's bytes with the index (8 GB/s per core), so that a flipped bit counts as a damaged sample
+    and never yields a wrong picture."""
     jpeg_scaling: float = Field(default=0.0, ge=0)
     """If above 0, decode a JPEG at the smallest M/8 scale that is at least this many times the size needed: faster,
     with slightly different pixels."""

@@ -3,10 +3,10 @@
     python -m trainer.doctor                                                             # this machine only
     python -m trainer.doctor --hostfile hostfile --paths /shared/runs /shared/shards     # over ssh
 
-Checks that versions are equal, that there are as many GPUs as in the hostfile, that /dev/shm is large enough for NCCL,
-that the first node's port is reachable, that paths exist, are writable and shared by all nodes, that clocks agree, and
-that DeepSpeed's extensions can be built; measures the bandwidth between neighbours on the ring. Exits with 1 if a check
-fails. RINGLIP_SSH has options for ssh (RINGLIP_SSH="-p 2222 -F config").
+Checks that versions match, that there are as many GPUs as in the hostfile, that /dev/shm is large enough for NCCL, that
+the first node's port is reachable, that paths exist, are writable and shared by all nodes, that clocks agree, and that
+DeepSpeed's extensions can be built; measures the bandwidth between neighbours on the ring. Exits with 1 if a check
+fails. RINGLIP_SSH holds extra options for ssh (RINGLIP_SSH="-p 2222 -F config").
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class EngineSettings(Settings):
     """bf16 and fp16 run the towers under torch autocast; weights, gradients, optimizer and loss stay float32. fp16
     scales the loss dynamically: a step whose gradient overflows is repeated at half the scale, so no batch is lost.
     auto: bf16 on processors with bf16 matrix units, fp16 on older GPUs (V100, T4, RTX 20xx, GTX 16xx), else fp32, which
-    is faster there. All ranks of a run need the same kind of processor."""
+    is faster there. All ranks of a run need the same kind of device."""
     float32_modules: tuple[str, ...] = ()
     """Regular expressions: modules with a matching name compute in float32. For layers that overflow in fp16; a warning
     names them."""

@@ -41,10 +41,10 @@ class EvalSettings(Settings):
     zeroshot: list[ZeroShotSettings] = Field(default_factory=list)
     """Zero-shot classifications."""
     every: int = Field(default=0, ge=0)
-    """Samples seen between evaluations during training; 0 evaluates at the end alone. With optim.ema they are of the
-    averaged weights."""
+    """Samples seen between evaluations during training; 0: only at the end. With optim.ema, the averaged weights are
+    evaluated."""
     patience: int = Field(default=0, ge=0)
-    """Evaluations in a row without a better checkpoint.best after which the run ends; 0: it goes on to run.samples."""
+    """End the run after this many evaluations in a row that do not improve checkpoint.best; 0: never."""
     limit: int = Field(default=1000, ge=0)
     """Number of pictures per dataset, the first of a seeded permutation; 0: all. Recall falls as this grows, so compare
     only equal numbers."""

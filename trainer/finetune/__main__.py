@@ -1,15 +1,15 @@
-"""Finetunes a model on one's own pairs by one line, and says whether it was worth it.
+"""Finetunes a model on your own pairs with one command, and reports whether it was worth it.
 
     python -m trainer.finetune openai/clip-vit-base-patch32 pictures/                   # shards, a folder or a table
     python -m trainer.finetune MODEL shards/train --general shards/coco                 # and what must not be forgotten
-    python -m trainer.finetune MODEL shards/train --for species                         # a metadata field that is the
-    class python -m trainer.finetune MODEL shards/train --dry-run                             # the recipe alone, with
-    the reasons
+    python -m trainer.finetune MODEL shards/train --for species                         # a field that holds the class
+    python -m trainer.finetune MODEL shards/train --dry-run                             # only the recipe, explained
 
-It looks at the model and the data, holds out validation pairs, chooses a recipe and says why, tries rates in short
-runs, trains, and exports the best checkpoint: where a general set is given, mixed with the base (WiSE-FT) as far as
-needed to lose at most one point there. OUT then holds recipe.yaml (edit it and start the same command again to go your
-own way), run/ (the run), model/ (for transformers) and report.html. A stopped command goes on where it was.
+It looks at the model and the data, holds out validation pairs, chooses a recipe and explains the choice, tries learning
+rates in short runs, trains, and exports the best checkpoint; with --general it is interpolated with the base (WiSE-FT)
+as far as needed to lose at most one point on that set. The output directory then holds recipe.yaml (to change it, edit
+it and start the same command again), run/ (the run), model/ (for transformers) and report.html. A stopped command
+resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -97,19 +97,19 @@ def _options(argv: list[str]) -> argparse.Namespace:
         dest="label",
         default="retrieval",
         metavar="retrieval|FIELD",
-        help="what it is for: retrieval (default), or classifying by a field of the metadata",
+        help="what the model is for: retrieval (default), or classification by a metadata field",
     )
     parser.add_argument(
-        "--general", metavar="SHARDS", help="pairs of what must not be forgotten; measured, not trained on"
+        "--general", metavar="SHARDS", help="pairs that measure what must not be forgotten; not trained on"
     )
     parser.add_argument(
-        "--replay", metavar="SHARDS", help="pairs to remember: three in ten of each batch come from there"
+        "--replay", metavar="SHARDS", help="pairs to mix in against forgetting: three in ten of each batch"
     )
     parser.add_argument("--validation", metavar="SHARDS", help="your own validation pairs, instead of holding some out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where all goes (default runs/finetune-MODEL)")
-    parser.add_argument("--train", choices=("whole", "lora"), help="whole towers or an adapter, instead of choosing")
-    parser.add_argument("--minutes", type=float, metavar="N", help="shorten the run so that it takes about so long")
-    parser.add_argument("--no-sweep", action="store_true", help="take the usual rate without trying others")
+    parser.add_argument("--train", choices=("whole", "lora"), help="whole towers or a LoRA adapter (default: chosen)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="shorten the run to about N minutes")
+    parser.add_argument("--no-sweep", action="store_true", help="use the usual learning rate; try no others")
     parser.add_argument("--dry-run", action="store_true", help="write the recipe and stop")
     options = parser.parse_args(argv)
     options.label = None if options.label == "retrieval" else options.label

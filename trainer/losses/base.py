@@ -38,8 +38,8 @@ class PairSettings(Settings):
     ranks, for fast interconnects); hierarchical (gather inside a node, ring between nodes). All give the same
     numbers."""
     node_size: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
-    """Ranks of one node for hierarchical; null asks the launcher's environment (deepspeed, torchrun, accelerate, Slurm,
-    Open MPI)."""
+    """Ranks of one node for hierarchical; null: read from the environment that the launcher sets (deepspeed, torchrun,
+    accelerate, Slurm, Open MPI)."""
     comm_dtype: CommDtype | None = None
     """Dtype in which text embeddings are exchanged; null: their own. bfloat16 halves the traffic and rounds them, alike
     on every rank."""

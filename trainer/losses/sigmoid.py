@@ -30,8 +30,8 @@ class _SigmoidBaseSettings(PairSettings):
     name: str
     same_group: SameGroup | Literal["auto"] = "auto"
     """Pairs of one group (equal captions, or texts of one image): negative as in SigLIP, mask (left out), or positive
-    (the k of an image's group weigh 1/k each, so that the scale of the loss does not depend on k). auto: positive where
-    captions repeat within a batch (measured at the start), else negative."""
+    (the k texts of an image's group weigh 1/k each, so that the size of the loss does not depend on k). auto: positive
+    if captions repeat within a batch (measured at the start), else negative."""
     negatives: NegativeSettings = NegativeSettings()
     """Which negatives are kept, and their weight."""
 
@@ -43,8 +43,8 @@ class SigmoidSettings(_SigmoidBaseSettings):
 
 
 class AutoSettings(_SigmoidBaseSettings):
-    """The loss that the model was made for: sigmoid for one with a bias (SigLIP, a new pair), softmax for one without
-    (CLIP)."""
+    """The loss that the model was made for: sigmoid for one with a bias (SigLIP, a new tower pair), softmax for one
+    without (CLIP)."""
 
     name: Literal["auto"] = "auto"
 

@@ -32,7 +32,7 @@ class SinkhornSettings(PairSettings):
     mix: float = Field(default=0.5, ge=0, le=1)
     """Share of the transport plan in the targets; the rest is the pairing of the data."""
     temperature: float = Field(default=0.05, gt=0)
-    """Of the cosines in the transport plan: smaller is sharper."""
+    """Temperature of the transport plan; smaller is sharper."""
     num_iterations: int = Field(default=3, ge=1)
     """Sinkhorn iterations; each costs two thirds of a plain softmax step."""
 

@@ -28,11 +28,11 @@ class RateSettings(Settings):
     text: float = Field(default=1.0, gt=0)
     "Factor on the rate of the text tower."
     projection: float = Field(default=1.0, gt=0)
-    "Factor on the rate of the projections of a pair, which are new where its towers are not."
+    "Factor on the rate of a tower pair's projections, which are new even if its towers are pretrained."
     positions: float = Field(default=1.0, gt=0)
     "Factor on the rate of text position embeddings that train whole beside an adapter (model.num_tokens)."
     head: float = Field(default=1.0, gt=0)
-    """Factor on the rate of the temperature and the bias; above 1 for short runs, in which they would barely change."""
+    """Factor on the rate of the scale and the bias; above 1 for short runs, in which they would barely change."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor per layer from the last to the first, in both towers (BEiT, arXiv 2106.08254): 1 is off, 0.65 to 0.9 usual
     when finetuning."""

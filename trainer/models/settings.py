@@ -23,30 +23,30 @@ class ModelSettings(Settings):
     renamed: ClassVar = {"stored": "precomputed"}
 
     path: str | None = None
-    "Directory or hub name of a Hugging Face CLIP or SigLIP model; its weights, temperature and bias are kept."
+    "Directory or hub name of a Hugging Face CLIP or SigLIP model; its weights, scale and bias are kept."
     config: dict[str, Any] | None = None
     """A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config,
     text_config, ...)."""
     image: TowerSettings | None = None
-    "A pair instead: any Hugging Face vision model ..."
+    "Two separate towers instead (a tower pair): any Hugging Face vision model ..."
     text: TowerSettings | None = None
     "... with any text model, and new projections."
     embed_dim: int = Field(default=512, gt=0)
-    "Width of the embeddings of a new pair."
+    "Width of the embeddings of a tower pair (model.image with model.text)."
     tokenizer: str | None = None
     """Directory or hub name of a tokenizer; needed with config, otherwise the one in path. The vocabulary size is taken
     from it."""
     token_bottleneck: int | None = Field(default=None, gt=0)
-    """Numbers that a token of a new text tower is looked up as before they are widened: for large vocabularies
-    (mSigLIP). null: full width."""
+    """Width of the token embedding table of a new text tower, before a projection to the full width: for large
+    vocabularies (mSigLIP). null: full width."""
     image_size: int | None = Field(default=None, gt=0)
     "Side of the square pictures in pixels; null: what the model says. Pretrained position embeddings are resampled."
     num_patches: int | None = Field(default=None, gt=0, lt=65536)
-    """NaFlex models: most patches of a picture, which keeps its aspect (SigLIP 2: 128 to 1024); null: what the
-    checkpoint's processor says."""
+    """NaFlex models: maximum patches per picture, which keeps its aspect ratio (SigLIP 2: 128 to 1024); null: that of
+    the checkpoint's processor."""
     num_tokens: int | None = Field(default=None, gt=0)
-    """Context length in tokens; null: what the model says. Above the positions of a pretrained CLIP or SigLIP its text
-    position embeddings are stretched (Long-CLIP, arXiv 2403.15378), and train whole beside an adapter."""
+    """Context length in tokens; null: the model's own. If it exceeds that of a pretrained CLIP or SigLIP, the text
+    position embeddings are stretched (Long-CLIP, arXiv 2403.15378) and, beside an adapter, trained in full."""
     scale: float | None = Field(default=None, gt=0)
     """Initial t, the factor on cosine similarities; null: what path holds, 10 for a new SigLIP (arXiv 2303.15343),
     1/0.07 for a new CLIP."""

@@ -37,7 +37,7 @@ class OptimizerSettings(Settings):
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate. auto depends on what is trained: 1e-3 for new weights, 1e-5 for whole pretrained towers, 2e-4
-    for LoRA, each part of a mixed model at its own; with lion a tenth of these."""
+    for LoRA; each part of a mixed model gets its own rate; with lion a tenth of these."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay of matrices, multiplied by the rate in each step; vectors (norms, biases), the scale and
     the bias are not decayed. CLIP: 0.2. SigLIP's 1e-4 is not multiplied by its rate of 1e-3: it corresponds to 0.1
@@ -49,7 +49,7 @@ class OptimizerSettings(Settings):
     final: float = Field(default=0.0, ge=0, le=1)
     "Fraction of the peak rate at the end of a cosine."
     clip: float = Field(default=1.0, ge=0)
-    "Largest norm of the global gradient; 0: no clipping."
+    "Clip the norm of the global gradient to this; 0: no clipping."
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay per step of a running average of the weights, kept in float32 with the optimizer's moments (4 bytes per
     trained parameter) and in every checkpoint. Evaluations during training use it ("weights": "ema" in log.jsonl), as
@@ -120,7 +120,7 @@ class MuonSettings(OptimizerSettings):
 
     name: Literal["muon"] = "muon"
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    "Of the matrices (Nesterov's)."
+    "Nesterov momentum of the matrices."
     beta1: float = Field(default=0.9, ge=0, lt=1)
     "First-moment decay of the other parameters."
     beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -201,16 +201,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
-    parser.add_argument("--gpu-memory", required=True, help="of one card: 16GiB, 24GB, ...")
+    parser.add_argument("--gpu-memory", required=True, help="memory of one GPU: 16GiB, 24GB, ...")
     parser.add_argument("--gpus", type=int, default=1, help="cards in all nodes together")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--link", default="", help="between nodes: 25Gbit, 100Gbit, ...")
+    parser.add_argument("--link", default="", help="bandwidth between nodes, per second: 25Gbit, 100Gbit, ...")
     parser.add_argument(
-        "--card", choices=sorted(CARDS), help="default: a common card with that much memory (15GiB: t4, 16GiB: v100)"
+        "--card", choices=sorted(CARDS), help="GPU (default: a common one of that memory size; 15GiB: t4, 16GiB: v100)"
     )
     parser.add_argument("--tflops", type=float, help="matrix TFLOP/s that a card attains, where you have measured it")
     parser.add_argument("--global-batch", type=int, help="the same as batch.size=...")
-    parser.add_argument("--reserve", default="1GiB", help="for the CUDA context, cuBLAS and NCCL")
+    parser.add_argument("--reserve", default="1GiB", help="memory to leave for the CUDA context, cuBLAS and NCCL")
     parser.add_argument(
         "--out", type=Path, help="write the table as stacked bars into this SVG; the report shows RUN/plan.svg"
     )

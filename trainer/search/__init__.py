@@ -1,5 +1,5 @@
-"""Serves a local web page for searching your pictures: type words or drop a picture to see the nearest pictures and
-captions.
+"""Serves a local web page for searching your pictures: type words or drag in a picture to see the nearest pictures
+and captions.
 
     python -m trainer.search runs/quickstart/export demo/shards/test      # then open the address it prints
     python -m trainer.search MODEL OTHER_MODEL SHARDS                     # two models side by side

@@ -15,7 +15,7 @@ class LockSettings(Settings):
     """Parts that keep their weights. A locked tower needs no backward pass, gradients or optimizer state."""
 
     image: bool = False
-    "Lock the image tower (LiT); the projection of a pair is new and is trained nevertheless."
+    "Lock the image tower (LiT); the projection of a tower pair is new and is still trained."
     image_layers: int = Field(default=0, ge=0)
     """Number of last layers of a locked image tower that are trained nevertheless, with its final norm, pooling head
     and projection; 0: none."""
@@ -25,7 +25,7 @@ class LockSettings(Settings):
     """Number of last layers of a locked text tower that are trained nevertheless, with its final norm and projection;
     0: none."""
     scale: bool = False
-    "Keep the temperature and the bias."
+    "Lock the scale and the bias."
 
 
 def lock_towers(towers: PreTrainedModel, settings: LockSettings) -> None:

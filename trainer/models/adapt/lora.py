@@ -57,8 +57,8 @@ class LoraSettings(Settings):
     path: str | None = None
     "An adapter directory to start from; its base must be this model."
     base: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
-    """How training holds frozen weights. bfloat16 halves them and changes no bit of bf16 training, float16 none of fp16
-    training; int8 and nf4 round (GPU, bitsandbytes)."""
+    """Format of the frozen weights during training. bfloat16 halves their memory and leaves bf16 training
+    bit-identical, as does float16 for fp16 training; int8 and nf4 round (GPU, bitsandbytes)."""
 
     @model_validator(mode="after")
     def _dora_reads_weights(self) -> LoraSettings:

@@ -23,11 +23,11 @@ class MaskSettings(Settings):
     drop: float = Field(default=0.0, ge=0, lt=1)
     "Fraction of patches to drop, drawn for each picture; FLIP: 0.5. 0 is off."
     tokens: int | None = Field(default=None, ge=2)
-    "Tokens of a caption, its end token among them; longer ones are shortened (CLIPA: 16 or 8). null: all."
+    "Maximum tokens of a caption, end token included; longer ones are shortened (CLIPA: 16 or 8). null: all."
     tokens_kept: Literal["first", "random", "block"] = "first"
     "Which tokens of a longer caption to keep, in order: the first, random ones, or a random contiguous block."
     unmasked: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of the run, at its end, without dropping, which closes most of the gap to training without a mask."""
+    """Fraction of the run, at its end, trained without dropping, which closes most of the gap to training unmasked."""
 
 
 class PatchDrop:
