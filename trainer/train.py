@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from data_tools.io.errors import run_command
 from trainer import config, evals
@@ -151,13 +152,15 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         before, rate = run.samples_seen, run.rate
         result = run.step(batch)
         values = {key: getattr(result, key) for key in ("loss", "grad_norm", "scale", "bias")} | {"lr": rate}
-        counts: dict[str, float] = {
+        counts: dict[str, Any] = {
             "spikes": run.guard.num_spikes,
             "bad_steps": run.guard.num_bad_steps,
             "replaced": loader.skipped.count,
         }
         if run.engine.loss_scale is not None:
             counts |= {"loss_scale": run.engine.loss_scale.value, "overflows": run.engine.loss_scale.num_overflows}
+        if spoiled := loader.noise_counts():
+            counts["noise"] = spoiled
         log.step(step, run.samples_seen, values | counts, result.local_seconds)
         if result.skipped:
             ids = gather_sample_ids(batch.ids)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.core.types import Preprocess
+from trainer.data.noise import Noise
 from trainer.data.order import Ints, uniforms
 from trainer.data.reader import Reader, Rows, Skip, hash_caption
 from trainer.data.settings import DataSettings
@@ -36,8 +37,15 @@ def fits_memory(sources: Sequence[ShardedDataset], settings: DataSettings, prepr
 class MemoryReader(Reader):
     """Like Reader, with the same rows for the same positions, but each sample is read and decoded only once."""
 
-    def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
-        super().__init__(sources, settings, preprocess, seed)
+    def __init__(
+        self,
+        sources: Sequence[ShardedDataset],
+        settings: DataSettings,
+        preprocess: Preprocess,
+        seed: int,
+        noise: Noise | None = None,
+    ):
+        super().__init__(sources, settings, preprocess, seed, noise)
         count = int(self.first_ids[-1])
         self.state = np.zeros(count, np.uint8)
         shape, dtype = Rows.shapes(count, preprocess)[0]
@@ -60,6 +68,7 @@ class MemoryReader(Reader):
         np.take(self.pixels, ids, axis=0, out=rows.pixels, mode="clip")  # "raise" would go through a buffer
         self.texts.take(self.first_caption[ids] + choice, rows)
         rows.ids[:] = ids
+        self.spoil(positions, rows)
         return skips
 
     def _replace(self, source: int, number: int, position: int, skips: list[Skip]) -> int:

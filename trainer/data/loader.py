@@ -29,6 +29,7 @@ from trainer.core.distributed import per_rank
 from trainer.core.types import Batch, Preprocess, RunFailed, UserError
 from trainer.data.buffers import BatchBuffers
 from trainer.data.in_memory import MemoryReader, fits_memory
+from trainer.data.noise import Noise
 from trainer.data.open import open_source
 from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
 from trainer.data.remote import FetchAhead
@@ -63,7 +64,10 @@ def build_loader(
         raise UserError("data.train: an empty list; name at least one dataset")
     sources = [open_source(source, settings) for source in settings.sources]
     in_memory = fits_memory(sources, settings, preprocess)
-    reader = (MemoryReader if in_memory else Reader)(sources, settings, preprocess, seed)
+    noise = Noise(settings.noise, preprocess, seed, batch_size, samples_seen)
+    reader = (MemoryReader if in_memory else Reader)(
+        sources, settings, preprocess, seed, noise if noise.active else None
+    )
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
     logger.info(
@@ -97,6 +101,12 @@ class Loader:
         for skip in self.skipped.add(skips)[:3]:
             logger.info(f"data: replaced {skip.key}: {skip.reason}")
         return batch
+
+    def noise_counts(self) -> dict[str, int]:
+        """How many pictures, captions and pairings of the last global batch ``data.noise`` spoiled; empty without
+        it."""
+        noise = self.reader.noise
+        return {} if noise is None else noise.counts(self.samples_seen - self.batch_size)
 
     def close(self) -> None:
         """Stops the workers and the thread and closes the tars. Safe to call again."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trainer.core.types import Preprocess
 
@@ -25,6 +27,12 @@ def grid_of(preprocess: Preprocess) -> tuple[int, int]:
     """(Side of a patch in pixels, largest number of patches of a picture)."""
     patch, width = preprocess.image_size
     return patch, width // patch - 1
+
+
+def grid_size(strip: NDArray[np.uint8], patch: int, budget: int) -> tuple[int, int]:
+    """(rows, columns) of the picture in a strip [3, patch, (budget + 1) patch]."""
+    high_rows, low_rows, high_columns, low_columns = strip[0, 0, budget * patch : budget * patch + 4].tolist()
+    return high_rows << 8 | low_rows, high_columns << 8 | low_columns
 
 
 def native_size(shape: tuple[int, int], patch: int, budget: int) -> tuple[int, int]:

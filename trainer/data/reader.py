@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import NUM_DRAWS, augment
 from trainer.data.embedding_column import PrecomputedColumn
+from trainer.data.noise import Noise
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
 from trainer.data.settings import DataSettings
 from trainer.data.sharded_dataset import ShardedDataset
@@ -89,7 +90,15 @@ class SkippedSamples:
 class Reader:
     """Fills rows for positions, reading and decoding samples on demand."""
 
-    def __init__(self, sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess, seed: int):
+    def __init__(
+        self,
+        sources: Sequence[ShardedDataset],
+        settings: DataSettings,
+        preprocess: Preprocess,
+        seed: int,
+        noise: Noise | None = None,
+    ):
+        self.noise = noise
         self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
         self.order = make_order(self.sources, settings, seed)
         self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
@@ -125,7 +134,44 @@ class Reader:
             captions.append(caption)
             rows.ids[row] = self.first_ids[source] + sample
         self.write_text(captions, rows)
+        self.spoil(positions, rows)
         return skips
+
+    def spoil(self, positions: Ints, rows: Rows) -> None:
+        """Applies ``data.noise`` to finished rows: captions change places, then noise takes that of captions and
+        pictures."""
+        noise = self.noise
+        if noise is None:
+            return
+        partners = noise.partners(positions)
+        if (moved := np.flatnonzero(partners != positions)).size:
+            self._write_captions_of(partners[moved], moved, rows)
+        if (which := np.flatnonzero(noise.noisy("text", positions))).size:
+            rows.tokens[which], rows.token_mask[which], rows.groups[which] = noise.captions(positions[which])
+        for row in np.flatnonzero(noise.noisy("image", positions)).tolist():
+            rows.pixels[row] = noise.picture(int(positions[row]), rows.pixels[row])
+
+    def _write_captions_of(self, positions: Ints, where: Ints, rows: Rows) -> None:
+        """Writes the captions drawn at ``positions`` into the rows ``where``, without reading pictures."""
+        sources, samples = self.order(positions)
+        draws = uniforms(self.draw_key, positions, 1)[:, 0]
+        stored = self.precomputed is not None and self.precomputed.side == "text"
+        captions = []
+        for row, source, sample, draw, position in zip(where, sources, samples, draws, positions, strict=True):
+            for attempt in range(ATTEMPTS + 1):
+                try:
+                    if stored:
+                        rows.tokens[row] = self.columns[source].read(int(sample))
+                    found = self.sources[source].captions(int(sample))
+                    break
+                except Damaged as error:  # counted where its own pair is read
+                    self.check_attempts(attempt, int(source), Skip(self.sources[source].key(int(sample)), str(error)))
+                    sample = self.replacement(int(source), int(position), attempt)
+            captions.append(found[int(draw * len(found))])
+        if not stored:
+            tokens, mask = self.preprocess.tokenize(captions)
+            rows.tokens[where], rows.token_mask[where] = tokens.numpy(), mask.numpy()
+        rows.groups[where] = [hash_caption(caption) for caption in captions]
 
     def _sample(self, source: int, sample: int, draws: NDArray[np.float64], rows: Rows, row: int) -> str:
         side = self.precomputed.side if self.precomputed else None

@@ -88,6 +88,18 @@ class AugmentSettings(Settings):
         return self.crop_scale != (1.0, 1.0)
 
 
+class NoiseSettings(Settings):
+    """Pairs spoiled on purpose, to measure robustness (SigLIP, arXiv 2303.15343, figure 7), drawn from (seed,
+    position): the same with any number of ranks and workers. Each step's counts are in log.jsonl."""
+
+    image: float = Field(default=0.0, ge=0, le=1)
+    """Share of pictures replaced by uniform noise."""
+    text: float = Field(default=0.0, ge=0, le=1)
+    """Share of captions replaced by random tokens, of a random length."""
+    pairing: float = Field(default=0.0, ge=0, le=1)
+    """Share of a global batch's pairs whose captions change places, so that none of them keeps its own."""
+
+
 class DataSettings(Settings):
     """Where pairs come from and how they are processed."""
 
@@ -112,6 +124,8 @@ class DataSettings(Settings):
     """Number of shards that a windowed shuffle mixes."""
     augment: AugmentSettings = AugmentSettings()
     """Random changes to training pictures."""
+    noise: NoiseSettings = NoiseSettings()
+    """Pairs spoiled on purpose."""
     cache_decoded: Annotated[float, OPERATIONAL] = Field(default=1.0, ge=0)
     """GiB per rank: if all resized pictures fit and there is no augmentation, they are decoded once and kept; 0:
     never."""

@@ -6,7 +6,9 @@ import logging
 import os
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -48,6 +50,24 @@ class Tokenize:
         found = self.tokenizer(captions, padding=False, truncation=False, return_attention_mask=False, verbose=False)
         return [len(ids) for ids in found["input_ids"]]
 
+    def noise(self, draws: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """Captions of random tokens, of random lengths, between the special tokens that a caption has; as ``__call__``.
+
+        ``draws`` [b, 1 + num_tokens] in [0, 1) decide: the first the length, the others the tokens.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        ordinary = np.setdiff1d(np.arange(len(self.tokenizer)), list(special))
+        example = self.tokenizer("a", verbose=False)["input_ids"]
+        first = next((place for place, token in enumerate(example) if token not in special), len(example))
+        before, after = example[:first], [token for token in example[first:] if token in special]
+        lengths = 1 + (draws[:, 0] * (self.num_tokens - len(before) - len(after))).astype(np.int64)
+        words = ordinary[(draws[:, 1:] * len(ordinary)).astype(np.int64)]
+        rows = [[*before, *row[:n].tolist(), *after] for row, n in zip(words, lengths, strict=True)]
+        found = self.tokenizer.pad(
+            {"input_ids": rows}, padding="max_length", max_length=self.num_tokens, return_attention_mask=True
+        )
+        return _tensors(found)
+
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         # A loader worker may be forked after the parent has tokenized: the Rust library's threads do not survive that.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,9 +81,11 @@ class Tokenize:
             return_attention_mask=True,
             verbose=False,
         )
-        return torch.tensor(found["input_ids"], dtype=torch.int64), torch.tensor(
-            found["attention_mask"], dtype=torch.bool
-        )
+        return _tensors(found)
+
+
+def _tensors(found: Any) -> tuple[Tensor, Tensor]:
+    return torch.tensor(found["input_ids"], dtype=torch.int64), torch.tensor(found["attention_mask"], dtype=torch.bool)
 
 
 def read_tokenizer(settings: ModelSettings) -> Any:
