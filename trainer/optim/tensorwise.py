@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from trainer.core.distributed import device, rank, world_size
 from trainer.core.partitioned import Dense, Moment, PartitionedOptimizer, Piece
-from trainer.optim.elementwise import adam_moments, adamw, most
-from trainer.optim.moments import Format, make
+from trainer.optim.elementwise import FormattedOptimizer, adam_moments, adamw, advance, most
+from trainer.optim.moments import make
 
 LEAST_SIDE = 32
 """Adafactor keeps whole second moments of matrices with a side below this, of vectors and of convolutions, as
@@ -61,23 +61,10 @@ def is_factored(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and min(shape) >= LEAST_SIDE
 
 
-class Adafactor(PartitionedOptimizer):
+class Adafactor(FormattedOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) as big_vision trains SigLIP with it: second moments of matrices
     as means of rows and columns, their decay 1 - step^-0.8 up to a cap, no update clipping, no relative rate; first
     moments of the *updates*, not corrected for having started at 0, in bf16."""
-
-    def __init__(
-        self,
-        named: Mapping[str, nn.Parameter],
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        moments: Format,
-    ) -> None:
-        super().__init__(named, groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._format = moments
 
     def moments(self, piece: Piece) -> dict[str, Moment]:
         found = {"exp_avg": make(piece, self._format, "exp_avg")}
@@ -135,37 +122,19 @@ class Adafactor(PartitionedOptimizer):
         piece.weight[first:end].mul_(1 - rate * group["weight_decay"]).sub_(m, alpha=rate)
 
 
-class Lamb(PartitionedOptimizer):
+class Lamb(FormattedOptimizer):
     """AdamW whose update of a tensor is scaled to the tensor's own norm (You et al., arXiv 1904.00962). Vectors
     (norms, biases, scale) move as under AdamW: their norm says nothing of how far they may go."""
-
-    def __init__(
-        self,
-        named: Mapping[str, nn.Parameter],
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        moments: Format,
-    ) -> None:
-        super().__init__(named, groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._format = moments
 
     def moments(self, piece: Piece) -> dict[str, Moment]:
         return adam_moments(piece, self._format)
 
     def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
-        (beta1, beta2) = group["betas"]
         squares = torch.zeros(len(pieces), 2, device=pieces[0].master.device)
         for piece, found in zip(pieces, squares, strict=True):
             state, gradient = self.state[piece.parameter], piece.gradient
             for first, end in piece.stretches(most(gradient)):
-                g = gradient[first:end]
-                m = state["exp_avg"].read(first, end).float().lerp(g, 1 - beta1)
-                v = (state["exp_avg_sq"].read(first, end).float() * beta2).addcmul_(g, g, value=1 - beta2)
-                state["exp_avg"].write(first, m, state["step"])
-                state["exp_avg_sq"].write(first, v, state["step"])
+                advance(state, gradient[first:end], first, group["betas"])
                 if len(piece.shape) > 1:
                     both = piece.weight[first:end], _lamb_update(piece, state, group, first, end)
                     found += torch.stack([part.square().sum() for part in both])
