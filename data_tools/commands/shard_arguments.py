@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 
 from data_tools.commands.arguments import Parser, add_processes, number, whole
 from data_tools.samples.formats import NEVER, ON_REQUEST
@@ -215,21 +216,8 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
         delimiter=delimiter,
         encoding=arguments.encoding,
     )
-    images = ImageOptions(
-        resize=arguments.resize,
-        resize_mode=arguments.resize_mode,
-        filter=arguments.filter,
-        encode=arguments.encode,
-        quality=arguments.quality,
-        min_side=arguments.min_side,
-        max_aspect=arguments.max_aspect,
-        max_pixels=arguments.max_pixels,
-        max_bytes=arguments.max_bytes,
-        formats=arguments.formats,
-        icc=arguments.icc,
-        max_memory=arguments.max_memory,
-        max_seconds=arguments.max_seconds,
-    )
+    # Every option of "pictures" is named as the field it sets.
+    images = ImageOptions(**{field.name: getattr(arguments, field.name) for field in fields(ImageOptions)})
     return ShardOptions(
         source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption
     )
