@@ -18,19 +18,9 @@ from data_tools.samples.decoding import check_pixels, decode
 from data_tools.samples.image_header import read_header
 from data_tools.samples.images import ImageOptions, prepare
 from data_tools.samples.reject import Reject
-from tests.support.picture_files import encoded, picture
+from tests.support.picture_files import encoded, picture, pixels_of, reason
 
 KEEP = ImageOptions()
-
-
-def reason(data: bytes, options: ImageOptions = KEEP) -> str:
-    with pytest.raises(Reject) as caught:
-        prepare(data, options)
-    return caught.value.reason
-
-
-def pixels_of(data: bytes) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def close(left: NDArray[np.uint8], right: NDArray[np.uint8], mean: float) -> bool:

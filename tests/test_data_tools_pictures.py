@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
 from data_tools.samples import sandbox
@@ -24,22 +23,12 @@ from data_tools.samples.images import ImageOptions, prepare
 from data_tools.samples.jpeg_faults import FAULTS
 from data_tools.samples.orientation import orientation_of
 from data_tools.samples.reject import REASONS, Reject
-from tests.support.picture_files import encoded, picture, shard, write_pairs
+from tests.support.picture_files import encoded, picture, pixels_of, reason, shard, write_pairs
 
 KEEP, EXACT = ImageOptions(), ImageOptions(encode="png")
 JPEG = encoded(picture(0, 64, 48), "JPEG", quality=90)
 SCAN = JPEG.index(b"\xff\xda")
 README = (Path(__file__).parent.parent / "data_tools/README.md").read_text()
-
-
-def reason(data: bytes, options: ImageOptions = KEEP) -> str:
-    with pytest.raises(Reject) as caught:
-        prepare(data, options)
-    return caught.value.reason
-
-
-def pixels_of(data: bytes) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def segment(code: int, body: bytes) -> bytes:

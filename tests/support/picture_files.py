@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.__main__ import main as data_tools
+from data_tools.samples.images import ImageOptions, prepare
+from data_tools.samples.reject import Reject
+
+KEEP = ImageOptions()
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> NDArray[np.uint8]:
@@ -28,6 +33,18 @@ def encoded(pixels: NDArray[Any] | Image.Image, format: str = "PNG", **settings:
     buffer = io.BytesIO()
     image.save(buffer, format, **settings)
     return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> NDArray[np.uint8]:
+    """A file's RGB pixels [height, width, 3], by Pillow alone."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def reason(data: bytes, options: ImageOptions = KEEP) -> str:
+    """Why ``prepare`` rejects a file."""
+    with pytest.raises(Reject) as caught:
+        prepare(data, options)
+    return caught.value.reason
 
 
 def write_pairs(folder: Path, count: int, format: str = "JPEG") -> Path:
