@@ -114,12 +114,11 @@ def _strictly(data: bytes, decoder: Callable[[bytes], T]) -> tuple[T, bytes, lis
 
 def open_image(data: bytes, header: Header) -> Image.Image:
     """The first picture of a file, decoded by Pillow. Raises Reject when it is damaged."""
-    name = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}.get(header.format, header.format.upper())
     if Image.MAX_IMAGE_PIXELS and header.width * header.height > Image.MAX_IMAGE_PIXELS:
         # --max-pixels was asked to be above Pillow's own limit, which stays the second line for what containers hold
         Image.MAX_IMAGE_PIXELS = header.width * header.height
     try:
-        image = Image.open(io.BytesIO(data), formats=(name,))
+        image = Image.open(io.BytesIO(data), formats=(header.pillow_format,))
         image.load()
     except Image.DecompressionBombError:
         raise Reject("too_many_pixels") from None
@@ -166,9 +165,8 @@ def foreign_profile(data: bytes, header: Header) -> bytes | None:
     """The colour profile of a picture that is not in sRGB; None without one, or where littlecms cannot read it."""
     if header.format in ("jpg", "png", "webp") and not any(name in data for name in (b"ICC_PROFILE", b"iCCP", b"ICCP")):
         return None
-    names = {"jpg": ("JPEG",), "png": ("PNG",), "webp": ("WEBP",)}.get(header.format, (header.format.upper(),))
     try:
-        profile = Image.open(io.BytesIO(data), formats=names).info.get("icc_profile")
+        profile = Image.open(io.BytesIO(data), formats=(header.pillow_format,)).info.get("icc_profile")
         if not profile:
             return None
         description = ImageCms.getProfileDescription(_profile(profile))

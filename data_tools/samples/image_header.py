@@ -6,7 +6,6 @@ JPEG, PNG and WebP headers are read here; those of other formats by Pillow's plu
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from PIL import Image
 
 from data_tools.samples import sandbox
 from data_tools.samples.formats import allowed, name_other
+from data_tools.samples.jpeg_faults import MARKER, is_frame
 from data_tools.samples.orientation import orientation_of
 from data_tools.samples.reject import Reject
 
 _TEXT_START = b"\xef\xbb\xbf \t\r\n"
 _MAGIC = (b"GIF8", b"II*\0", b"MM\0*")
-_MARKER = re.compile(rb"\xff+[^\x00\xff]")
 _CODESTREAM = b"\xff\x4f\xff\x51"
 _MAX_TEXT = 1 << 20
 
@@ -64,6 +63,11 @@ class Header:
     """Why the bytes cannot be kept."""
     scans: int = 1
     """Of a progressive JPEG: each costs a pass over all pixels."""
+
+    @property
+    def pillow_format(self) -> str:
+        """Pillow's name of the format."""
+        return "JPEG" if self.format == "jpg" else self.format.upper()
 
 
 def read_header(data: bytes, limits: Limits = LIMITS) -> Header:
@@ -118,7 +122,7 @@ def _jpeg(data: bytes) -> Header:
     exif, xmp, at = b"", b"", 2
     while at + 4 <= len(data):
         if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):  # junk or fill bytes: strict decoding decides on them
-            marker = _MARKER.search(data, at)
+            marker = MARKER.search(data, at)
             if marker is None:
                 break
             at = marker.end() - 2
@@ -134,7 +138,7 @@ def _jpeg(data: bytes) -> Header:
                 exif = exif or body
             elif body[:29] == b"http://ns.adobe.com/xap/1.0/\0":
                 xmp = body
-        elif 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+        elif is_frame(code):
             if at + 10 > len(data):
                 break
             height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")

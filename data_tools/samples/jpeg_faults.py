@@ -39,8 +39,14 @@ FAULTS = (
 )
 """The first that matches decides; a message that none matches is an error of libjpeg, and the picture is rejected."""
 
-_MARKER = re.compile(rb"\xff+[^\x00\xff]")
+MARKER = re.compile(rb"\xff+[^\x00\xff]")
+"""A marker, its code in the last byte."""
 _AFTER_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+
+
+def is_frame(code: int) -> bool:
+    """Whether a marker's code begins a frame header (SOF0 .. SOF15), which holds the size: not DHT, JPG and DAC."""
+    return 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC)
 
 
 def fault(message: str) -> Fault | None:
@@ -65,7 +71,7 @@ def mend(data: bytes, message: str) -> tuple[bytes, str]:
 def _rewrite(data: bytes, note: str) -> bytes:
     """All segments up to the first scan without what lies between them, corrected where ``note`` says."""
     parts, at, components = [data[:2]], 2, 3
-    while marker := _MARKER.search(data, at):
+    while marker := MARKER.search(data, at):
         at, code = marker.end(), data[marker.end() - 1]
         if code in (0x01, *range(0xD0, 0xDA)):
             parts.append(bytes((0xFF, code)))
@@ -73,7 +79,7 @@ def _rewrite(data: bytes, note: str) -> bytes:
         length = int.from_bytes(data[at : at + 2], "big")
         body = bytearray(data[at : at + length])
         at += length
-        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC) and length > 7:
+        if is_frame(code) and length > 7:
             components = body[7]
         if note == "icc_profile" and code == 0xE2 and body[2:14] == b"ICC_PROFILE\0":
             continue
@@ -107,9 +113,9 @@ def _with_end(data: bytes) -> bytes:
 def _frame(data: bytes) -> re.Match[bytes] | None:
     """The marker of a sequential frame's header; None for progressive and other frames."""
     at = 2
-    while marker := _MARKER.search(data, at):
+    while marker := MARKER.search(data, at):
         code = data[marker.end() - 1]
-        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+        if is_frame(code):
             return marker if code in (0xC0, 0xC1, 0xC9) else None
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return None
