@@ -204,7 +204,7 @@ def test_one_line_from_a_model_and_pairs_to_a_model_that_is_no_worse(
     assert "## Measured" in (out / "model" / "README.md").read_text() and (out / "report.html").stat().st_size > 1000
     trained.clear()
     assert command.main([*argv, "--dry-run"]) == 0 and not trained
-    assert "is there: it is used as it is" in capfd.readouterr().err
+    assert "exists and is used unchanged" in capfd.readouterr().err
 
 
 def test_manifests_of_views_name_their_maker(tmp_path: Path) -> None:

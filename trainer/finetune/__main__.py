@@ -15,6 +15,7 @@ resumes when it is started again.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from trainer.finetune.finish import finish
 from trainer.finetune.sweep import sweep, train
 from trainer.models import DualEncoder
 
-PLAN = "plan.yaml"
+logger = logging.getLogger("trainer.finetune")  # not __name__, which is __main__ here
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
     out = options.out or Path("runs") / f"finetune-{Path(options.model).name}"
     model = DualEncoder.from_pretrained(options.model)
     data, told = prepare(options.data, out, options.validation, options.label, model)
-    say(f"{options.model}: {model.family}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", *told)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    logger.info("\n".join((f"{options.model}: {model.family}, {size:.1f} M parameters", *told)))
     adapter = {"whole": False, "lora": True, None: None}[options.train]
     gpus = max(1, torch.cuda.device_count())
     plan = choose(
@@ -57,9 +59,9 @@ def main(argv: list[str]) -> int:
     del model
     recipe = out / "recipe.yaml"
     if recipe.is_file():
-        say(f"{recipe} is there: it is used as it is; remove it to choose anew")
+        logger.info(f"{recipe} exists and is used unchanged; delete it to have a recipe chosen again")
     else:
-        say(*plan.reasons)
+        logger.info("\n".join(plan.reasons))
         if not options.dry_run and not options.no_sweep:
             sweep(plan, options.model, out / "sweep", options.minutes, gpus)
         write_recipe(plan, recipe)
@@ -68,12 +70,6 @@ def main(argv: list[str]) -> int:
         return 0
     train(recipe, out / "run", gpus)
     return finish(plan, options.model, config.load(recipe), out)
-
-
-def say(*lines: str) -> None:
-    """At once, so that the first line comes before the hours."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
 
 
 def write_recipe(plan: Plan, path: Path) -> None:

@@ -7,6 +7,7 @@ as far as needed to lose at most a point of the general set.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from trainer.evals import read_history
 from trainer.finetune.choose import Plan
 from trainer.finetune.mix import LOSS, Scores, base_of, mix, tuned_of
 from trainer.report.curves import read_log
+
+logger = logging.getLogger(__name__)
 
 FACTOR, TRIES = 5.0, 4
 SPOILT = 0.05
@@ -43,8 +46,8 @@ def sweep(plan: Plan, path: str, out: Path, minutes: float | None, gpus: int) ->
             after, share = _mixed(plan, path, run, before)
         gains[rate] = after.own - before.own
         if not number:
-            _say("base: " + before.words())
-        _say(
+            logger.info("base: " + before.words())
+        logger.info(
             f"rate {rate:g}: {after.words()} after {samples:,} pairs"
             + (f", {share:g} of it in the base" if share < 1 else "")
         )
@@ -79,10 +82,6 @@ def _mixed(plan: Plan, path: str, run: Path, before: Scores) -> tuple[Scores, fl
     tuned = tuned_of(recipe, path, checkpoint.find(run))
     share, _, found = mix(plan, base_of(recipe, path), tuned, recipe, before, FEW_SHARES)
     return Scores.of(plan, found.metrics), share
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _fit_time(plan: Plan, run: Path, minutes: float) -> None:
