@@ -232,6 +232,21 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert found.count("figure") == 9
 
 
+def test_what_steps_say_of_the_model_is_drawn(tmp_path: Path) -> None:
+    write_log(
+        tmp_path, 3, vitals={"image_to_text_r1": 0.25, "logit_matched": 1.0, "logit_other": -4.0, "dims_images": 7}
+    )
+    found = page(tmp_path)
+    assert found.count("figure") == 9 + 4
+    for title in (
+        "Retrieved in the batch",
+        "Logit of matched pairs",
+        "Logit of other pairs",
+        "Dimensions of the pictures",
+    ):
+        assert title in found.text
+
+
 def test_a_comparison_shows_the_change(run: Path) -> None:
     against = evaluation() | {"against": "google/siglip", "base_metrics": dict.fromkeys(evaluation()["metrics"], 0.75)}
     (run / "evaluation.json").write_text(json.dumps(against))

@@ -20,6 +20,7 @@ from trainer.core.types import Batch, Embeddings, Loss, UserError
 from trainer.engine.oom import LOSS_REMEDY, OutOfMemory
 from trainer.engine.rng import RandomState
 from trainer.metrics import Stopwatch
+from trainer.metrics.vitals import sample_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,16 @@ class Attempt:
         rows: int,
         grad_reduction: GradReduction,
         teacher: Teacher | None,
+        sample: int = 0,
     ) -> None:
         self.engine, self.batch, self.loss, self.rows, self.teacher = engine, batch, loss, rows, teacher
         self.reduces_early = grad_reduction == "per_micro_batch" or (grad_reduction == "auto" and engine.reduces_early)
         self.taught: Embeddings | None = None
         self.trouble = OutOfMemory()
         self.clock = Stopwatch(engine.device)
+        self.num_kept = sample
+        self.sample: Embeddings | None = None
+        """The first ``num_kept`` rows of this rank's embeddings."""
 
     def run(self) -> Gradient | None:
         if self.teacher is not None:  # first, while the student has not allocated anything
@@ -112,6 +117,7 @@ class Attempt:
         scale, bias = z.scale.item(), z.bias.item()
         if not math.isfinite(mean):
             return Gradient(mean, math.nan, scale, bias)
+        self._keep(z)
         del z
         engine.start_gradients(each=self.reduces_early)
         with trouble.during("in the backward pass", engine.backward_communicates):
@@ -131,6 +137,7 @@ class Attempt:
         scale, bias = leaves.scale.item(), leaves.bias.item()
         if not math.isfinite(mean):
             return Gradient(mean, math.nan, scale, bias)
+        self._keep(leaves)
         with self.trouble.during("in the backward pass of the loss"):
             value.backward()
         del value
@@ -210,6 +217,11 @@ class Attempt:
                 f"out of memory in the loss, which needs the same memory with any batch.micro_batch: {LOSS_REMEDY}"
             )
         return (None, mean) if failed else (value, mean)
+
+    def _keep(self, z: Embeddings) -> None:
+        if self.num_kept:
+            with self.trouble.during("keeping a sample of the embeddings"):
+                self.sample = sample_of(z, self.num_kept)
 
     def _backpropagate(self, leaves: Embeddings, calls: list[_Call]) -> None:
         """Pass 2: embeds again with gradient; the inner product with the loss's gradient has the gradient of the

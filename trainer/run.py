@@ -30,7 +30,9 @@ from trainer.defaults import decide, look_at_captions
 from trainer.distill import TeacherModel, build_teacher
 from trainer.engine import Engine, build_engine
 from trainer.losses import PairLoss, TaughtLoss
+from trainer.metrics import vitals
 from trainer.models import DualEncoder
+from trainer.models.param_groups import tower_of
 from trainer.optim import Guard, build_optimizer, learning_rate, scale_ceiling
 from trainer.plan.auto import micro_batch
 from trainer.step import StepResult, train_step
@@ -95,7 +97,17 @@ class Run:
         """Samples at the end of the run, in whole global batches."""
         return self.recipe.num_steps * self.recipe.batch.size
 
-    def step(self, batch: Batch) -> StepResult:
+    def observed_step(self, batch: Batch) -> tuple[StepResult, dict[str, float]]:
+        """``step``, and what it says of the model (metrics/vitals.py), with how far it moved each tower's weights."""
+        motion = self.engine.motion(tower_of)
+        before = motion.weights()
+        result = self.step(batch, sample=vitals.rows_per_rank(distributed.world_size()))
+        if result.sample is None:  # the loss was not finite
+            return result, {}
+        moved = {f"update_{tower}": float(f"{ratio:.5g}") for tower, ratio in motion.ratios(before).items()}
+        return result, vitals.measure(result.sample, batch.groups) | moved
+
+    def step(self, batch: Batch, sample: int = 0) -> StepResult:
         """One update at the current position; all its random numbers depend on (seed, position, rank)."""
         recipe, engine = self.recipe, self.engine
         checkpoint.seed_step(recipe.run.seed, self.samples_seen, distributed.rank())
@@ -110,6 +122,7 @@ class Run:
             grad_reduction=recipe.batch.grad_reduction,
             guard=self.guard,
             teacher=self.teacher,
+            sample=sample,
         )
         if self.ceiling is not None:
             engine.cap_scale(self.ceiling)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from trainer.core.settings import OPERATIONAL, Settings
-from trainer.core.types import Batch, Loss, UserError
+from trainer.core.types import Batch, Embeddings, Loss, UserError
 from trainer.engine.oom import REMEDY, free
 from trainer.engine.rng import RandomState
 from trainer.gradient import Attempt, Gradient, GradReduction, Teacher
@@ -75,6 +75,8 @@ class StepResult:
     local_seconds: float = dataclasses.field(default=0.0, compare=False)
     """Seconds that this rank took to embed its pairs, before it first waited for others (at ZeRO-3 earlier). Differs
     between ranks."""
+    sample: Embeddings | None = dataclasses.field(default=None, compare=False, repr=False)
+    """The first rows of this rank's embeddings, if asked for."""
 
 
 def train_step(
@@ -86,19 +88,20 @@ def train_step(
     grad_reduction: GradReduction = "auto",
     guard: Guard | None = None,
     teacher: Teacher | None = None,
+    sample: int = 0,
 ) -> StepResult:
     """Updates the model once with this rank's ``batch`` (host or device memory; the same number of rows on all ranks).
 
     ``micro_batch`` rows go through the towers at a time, all if None. ``guard`` checks the gradient; without one only
-    non-finite gradients are skipped. ``teacher(batch, rows)`` embeds the local batch for distillation. Raises UserError
-    if not even one row at a time fits in memory.
+    non-finite gradients are skipped. ``teacher(batch, rows)`` embeds the local batch for distillation. ``sample`` rows
+    of the embeddings are returned. Raises UserError if not even one row at a time fits in memory.
     """
     assert batch.rows > 0, "an empty local batch"
     rows = min(micro_batch or batch.rows, batch.rows)
     start = RandomState.take(engine.device)
     restore_loss = _snapshot(loss)
     while True:
-        attempt = Attempt(engine, batch, loss, rows, grad_reduction, teacher)
+        attempt = Attempt(engine, batch, loss, rows, grad_reduction, teacher, sample)
         gradient = attempt.run()
         if gradient is not None and not (gradient.overflowed and engine.lower_loss_scale()):
             break
@@ -109,7 +112,9 @@ def train_step(
             rows = _half(rows)
         start.restore(engine.device)
         restore_loss()
-    result = dataclasses.replace(_update(engine, gradient, guard, rows), local_seconds=attempt.clock.seconds())
+    result = dataclasses.replace(
+        _update(engine, gradient, guard, rows), local_seconds=attempt.clock.seconds(), sample=attempt.sample
+    )
     if result.skipped == "not finite":
         restore_loss()
         if engine.loss_scale is not None and not gradient.overflowed:

@@ -150,7 +150,8 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
             batch = next(loader)
         watch.doing("training", step)
         before, rate = run.samples_seen, run.rate
-        result = run.step(batch)
+        logged = log.due(step, before + size)
+        result, vitals = run.observed_step(batch) if logged else (run.step(batch), {})
         values = {key: getattr(result, key) for key in ("loss", "grad_norm", "scale", "bias")} | {"lr": rate}
         counts: dict[str, Any] = {
             "spikes": run.guard.num_spikes,
@@ -159,8 +160,8 @@ def loop(run: Run, loader: Loader, log: RunLog, signals: StopSignals, watch: Wat
         }
         if run.engine.loss_scale is not None:
             counts |= {"loss_scale": run.engine.loss_scale.value, "overflows": run.engine.loss_scale.num_overflows}
-        if spoiled := loader.noise_counts():
-            counts["noise"] = spoiled
+        if logged:
+            counts |= {"vitals": vitals} | ({"noise": spoiled} if (spoiled := loader.noise_counts()) else {})
         log.step(step, run.samples_seen, values | counts, result.local_seconds)
         if result.skipped:
             ids = gather_sample_ids(batch.ids)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,6 +37,7 @@ from trainer.core.types import Embeddings, UserError
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load, reduces_early
 from trainer.engine.ema import average_weights, averaged
 from trainer.engine.fragments import Fragment, fragments
+from trainer.engine.motion import Motion
 from trainer.engine.precision import (
     DTYPES,
     LossScale,
@@ -68,6 +70,7 @@ class Engine:
         self._accumulation: AbstractContextManager[None] | None = None
         self._each = False
         self._scale: list[Fragment] | None = None
+        self._motion: Motion | None = None
 
     @property
     def module(self) -> Any:
@@ -115,6 +118,13 @@ class Engine:
                 holders.append(fragment.parameter.ds_tensor.detach())
             for holder in holders:
                 holder.clamp_(max=math.log(largest))
+
+    def motion(self, part_of: Callable[[str], str | None]) -> Motion:
+        """Measures how far a step moves the weights of each part, which ``part_of(parameter name)`` names; one for
+        the whole run."""
+        if self._motion is None:
+            self._motion = Motion(self.ds_engine, part_of)
+        return self._motion
 
     def average_weights(self, decay: float) -> None:
         """Updates the running average of the weights (``OptimSettings.ema``); 0 drops it."""

@@ -83,6 +83,10 @@ class RunLog:
         with self._meter.paused():
             yield
 
+    def due(self, step: int, samples_seen: int) -> bool:
+        """Whether ``step``, which ends at ``samples_seen``, writes a line."""
+        return step % self._every == 0 or samples_seen >= self._total
+
     def step(self, step: int, samples_seen: int, values: dict[str, Any], local_seconds: float = 0.0) -> None:
         """Call after each step. ``values`` are the same on all ranks; ``local_seconds`` is this rank's part of
         ``rank_seconds``.
@@ -97,7 +101,7 @@ class RunLog:
         if not_finite:
             logger.warning(f"step {step}: {', '.join(f'{key} is {values[key]}' for key in not_finite)}")
         measured: dict[str, Any] = {}
-        if step % self._every == 0 or not_finite or last:
+        if not_finite or self.due(step, samples_seen):
             reading = self._meter.read()
             measured = {
                 "pairs_per_second": round(reading.samples / reading.seconds, 2),

@@ -32,7 +32,8 @@ class MetricCurve:
 
 @dataclass
 class Log:
-    """What a run wrote down: for each key (evaluations as "eval.NAME") where and what, as raw columns."""
+    """What a run wrote down: for each key ("eval.NAME" in evaluations, "vitals.NAME" in vitals) where and what, as raw
+    columns."""
 
     columns: dict[str, tuple[array[float], array[float]]] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
@@ -70,7 +71,8 @@ def read_log(path: Path) -> Log:
             try:
                 record = json.loads(line)
                 seen = float(record.pop("samples_seen"))
-                record |= {f"eval.{name}": value for name, value in (record.pop("eval", None) or {}).items()}
+                for part in ("eval", "vitals"):
+                    record |= {f"{part}.{name}": value for name, value in (record.pop(part, None) or {}).items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 log.damaged += 1
                 continue

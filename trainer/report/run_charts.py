@@ -10,6 +10,7 @@ from trainer.report.curves import Log
 
 DIRECTIONS = {"image_to_text": "picture to caption", "text_to_image": "caption to picture"}
 METRIC = re.compile(r"(?P<data>.*/)?(?P<way>image_to_text|text_to_image)_r(?P<k>\d+)")
+DIMENSIONS = "participation ratio: how many directions the embeddings use"
 AVERAGED = "of the running average of the weights"
 
 
@@ -40,6 +41,17 @@ def run_charts(logs: dict[str, Log], averaged: bool = False) -> str:
         _over_pairs("Gradient norm", logs, "grad_norm", own="norm", log=True, about="before clipping"),
         _over_pairs("Temperature", logs, "scale", own="t", about="t, the factor on cosines"),
         _over_pairs("Bias", logs, "bias", own="b", about="b, added to the logits"),
+        _over_pairs(
+            "Retrieved in the batch",
+            logs,
+            "vitals.image_to_text_r1",
+            own="R@1",
+            zero=True,
+            about="among at most 512",
+        ),
+        _over_pairs("Logit of matched pairs", logs, "vitals.logit_matched", own="mean"),
+        _over_pairs("Logit of other pairs", logs, "vitals.logit_other", own="mean"),
+        _over_pairs("Dimensions of the pictures", logs, "vitals.dims_images", own="number", about=DIMENSIONS),
     ]
     last = max((log.last.get("seconds", 0.0) for log in logs.values()), default=0.0)
     unit, length = ("hours", 3600) if last > 2 * 3600 else ("minutes", 60) if last > 180 else ("seconds", 1)
