@@ -289,5 +289,5 @@ def test_the_planner_counts_the_teacher(teachers: Path, recipe: Path) -> None:
         job = dataclasses.replace(alone, teacher=teacher)
         with_teacher, without = (forecast(student, zero_section("zero1"), one).total for one in (job, alone))
         assert with_teacher - without >= teacher.parameters
-        assert loss_bytes(32, job) > loss_bytes(32, alone)
+        assert loss_bytes(32, job, "cpu") > loss_bytes(32, alone, "cpu")
     assert teacher_of(config.load(recipe), "fp32", "cpu") is None

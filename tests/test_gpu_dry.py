@@ -27,6 +27,13 @@ def test_every_section_runs_and_nothing_fails(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) > len(records)
 
 
+def test_a_section_starts_as_on_a_gpu() -> None:
+    """By spawn: the new process must be able to import what it runs."""
+    command = ["bash", "tests/gpu/run.sh", "--dry", "--start", "spawn", "--only", "ring"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "| ring | sigmoid" in done.stdout, done.stdout + done.stderr
+
+
 def test_without_a_gpu_it_names_the_option(tmp_path: Path) -> None:
     empty = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     fake = tmp_path / "nvidia-smi"

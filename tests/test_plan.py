@@ -201,7 +201,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(survey: Survey) -> N
 
 def test_loss_memory_does_not_grow_with_ranks_on_the_ring_and_does_in_a_gather() -> None:
     def size(ranks: int, exchange: str) -> float:
-        return loss_bytes(768, Job(ranks, 4096, 64, loss=SigmoidSettings(exchange=exchange)))  # type: ignore[arg-type]
+        return loss_bytes(768, Job(ranks, 4096, 64, loss=SigmoidSettings(exchange=exchange)), "cuda")  # type: ignore[arg-type]
 
     assert size(8, "ring") == size(64, "ring")
     assert size(64, "gather") > 4 * size(8, "gather")

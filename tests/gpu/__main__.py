@@ -9,11 +9,10 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.gpu.section import run_section
 
 SECTIONS = {
     "system": 60,
@@ -38,44 +37,9 @@ def gpus() -> int:
     return len([line for line in found.splitlines() if line.startswith("GPU ")])
 
 
-def run_section(name: str, dry: bool, pipe: Connection) -> None:
-    """In a process of its own: sends a record for each check of a section, as it is made."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if dry:
-        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    from tests.gpu.checks import Skip
-
-    try:
-        checks = import_module(f"tests.gpu.{name}").checks(dry)
-    except Exception as error:
-        pipe.send({"name": "importing the section", "ok": False, "text": short(error), "criterion": ""})
-        checks = []
-    for check in checks:
-        start = time.monotonic()
-        record: dict[str, Any] = {"name": check.name, "criterion": check.criterion}
-        try:
-            measured = check.run()
-            record |= {"text": measured.text, "ok": measured.ok, "facts": measured.facts}
-        except Skip as reason:
-            record |= {"text": f"skipped: {reason}", "ok": None, "skipped": True}
-        except Exception as error:
-            record |= {"text": short(error), "ok": False, "trace": traceback.format_exc()}
-        pipe.send(record | {"seconds": round(time.monotonic() - start, 2)})
-    pipe.send(None)
-    pipe.close()
-    sys.stdout.flush()
-    os._exit(0)  # NCCL may wait for ever in a process that saw an error
-
-
-def short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
-
-
-def collect(name: str, dry: bool, limit: float) -> list[dict[str, Any]]:
+def collect(name: str, dry: bool, limit: float, start: str) -> list[dict[str, Any]]:
     """The records of a section; one more where it crashed or took too long."""
-    # On a CPU a forked process saves the seconds of importing torch and DeepSpeed; CUDA does not survive a fork.
-    context = multiprocessing.get_context("fork" if dry else "spawn")
+    context = multiprocessing.get_context(start)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=run_section, args=(name, dry, send))
     process.start()
@@ -85,7 +49,9 @@ def collect(name: str, dry: bool, limit: float) -> list[dict[str, Any]]:
     try:
         while True:
             if not receive.poll(max(0.0, deadline - time.monotonic())):
-                records.append({"name": "time", "criterion": f"{limit:.0f} s", "ok": False, "text": "took longer"})
+                late = {"name": "time", "criterion": f"{limit:.0f} s", "ok": False, "text": "took longer"}
+                records.append(late)
+                show(name, late)
                 break
             record = receive.recv()
             if record is None:
@@ -114,7 +80,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write all records to this JSON file")
     parser.add_argument("--only", default="", help="sections whose name holds this text")
     parser.add_argument("--seconds", type=float, default=480.0, help="no section starts after so many")
+    parser.add_argument("--start", choices=("fork", "spawn"), help="how a section's process begins")
     options = parser.parse_args(argv)
+    # On a CPU a forked process saves the seconds of importing torch and DeepSpeed; CUDA does not survive a fork.
+    method = options.start or ("fork" if options.dry else "spawn")
     if not options.dry and not gpus():
         print("error: no GPU here; --dry runs the same lines at toy sizes on the CPU", file=sys.stderr)
         return 2
@@ -135,7 +104,7 @@ def main(argv: list[str]) -> int:
             records.append(record)
             show(name, record)
             continue
-        records += collect(name, options.dry, min(limit, left))
+        records += collect(name, options.dry, min(limit, left), method)
         if options.out:
             options.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     failed = [record for record in records if record["ok"] is False]

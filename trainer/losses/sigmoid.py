@@ -100,12 +100,11 @@ class SigmoidLoss(PairLoss):
         def visit_on_gpu(tile: Tile) -> None:
             assert kernel is not None
             shift = tile.rows.start - tile.columns.start if tile.own else None
-            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, shift, False)
+            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, shift, pairs.power)
             total.add_(loss)
             pairs.d_bias.add_(gradient)
 
-        exact = pairs.dtype == torch.float32 and not pairs.fast  # the kernel takes float32
-        kernel = fused_kernel(pairs.image) if plain and exact else None
+        kernel = fused_kernel(pairs.image) if plain and pairs.fast else None
         pairs.largest_gradient = max(pairs.largest_gradient, self.negatives.weight)
         visit = visit_on_gpu if kernel else visit_all if plain else visit_some
         pairs.sweep(
@@ -161,10 +160,9 @@ def _sum_softplus_and_sigmoid_(pairs: Pairs, tile: Tile) -> Tensor:
 
 
 def fused_kernel(image: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The Triton kernel where embeddings are on a GPU and Triton is there, else None: then torch's own operations
-    do."""
-    if not (KERNELS and image.is_cuda and importlib.util.find_spec("triton")):
+    """The Triton kernel where there is one for ``image`` [b, d] float16, else None: then torch's own operations do."""
+    if not (KERNELS and image.is_cuda and image.shape[1] % 8 == 0 and importlib.util.find_spec("triton")):
         return None
-    from trainer.losses.kernel import sigmoid_tile
+    from trainer.losses.kernel import blocks_for, sigmoid_tile
 
-    return sigmoid_tile
+    return sigmoid_tile if blocks_for(image.device) else None

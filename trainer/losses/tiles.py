@@ -29,6 +29,12 @@ from trainer.losses.exchange import Sums, traverse
 from trainer.losses.topology import Ring, Slice
 
 
+def default_tile_rows(device: str, fast: bool) -> int:
+    """Images per tile where nobody says: what keeps a ``device`` of this type busy. With a slice of 8,192 texts a GPU's
+    tile takes 64 MiB of float32 logits, or 128 MiB of float16 gradient."""
+    return 1024 if device == "cpu" else 8192 if fast else 2048
+
+
 class Tile(NamedTuple):
     """Logits of this rank's images ``rows`` with the texts ``columns`` of rank ``owner``."""
 
@@ -74,8 +80,8 @@ class Tile(NamedTuple):
 class Pairs:
     """One forward pass over all pairs: sweeps, and the gradients they leave.
 
-    ``image`` [b, d] and ``text`` [b, d] contiguous (float16 for ``fast``), ``scale`` and ``bias`` [] float32; ``rows``
-    images make a tile.
+    ``image`` [b, d] and ``text`` [b, d] contiguous (float16 for ``fast``), ``scale`` and ``bias`` [] float32;
+    ``tile_rows`` images make a tile.
     """
 
     def __init__(
@@ -86,14 +92,14 @@ class Pairs:
         bias: Tensor,
         groups: Tensor | None,
         ring: Ring,
-        rows: int,
+        tile_rows: int | None,
         teacher: Embeddings | None = None,
         fast: bool = False,
     ) -> None:
         self.image, self.text, self.scale, self.bias, self.groups, self.ring = image, text, scale, bias, groups, ring
         self.teacher = teacher
         self.dtype = scale.dtype
-        self.tile_rows = max(1, min(rows, image.shape[0]))
+        self.tile_rows = min(tile_rows or default_tile_rows(image.device.type, fast), max(1, image.shape[0]))
         self.d_image: Tensor | None = None
         self.d_text: Tensor | None = None
         self.d_bias = torch.zeros((), dtype=torch.float64, device=image.device)
@@ -116,7 +122,8 @@ class Pairs:
         """Visits every tile of this rank's images with all texts; returns the totals of ``sums`` for this rank's texts.
 
         With a gradient asked for, ``visit`` must leave d loss / d logits in the tile, and ``d_image`` / ``d_text`` hold
-        the gradients with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten.
+        the gradients with respect to the *scaled* cosines afterwards. Without ``make_logits`` the tile comes unwritten
+        and in the operands' dtype, for ``visit`` to leave d loss / d logits times ``power`` there.
         """
         wanted = list(sums)
         if text_gradient:
@@ -163,7 +170,8 @@ class Pairs:
         for start in range(0, self.image.shape[0], self.tile_rows):
             rows = slice(start, min(start + self.tile_rows, self.image.shape[0]))
             images = self._as_operand("image", self.image[rows])
-            z = self._space("logits", images.shape[0], texts.shape[0])
+            dtype = self.dtype if make_logits else self.operand_dtype
+            z = self._space("logits", images.shape[0], texts.shape[0], dtype)
             if make_logits:
                 self._product(z, images, texts.t(), 0.0).mul_(self.scale).add_(self.bias)
             visit(Tile(z, rows, columns, piece.owner, own, riders, sums, images, texts))
@@ -183,14 +191,18 @@ class Pairs:
         result: Tensor = torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=keep, alpha=factor, out=out)
         return result
 
+    @property
+    def power(self) -> float:
+        """What d loss / d logits is multiplied by as an operand: float16 needs it in the middle of its range, where
+        sigmoids down to e^-20 count."""
+        return 2.0 ** math.floor(math.log2(2**15 / self.largest_gradient)) if self.fast else 1.0
+
     def _as_operand_gradient(self, z: Tensor) -> tuple[Tensor, float]:
-        """d loss / d logits as an operand, and what it must be multiplied by: float16 needs it in the middle of its
-        range, where sigmoids down to e^-20 count."""
-        if not self.fast:
-            return z, 1.0
-        power = 2.0 ** math.floor(math.log2(2**15 / self.largest_gradient))
-        rounded = torch.mul(z, power, out=self.space("rounded", z, torch.float16))
-        return (rounded if self._tensor_cores else z.copy_(rounded)), 1 / power
+        """d loss / d logits as an operand, and what the product with it must be multiplied by."""
+        if not self.fast or z.dtype == torch.float16:
+            return z, 1 / self.power
+        rounded = torch.mul(z, self.power, out=self.space("rounded", z, torch.float16))
+        return (rounded if self._tensor_cores else z.copy_(rounded)), 1 / self.power
 
     def matched_logits(self) -> Tensor:
         """[b] float64: the logits of matched pairs, without the rounding of a float32 product."""
@@ -213,11 +225,14 @@ class Pairs:
         """Whether operands stay float16; elsewhere their rounded values are multiplied in float32, the same numbers."""
         return self.fast and self.image.is_cuda
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return torch.float16 if self._tensor_cores else self.dtype
+
     def _as_operand(self, name: str, values: Tensor) -> Tensor:
-        dtype = torch.float16 if self._tensor_cores else self.dtype
-        if values.dtype == dtype:
+        if values.dtype == self.operand_dtype:
             return values
-        return self._space(name, values.shape[0], values.shape[1], dtype).copy_(values)
+        return self._space(name, values.shape[0], values.shape[1], self.operand_dtype).copy_(values)
 
     def _refuse_empty_blocks(self) -> None:
         # Normalised embeddings are never all zero: such a slice was not written by its sender.

@@ -16,8 +16,10 @@ from typing import Any
 
 from trainer.engine.ds_config import BUCKET_ELEMENTS, reduces_early
 from trainer.losses.base import PairSettings
+from trainer.losses.tiles import default_tile_rows
 from trainer.losses.topology import num_slices
 from trainer.optim import AdamWSettings, OptimSettings, moment_bytes
+from trainer.plan.device import Device
 from trainer.plan.profile import Survey
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "embeddings", "inputs", "buffers")
@@ -104,7 +106,7 @@ def _phases(survey: Survey, states: _States, job: Job) -> Iterator[Peak]:
     joint = 4.0 * survey.embed_dim * job.local_batch  # one tower's embeddings
     host = states.host + (inputs * job.local_batch if job.inputs_on_host else 0)
     parked = host + survey.training.host_bytes(rows)
-    loss = loss_bytes(survey.embed_dim, job)
+    loss = loss_bytes(survey.embed_dim, job, survey.device)
     training, inference = survey.training, survey.inference
 
     teacher = job.teacher
@@ -146,18 +148,19 @@ def _phases(survey: Survey, states: _States, job: Job) -> Iterator[Peak]:
     yield at("optimizer", embeddings=held, **states.step)
 
 
-def loss_bytes(width: int, job: Job) -> float:
+def loss_bytes(width: int, job: Job, device: Device) -> float:
     """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/tiles.py)."""
     settings = job.loss or PairSettings()
     rows = job.local_batch
     lanes = {"gather": job.ranks, "hierarchical": min(job.node_ranks, job.ranks)}.get(settings.exchange, 1)
-    slices = num_slices(rows, lanes)
+    slices = num_slices(rows, lanes, device)
     piece = 4.0 * width * -(-rows // slices)
     travels = job.ranks > lanes
     buffers = piece * (2 * (slices + 1) if travels else slices)
     buffers += piece * (lanes - 1) * 5
     num_tiles = 2 if getattr(settings, "name", "sigmoid") == "sigmoid" else 3
-    tile = 4.0 * min(settings.tile_rows, rows) * -(-rows // slices)
+    tile_rows = settings.tile_rows or default_tile_rows(device, settings.precision == "fast")
+    tile = 4.0 * min(tile_rows, rows) * -(-rows // slices)
     own = 4.0 * width * rows + buffers + num_tiles * tile
     if settings.precision == "fast":  # both embeddings and a tile's gradient once more, in float16
         own += 4.0 * width * rows + tile / 2

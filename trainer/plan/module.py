@@ -67,6 +67,7 @@ def survey_module(model: nn.Module, inputs: Sequence[Tensor], precision: str, de
         training=training,
         inference=inference,
         shapes=trained_shapes(model),
+        device=device,
         note="a module of your own, as it is: no recomputation or LoRA is tried on it",
     )
 

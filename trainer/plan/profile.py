@@ -118,6 +118,7 @@ class Survey:
     """Forward without gradient: pass 1."""
     shapes: Shapes
     """Of the trained parameters: what the optimizer's moments take."""
+    device: Device
     note: str = ""
     """Where the shapes come from when not from the recipe's own model."""
 
@@ -163,6 +164,7 @@ def look(
         "token_bytes": _text_inputs(1, model.preprocess).nbytes + model.preprocess.num_tokens,
         "towers_trained": (model.trains("image"), model.trains("text")),
         "shapes": trained_shapes(model),
+        "device": device,
     }
     periods = [
         layers if isinstance(layers, int) else 1 for layers in (settings.recompute.image, settings.recompute.text)
