@@ -53,19 +53,25 @@ def send_to_self() -> Measured:
     return Measured("equal" if torch.equal(there, here) else "different", torch.equal(there, here))
 
 
+ONE_GPU = """
+from tests.support.dense_step import Case
+from trainer.core import distributed
+distributed.init(60)
+engine = Case(stage=1).engine()
+print(next(engine.module.parameters()).device, distributed.device(), distributed.local_rank())
+"""
+
+
 def one_visible_gpu() -> Measured:
     """A launcher that shows each rank its own GPU alone: LOCAL_RANK is 3 and the only device is cuda:0."""
-    distributed.init(60)
-    before = os.environ["LOCAL_RANK"]
-    os.environ["LOCAL_RANK"] = "3"
-    try:
-        from tests.support.dense_step import Case
-
-        engine = Case(stage=1).engine()
-    finally:
-        os.environ["LOCAL_RANK"] = before
-    device = next(engine.module.parameters()).device
-    return Measured(str(device), device == distributed.device())
+    environment = {**os.environ, "LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": "0" if on_gpu() else ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ONE_GPU], env=environment, capture_output=True, text=True, timeout=90
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-300:])
+    device, wanted, rank = done.stdout.split()[-3:]
+    return Measured(f"{device}, rank {rank} of its node", (device, rank) == (wanted, "3"))
 
 
 FAILING = """

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import Embeddings, UserError
 from trainer.losses.exchange import Sums, traverse
-from trainer.losses.tiles import Pairs
+from trainer.losses.tiles import Pairs, few_rows
 from trainer.losses.topology import Exchange, Ring, Slice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -200,7 +200,7 @@ def _inner(values: Tensor, gradient: Tensor | None) -> Tensor:
     """sum(values * gradient) in float64, a few rows at a time."""
     assert gradient is not None
     total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for a, b in zip(values.split(256), gradient.split(256), strict=True):
+    for a, b in zip(few_rows(values), few_rows(gradient), strict=True):
         total += (a.to(b.dtype) * b).sum(dtype=torch.float64)
     return total
 

@@ -1,11 +1,11 @@
 """Triton: one tile of the sigmoid loss on a GPU, from embeddings to the gradient of its logits in one kernel.
 
-A program multiplies a block of images with a block of texts on the tensor cores (float16 operands, float32 sums), turns
-the logits t x u^T + b in its registers into their gradient, and leaves that as float16 in the tile, together with the
-block's sums of loss and gradient: logits never reach memory. The two products with the gradient stay with cuBLAS.
+A program multiplies blocks of images and texts on the tensor cores (float16 operands, float32 sums), turns the logits
+t x u^T + b in its registers into their gradient, and leaves that as float16 in the tile, beside its sums of loss and
+gradient: logits never reach memory. The two products with the gradient stay with cuBLAS.
 
-The slow reference is ``sigmoid.py`` without it. Its arithmetic is that of ``loss.precision: fast``: tensor cores cut
-off their sums (measured on an H100: 1e-6 of a sum of 768 products, 5e-6 of 4,096), so that ``exact`` cannot use them.
+The slow reference is ``sigmoid.py`` without it. The arithmetic is that of ``loss.precision: fast``; ``exact`` cannot be
+had from tensor cores, which cut off their sums (measured on an H100: by 1e-6 of a sum of 768 products, 5e-6 of 4,096).
 
     TRITON_INTERPRET=1 python -m pytest tests/test_losses_kernel.py    # on a CPU
 """
@@ -29,21 +29,24 @@ def _exp2(x, HARDWARE: tl.constexpr):  # type: ignore[no-untyped-def]
     here. The same for _inverse and _log2. Its interpreter knows no instructions."""
     if HARDWARE:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.exp2(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
 def _inverse(x, HARDWARE: tl.constexpr):  # type: ignore[no-untyped-def]
     if HARDWARE:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return 1.0 / x
+    else:
+        return 1.0 / x
 
 
 @triton.jit
 def _log2(x, HARDWARE: tl.constexpr):  # type: ignore[no-untyped-def]
     if HARDWARE:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.log2(x)
+    else:
+        return tl.log2(x)
 
 
 @triton.jit
@@ -64,6 +67,50 @@ def _sum_of_logarithms(u, R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constex
 
 
 @triton.jit
+def _load(source, first, k, count, width, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[N, D] of ``source`` [count, width] from ``first`` and ``k`` on, zero beyond its edges."""
+    if TMA:
+        return source.load([first, k])
+    else:
+        row, column = first + tl.arange(0, N), k + tl.arange(0, D)
+        inside = (row[:, None] < count) & (column[None, :] < width)
+        return tl.load(source + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    cosines,
+    t,
+    b,
+    gradient,
+    rows,
+    columns,
+    first_row,
+    first_column,
+    power,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    EVEN: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Stores the gradient of a block; returns its sums of loss, in units of log 2, and of gradient."""
+    row, column = first_row + tl.arange(0, R), first_column + tl.arange(0, C)
+    z = cosines * t + b
+    place = gradient + row.to(tl.int64)[:, None] * columns + column[None, :]
+    if EVEN:
+        value = _inverse(1.0 + _exp2(-z, HARDWARE), HARDWARE)
+        tl.store(place, (value * power).to(gradient.dtype.element_ty))
+    else:
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        z = tl.where(inside, z, float("-inf"))
+        value = _inverse(1.0 + _exp2(-z, HARDWARE), HARDWARE)
+        tl.store(place, (value * power).to(gradient.dtype.element_ty), mask=inside)
+    # softplus(z) = max(z, 0) - log(1 - u), u = sigmoid(-|z|)
+    loss = tl.sum(tl.maximum(z, 0.0)) + _sum_of_logarithms(tl.minimum(value, 1.0 - value), R, C, HARDWARE)
+    return loss, tl.sum(value)
+
+
+@triton.jit
 def _sigmoid_tile(  # type: ignore[no-untyped-def]
     images,
     texts,
@@ -75,60 +122,39 @@ def _sigmoid_tile(  # type: ignore[no-untyped-def]
     rows,
     columns,
     width,
-    shift,
     power,
     R: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
-    GROUP: tl.constexpr,
+    BAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    # Blocks are visited in bands of GROUP rows, so that those which run at once share operands in the L2 cache.
-    program = tl.program_id(0)
+    # In units of log 2, since exp2 and log2 are what the hardware has.
+    t, b = tl.load(scale) * LOG2E, tl.load(bias) * LOG2E
     down, across = tl.cdiv(rows, R), tl.cdiv(columns, C)
-    band = program // (GROUP * across)
-    height = tl.minimum(down - band * GROUP, GROUP)
-    first_row = (band * GROUP + program % (GROUP * across) % height) * R
-    first_column = program % (GROUP * across) // height * C
-    cosines = tl.zeros((R, C), dtype=tl.float32)
-    for k in range(0, width, D):
-        cosines = tl.dot(images.load([first_row, k]), texts.load([first_column, k]).T, cosines)
-    row, column = first_row + tl.arange(0, R), first_column + tl.arange(0, C)
-    # In units of log 2: exp2 and log2 are what the hardware has.
-    z = cosines * (tl.load(scale) * LOG2E) + tl.load(bias) * LOG2E
-    if not EVEN:
-        inside = (row[:, None] < rows) & (column[None, :] < columns)
-        z = tl.where(inside, z, float("-inf"))
-    # Every pair counts as a negative here; the few matched ones are corrected below.
-    matched = row + shift
-    on_diagonal = (first_row + shift < first_column + C) & (first_row + R + shift > first_column)
-    own = tl.zeros((R,), dtype=tl.float32)
-    if on_diagonal:
-        own = tl.sum(tl.where(column[None, :] == matched[:, None], z, 0.0), 1)
-    value = _inverse(1.0 + _exp2(-z, HARDWARE), HARDWARE)
-    place = gradient + row.to(tl.int64)[:, None] * columns + column[None, :]
-    if EVEN:
-        tl.store(place, (value * power).to(gradient.dtype.element_ty))
-    else:
-        tl.store(place, (value * power).to(gradient.dtype.element_ty), mask=inside)
-    # softplus(z) = max(z, 0) - log(1 - u), u = sigmoid(-|z|)
-    loss = tl.sum(tl.maximum(z, 0.0)) + _sum_of_logarithms(tl.minimum(value, 1.0 - value), R, C, HARDWARE)
-    total = tl.sum(value)
-    if on_diagonal:
-        here = (row < rows) & (matched >= first_column) & (matched < tl.minimum(first_column + C, columns))
-        # d softplus(-z) / dz = -sigmoid(-z) = sigmoid(z) - 1, and softplus(-z) = softplus(z) - z.
-        corrected = -1.0 / (1.0 + tl.exp2(own))
-        tl.debug_barrier()  # another thread may have stored the place
-        tl.store(
-            gradient + row.to(tl.int64) * columns + matched,
-            (corrected * power).to(gradient.dtype.element_ty),
-            mask=here,
-        )
-        loss -= tl.sum(tl.where(here, own, 0.0))
-        total -= tl.sum(here.to(tl.float32))
-    tl.store(losses + program, loss / LOG2E)
-    tl.store(sums + program, total)
+    loss, total = 0.0, 0.0
+    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=PERSISTENT):
+        # Blocks are visited in bands of rows, so that those which run at once share operands in the L2 cache.
+        band = block // (BAND * across)
+        height = tl.minimum(down - band * BAND, BAND)
+        i = (band * BAND + block % (BAND * across) % height) * R
+        j = block % (BAND * across) // height * C
+        cosines = tl.zeros((R, C), dtype=tl.float32)
+        for k in range(0, width, D):
+            x, u = _load(images, i, k, rows, width, R, D, TMA), _load(texts, j, k, columns, width, C, D, TMA)
+            cosines = tl.dot(x, u.T, cosines)
+        # Half a block at a time needs half the registers.
+        left, right = tl.split(tl.permute(tl.reshape(cosines, (R, 2, C // 2)), (0, 2, 1)))
+        more, sum_ = _finish(left, t, b, gradient, rows, columns, i, j, power, R, C // 2, EVEN, HARDWARE)
+        loss, total = loss + more, total + sum_
+        j += C // 2
+        more, sum_ = _finish(right, t, b, gradient, rows, columns, i, j, power, R, C // 2, EVEN, HARDWARE)
+        loss, total = loss + more, total + sum_
+    tl.store(losses + tl.program_id(0), loss / LOG2E)
+    tl.store(sums + tl.program_id(0), total)
 
 
 class _Blocks(NamedTuple):
@@ -139,9 +165,17 @@ class _Blocks(NamedTuple):
     width: int
     warps: int
     stages: int
+    tma: bool = False
+    """Operands come by the bulk copy engine of Hopper."""
+    persistent: bool = False
+    """One program for each multiprocessor, which loads its next block's operands while it finishes this one."""
+    registers: int | None = None
+    band: int = 8
 
 
-HOPPER, AMPERE, INTERPRETED = _Blocks(128, 256, 64, 8, 3), _Blocks(128, 128, 32, 8, 3), _Blocks(32, 32, 32, 4, 1)
+HOPPER = _Blocks(128, 256, 64, 8, 3, tma=True, persistent=True)
+AMPERE = _Blocks(128, 128, 32, 8, 3)
+INTERPRETED = _Blocks(32, 32, 32, 4, 1)
 
 
 def blocks_for(device: torch.device) -> _Blocks | None:
@@ -149,26 +183,29 @@ def blocks_for(device: torch.device) -> _Blocks | None:
     if device.type != "cuda":
         return INTERPRETED
     major = torch.cuda.get_device_capability(device)[0]
-    return None if major < 8 else HOPPER if major in (9, 10) else AMPERE
+    return None if major < 8 else HOPPER if major == 9 else AMPERE
 
 
 def sigmoid_tile(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, out: Tensor, shift: int | None, power: float
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, out: Tensor, power: float
 ) -> tuple[Tensor, Tensor]:
-    """Writes ``power`` x d loss / d logits into ``out`` [r, c] and returns the sums of loss and of that gradient
-    (without ``power``), float64 [] each.
+    """Writes ``power`` sigmoid(z) of the logits z = scale x images x texts^T + bias into ``out`` [r, c] and returns the
+    sums of softplus(z) and of sigmoid(z), float64 [] each: every pair counts as a negative, and the caller corrects the
+    matched ones.
 
     ``images`` [r, d], ``texts`` [c, d] and ``out``: contiguous float16, d a multiple of 8; ``scale`` [] and ``bias`` []
-    float32. Image i belongs to text i + ``shift`` of this slice; None when no pair here is matched.
+    float32.
     """
     (rows, width), columns = images.shape, texts.shape[0]
     block = blocks_for(out.device)
     assert block is not None and width % 8 == 0
     programs = triton.cdiv(rows, block.rows) * triton.cdiv(columns, block.columns)
+    if block.persistent:
+        programs = min(programs, torch.cuda.get_device_properties(out.device).multi_processor_count)
     losses, sums = torch.empty(2, programs, dtype=torch.float32, device=out.device)
     _sigmoid_tile[(programs,)](
-        TensorDescriptor.from_tensor(images, [block.rows, block.width]),
-        TensorDescriptor.from_tensor(texts, [block.columns, block.width]),
+        TensorDescriptor.from_tensor(images, [block.rows, block.width]) if block.tma else images,
+        TensorDescriptor.from_tensor(texts, [block.columns, block.width]) if block.tma else texts,
         scale,
         bias,
         out,
@@ -177,15 +214,17 @@ def sigmoid_tile(
         rows,
         columns,
         width,
-        columns + rows if shift is None else shift,
         power,
         R=block.rows,
         C=block.columns,
         D=block.width,
-        GROUP=8,
+        BAND=block.band,
+        PERSISTENT=block.persistent,
+        TMA=block.tma,
         EVEN=rows % block.rows == 0 and columns % block.columns == 0,
         HARDWARE=out.is_cuda,
         num_warps=block.warps,
         num_stages=block.stages,
+        **({"maxnreg": block.registers} if block.registers else {}),
     )
     return losses.sum(dtype=torch.float64), sums.sum(dtype=torch.float64)

@@ -99,10 +99,16 @@ class SigmoidLoss(PairLoss):
 
         def visit_on_gpu(tile: Tile) -> None:
             assert kernel is not None
-            shift = tile.rows.start - tile.columns.start if tile.own else None
-            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, shift, pairs.power)
+            loss, gradient = kernel(tile.images, tile.texts, pairs.scale, pairs.bias, tile.z, pairs.power)
             total.add_(loss)
             pairs.d_bias.add_(gradient)
+            first, last = tile.matched()
+            if first < last:
+                # softplus(-z) = softplus(z) - z, and its gradient -sigmoid(-z) = sigmoid(z) - 1.
+                z = pairs.matched_logits(first, last)
+                tile.diagonal().copy_(z.neg().sigmoid_().mul_(-pairs.power))
+                total.sub_(z.sum())
+                pairs.d_bias.sub_(last - first)
 
         kernel = fused_kernel(pairs.image) if plain and pairs.fast else None
         pairs.largest_gradient = max(pairs.largest_gradient, self.negatives.weight)

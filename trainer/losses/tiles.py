@@ -35,6 +35,11 @@ def default_tile_rows(device: str, fast: bool) -> int:
     return 1024 if device == "cpu" else 8192 if fast else 2048
 
 
+def few_rows(values: Tensor) -> tuple[Tensor, ...]:
+    """``values`` [n, d] in parts that may be copied: small ones on CPUs, on GPUs as many as are worth a kernel."""
+    return values.split(2048 if values.is_cuda else 256)
+
+
 class Tile(NamedTuple):
     """Logits of this rank's images ``rows`` with the texts ``columns`` of rank ``owner``."""
 
@@ -177,7 +182,7 @@ class Pairs:
             visit(Tile(z, rows, columns, piece.owner, own, riders, sums, images, texts))
             if not image_gradient and d_text is None:
                 continue
-            gradient, factor = self._as_operand_gradient(z)
+            gradient, factor = (self._as_operand_gradient(z) if make_logits else z), 1 / self.power
             if image_gradient and self.d_image is not None:
                 self._product(self.d_image[rows], gradient, texts, 1.0, factor)
             if d_text is not None:
@@ -197,16 +202,16 @@ class Pairs:
         sigmoids down to e^-20 count."""
         return 2.0 ** math.floor(math.log2(2**15 / self.largest_gradient)) if self.fast else 1.0
 
-    def _as_operand_gradient(self, z: Tensor) -> tuple[Tensor, float]:
-        """d loss / d logits as an operand, and what the product with it must be multiplied by."""
-        if not self.fast or z.dtype == torch.float16:
-            return z, 1 / self.power
+    def _as_operand_gradient(self, z: Tensor) -> Tensor:
+        """d loss / d logits times ``power`` as an operand."""
+        if not self.fast:
+            return z
         rounded = torch.mul(z, self.power, out=self.space("rounded", z, torch.float16))
-        return (rounded if self._tensor_cores else z.copy_(rounded)), 1 / self.power
+        return rounded if self._tensor_cores else z.copy_(rounded)
 
-    def matched_logits(self) -> Tensor:
-        """[b] float64: the logits of matched pairs, without the rounding of a float32 product."""
-        parts = zip(self.image.split(256), self.text.split(256), strict=True)
+    def matched_logits(self, first: int = 0, last: int | None = None) -> Tensor:
+        """[last - first] float64: the logits of these matched pairs, without the rounding of a float32 product."""
+        parts = zip(*(few_rows(side[first:last]) for side in (self.image, self.text)), strict=True)
         cosines = torch.cat([(image.double() * text.double()).sum(1) for image, text in parts])
         return cosines * self.scale.double() + self.bias.double()
 
