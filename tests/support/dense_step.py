@@ -128,6 +128,7 @@ class Case:
     mask: MaskSettings | None = None
     locked: str = ""
     """Names beginning with this are not trained."""
+    compile: bool = False
 
     def model(self) -> Any:
         model = tiny_model(self.kind, dropout=self.dropout, mask=self.mask or MaskSettings())
@@ -159,7 +160,8 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "ds_config.json"
             path.write_text(json.dumps({"zero_optimization": zero}))
-            return build_engine(model, optimizer, EngineSettings(ds_config=str(path), precision=precision), clip)  # type: ignore[arg-type]
+            settings = EngineSettings(ds_config=str(path), precision=precision, compile=self.compile)  # type: ignore[arg-type]
+            return build_engine(model, optimizer, settings, clip)
 
 
 def add_lora(model: Any) -> None:

@@ -37,6 +37,9 @@ class EngineSettings(Settings):
     float32_modules: tuple[str, ...] = ()
     """Regular expressions: modules with a matching name compute in float32. For layers that overflow in fp16; a warning
     names them."""
+    compile: Annotated[bool, OPERATIONAL] = False
+    """The layers of the towers go through torch.compile (ZeRO 0 to 2), some seconds to a minute at the start of a run,
+    of an evaluation and of a new micro-batch. Results differ by rounding."""
 
     @property
     def computes_in(self) -> Precision:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from trainer.core import collectives, distributed
 from trainer.core.partitioned import PartitionedOptimizer
 from trainer.core.types import Embeddings, UserError
+from trainer.engine.compiled import compile_layers
 from trainer.engine.ds_config import BUCKET_ELEMENTS, EngineSettings, complete, load, reduces_early
 from trainer.engine.ema import average_weights, averaged
 from trainer.engine.fragments import Fragment, fragments
@@ -269,6 +270,8 @@ def build_engine(
     else:
         keep_float32(model, settings.float32_modules)
         autocast_forward(model, DTYPES[precision], loss_scale)
+    if settings.compile:
+        compile_layers(model, config["zero_optimization"]["stage"])
     model.train()
     if (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
         use_all_cores()

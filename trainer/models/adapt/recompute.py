@@ -67,21 +67,22 @@ def recompute(tower: nn.Module, layers: Layers, offload: bool = False) -> int:
         )
     chosen = list(longest)[step - 1 :: step]
     for layer in chosen:
-        _wrap(layer, offload)
+        layer.forward = Recomputed(layer.forward, offload)
     return len(chosen)
 
 
-def _wrap(layer: nn.Module, offload: bool) -> None:
-    forward: Callable[..., Any] = layer.forward
+class Recomputed:
+    """A layer's ``forward`` that keeps only its inputs and runs again in the backward pass."""
 
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, forward: Callable[..., Any], offload: bool) -> None:
+        self.forward, self.offload = forward, offload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)  # pass 1 of a step, evaluation
-        with _storage(offload):
+            return self.forward(*args, **kwargs)  # pass 1 of a step, evaluation
+        with _storage(self.offload):
             # Not reentrant: works without a gradient at the input (below locked layers), and keeps autocast as it was.
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    layer.forward = recomputed
+            return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
 def _storage(offload: bool) -> AbstractContextManager[Any]:
