@@ -20,7 +20,7 @@ SECTIONS = {
     "ring": 60,
     "steps": 120,
     "memory": 120,
-    "speed": 150,
+    "speed": 240,
     "training": 200,
     "several": 120,
 }

@@ -7,7 +7,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,56 +103,73 @@ def public_kernel(rows: int, dtype: torch.dtype, **keys: Any) -> Measured:
     return Measured(f"{1e3 * mine:.1f} ms against {1e3 * peer:.1f} ms, {mine / peer:.2f}x", mine <= peer)
 
 
-def share_of_a_step(rows: int, world: int) -> Measured:
-    """The loss of one of ``world`` emulated ranks beside the towers' step on as many pairs."""
+def share_of_a_step(rows: int, precision: str) -> Measured:
+    """The loss of one of eight emulated ranks, beside the towers' step on as many pairs where that was measured."""
     z = embeddings(rows, torch.bfloat16 if on_gpu() else torch.float32)
-    with emulated.ranks(world):
-        loss = seconds(lambda: forward_backward(SigmoidLoss(), z), rounds=3, warmups=1)
-    return Measured(f"{1e3 * loss:.1f} ms for {rows} pairs a rank x {world}", None, {"seconds": loss})
+    with emulated.ranks(8):
+        loss = SigmoidLoss(precision=precision)  # type: ignore[arg-type]
+        took = seconds(lambda: forward_backward(loss, z), rounds=3, warmups=1)
+    return Measured(f"{1e3 * took:.1f} ms for {rows} pairs a rank x 8", None, {"seconds": took})
 
 
-def vit_base(dry: bool, precision: str) -> tuple[Any, DualEncoder]:
+def vit_base(dry: bool, compile: bool) -> tuple[Any, DualEncoder]:
     """An engine on SigLIP ViT-B/16 (toy towers when dry), and its model."""
     distributed.init(60)
     if dry:
         from tests.support.tiny_models import tiny_settings
 
-        settings = tiny_settings("siglip")
-        model = build(settings)
+        model = build(tiny_settings("siglip"))
     else:
         name = "google/siglip-base-patch16-224"
         with stand_in(ModelSettings(path=name), KNOWN[name]) as known:
             model = build(ModelSettings(config=KNOWN[name], tokenizer=known.path))
-    engine_settings = EngineSettings(ds_config="zero0", precision=precision)  # type: ignore[arg-type]
-    return build_engine(model, build_optimizer(model, AdamWSettings()), engine_settings, clip=1.0), model
+    settings = EngineSettings(ds_config="zero0", precision="bf16" if on_gpu() else "fp32", compile=compile)
+    return build_engine(model, build_optimizer(model, AdamWSettings()), settings, clip=1.0), model
 
 
-def towers(dry: bool, rows: int, micro_batch: int) -> Measured:
-    """Pairs a second of ViT-B/16, one pass and two, and of plain torch on the same modules (no engine, no caching)."""
-    precision = "bf16" if on_gpu() else "fp32"
-    engine, model = vit_base(dry, precision)
-    batch, loss = batch_for(model, rows), SigmoidLoss()
-    one = batch_for(model, micro_batch)
-    single = micro_batch / seconds(lambda: train_step(engine, one, loss, None), rounds=3)
-    double = rows / seconds(lambda: train_step(engine, batch, loss, micro_batch), rounds=3, warmups=1)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=on_gpu())
+@cache
+def our_rates(dry: bool, compile: bool) -> tuple[float, float]:
+    """Pairs a second of our steps, in one pass and in two."""
+    rows, micro_batch = (16, 4) if dry else (1024, 256)
+    engine, model = vit_base(dry, compile)
+    batch, part, loss = batch_for(model, rows), batch_for(model, micro_batch), SigmoidLoss()
+    single = micro_batch / seconds(lambda: train_step(engine, part, loss, None), rounds=5)
+    return single, rows / seconds(lambda: train_step(engine, batch, loss, micro_batch), rounds=3, warmups=1)
+
+
+def towers(dry: bool) -> Measured:
+    """Ours, and plain torch on the same modules (no engine, no caching)."""
+    single, double = our_rates(dry, False)
+    micro_batch = 4 if dry else 256
+    _, model = vit_base(dry, False)
+    loss, one = SigmoidLoss(), batch_for(model, micro_batch)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=on_gpu())
     local = one.to(distributed.device())
 
     def plain() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(distributed.device().type, torch.bfloat16, enabled=precision == "bf16"):
-            z = model(local.pixels, local.tokens, local.token_mask)
-        loss(z).backward()
+        loss(model(local.pixels, local.tokens, local.token_mask)).backward()
         optimizer.step()
 
-    floor = micro_batch / seconds(plain, rounds=3)
+    floor = micro_batch / seconds(plain, rounds=5)
     text = (
         f"{single:.0f} pairs/s in one pass ({single / floor:.2f}x plain torch), "
         f"{double:.0f} in two ({double / floor:.2f}x)"
     )
     facts = {"one_pass": single, "two_passes": double, "plain": floor}
     return Measured(text, None if dry else single / floor >= 0.95 and double / floor >= 0.7, facts)
+
+
+def compiled_towers(dry: bool) -> Measured:
+    """engine.compile against the layers as they are."""
+    if dry:
+        raise Skip("tests/test_engine_compiled.py compiles on the CPU")
+    eager, mine = our_rates(dry, False), our_rates(dry, True)
+    text = (
+        f"{mine[0]:.0f} pairs/s in one pass ({mine[0] / eager[0]:.2f}x), "
+        f"{mine[1]:.0f} in two ({mine[1] / eager[1]:.2f}x)"
+    )
+    return Measured(text, mine[0] > eager[0] and mine[1] > eager[1], {"one_pass": mine[0], "two_passes": mine[1]})
 
 
 def open_clip_towers(dry: bool) -> tuple[Any, Any]:
@@ -172,35 +189,42 @@ def open_clip_towers(dry: bool) -> tuple[Any, Any]:
     return open_clip, open_clip.CLIP(32, vision, text, init_logit_bias=-10.0, output_dict=True)
 
 
-def open_clip_steps(dry: bool, rows: int, micro_batch: int) -> Measured:
-    """open_clip's own training loop on such batches, in one pass and with --accum-freq, beside ours."""
+def open_clip_rate(dry: bool, accum_freq: int, compile: bool) -> float:
+    """Pairs a second of open_clip's own training loop, in micro-batches as ours."""
     distributed.init(60)
     open_clip, model = open_clip_towers(dry)
     from open_clip_train.train import train_one_epoch
 
     model.to(distributed.device())
     optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu())
-    side, tokens = (16, 8) if dry else (224, 64)
+    if compile:
+        model = torch.compile(model)
+    micro_batch, side, tokens = (4, 16, 8) if dry else (256, 224, 64)
     batch = torch.randn(micro_batch, 3, side, side), torch.randint(2, 20, (micro_batch, tokens))
     batch = tuple(part.pin_memory() for part in batch) if on_gpu() else batch
-    rates = {}
-    for accum_freq in (1, rows // micro_batch):
-        args = Namespace(device=distributed.device().type, precision="amp_bf16" if on_gpu() else "fp32", distill=False)
-        args.accum_freq, args.batch_size, args.rank, args.world_size = accum_freq, micro_batch, 0, 1
-        args.skip_scheduler, args.horovod, args.grad_clip_norm, args.wandb = True, False, 1.0, False
-        args.log_every_n_steps = 1000
-        loss = open_clip.loss.SigLipLoss(rank=0, world_size=1)
-        data = {"train": SimpleNamespace(dataloader=Batches([batch] * accum_freq), set_epoch=lambda epoch: None)}
-        epoch = partial(train_one_epoch, model, data, loss, 0, optimizer, None, None, None, args)
-        rates[accum_freq] = accum_freq * micro_batch / seconds(epoch, rounds=3)
-    one, several = rates.values()
-    del model, optimizer
-    engine, ours = vit_base(dry, "bf16" if on_gpu() else "fp32")
-    whole, part = batch_for(ours, rows), batch_for(ours, micro_batch)
-    single = micro_batch / seconds(lambda: train_step(engine, part, SigmoidLoss(), None), rounds=3)
-    double = rows / seconds(lambda: train_step(engine, whole, SigmoidLoss(), micro_batch), rounds=3, warmups=1)
-    text = f"{single:.0f} against {one:.0f} pairs/s in one pass, {double:.0f} against {several:.0f} in several"
-    facts = {"one_pass": single, "two_passes": double, "open_clip": one, "open_clip_accumulated": several}
+    args = Namespace(device=distributed.device().type, precision="amp_bf16" if on_gpu() else "fp32", distill=False)
+    args.accum_freq, args.batch_size, args.rank, args.world_size = accum_freq, micro_batch, 0, 1
+    args.skip_scheduler, args.horovod, args.grad_clip_norm, args.wandb = True, False, 1.0, False
+    args.log_every_n_steps = 1000
+    loss = open_clip.loss.SigLipLoss(rank=0, world_size=1)
+    data = {"train": SimpleNamespace(dataloader=Batches([batch] * accum_freq), set_epoch=lambda epoch: None)}
+    epoch = partial(train_one_epoch, model, data, loss, 0, optimizer, None, None, None, args)
+    return accum_freq * micro_batch / seconds(epoch, rounds=5)
+
+
+def against_open_clip(dry: bool, compile: bool) -> Measured:
+    """One pass, and two where open_clip has --accum-freq, which it cannot compile."""
+    if dry and compile:
+        raise Skip("nothing to be learned of toy towers")
+    single, double = our_rates(dry, compile)
+    one = open_clip_rate(dry, 1, compile)
+    facts = {"one_pass": single, "two_passes": double, "open_clip": one}
+    text = f"{single:.0f} against {one:.0f} pairs/s in one pass ({single / one:.2f}x)"
+    if compile:
+        return Measured(f"{text}; {double:.0f} in two ({double / one:.2f}x of one pass)", single >= one, facts)
+    several = open_clip_rate(dry, 4, False)
+    text = f"{text}, {double:.0f} against {several:.0f} in several ({double / several:.2f}x)"
+    facts["open_clip_accumulated"] = several
     return Measured(text, None if dry else single >= one and double >= several, facts)
 
 
@@ -253,18 +277,17 @@ def checks(dry: bool) -> list[Check]:
         Check(f"sigmoid, {rows} pairs, fp32", "", partial(loss_time, rows // 4, torch.float32)),
         Check(f"sigmoid, {rows} pairs, bf16 embeddings", "", partial(loss_time, rows, half)),
         Check(f"sigmoid, {rows} pairs, fast", "", partial(loss_time, rows, torch.float32, precision="fast")),
-        Check("against siglip-kernel", "not slower", partial(public_kernel, rows, half)),
-        Check("loss of 8 emulated ranks", "", partial(share_of_a_step, 32 if dry else 4096, 8)),
-        Check(
-            "ViT-B/16 steps",
-            "one pass >= 0.95x, two >= 0.7x of plain torch",
-            partial(towers, dry, 16 if dry else 1024, 4 if dry else 256),
+        Check("fast against siglip-kernel", "not slower", partial(public_kernel, rows, half, precision="fast")),
+        *(
+            Check(
+                f"loss of 8 emulated ranks, {precision}", "", partial(share_of_a_step, 32 if dry else 4096, precision)
+            )
+            for precision in ("exact", "fast")
         ),
+        Check("ViT-B/16 steps", "one pass >= 0.95x, two >= 0.7x of plain torch", partial(towers, dry)),
+        Check("ViT-B/16 steps against open_clip's", "not slower", partial(against_open_clip, dry, False)),
+        Check("ViT-B/16 steps, engine.compile", "faster than without", partial(compiled_towers, dry)),
         *(Check(f"update, {row.name}", "", partial(update, row, 1 if dry else 6)) for row in ROWS),
-        Check(
-            "ViT-B/16 steps against open_clip's",
-            "not slower",
-            partial(open_clip_steps, dry, 16 if dry else 1024, 4 if dry else 256),
-        ),
         Check("loader into the device", "arrives", partial(loader, 32, 4 if dry else 50)),
+        Check("compiled, against open_clip's compiled", "not slower", partial(against_open_clip, dry, True)),
     ]
