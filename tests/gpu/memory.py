@@ -36,7 +36,8 @@ def batch_for(model: Any, rows: int) -> Batch:
     preprocess = model.preprocess
     pixels = torch.randint(0, 256, (rows, 3, *preprocess.image_size), dtype=torch.uint8)
     tokens = torch.randint(2, 20, (rows, preprocess.num_tokens))
-    return Batch(pixels, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(rows), torch.arange(rows))
+    fields = (pixels, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(rows), torch.arange(rows))
+    return Batch(*(field.pin_memory() if on_gpu() else field for field in fields))  # as the loader gives them
 
 
 def peak_of_training(

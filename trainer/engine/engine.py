@@ -48,7 +48,7 @@ from trainer.engine.precision import (
     require_float32,
 )
 from trainer.engine.state_names import WEIGHT
-from trainer.engine.workarounds import forget_reductions, use_all_cores
+from trainer.engine.workarounds import forget_reductions, known_norm, norm_of_all_at_once, use_all_cores
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class Engine:
         self._each = False
         self._scale: list[Fragment] | None = None
         self._motion: Motion | None = None
+        self._known_norm = torch.zeros(())
+        """Of the gradients that ``finish_gradients`` made, as ``step`` clips by it; not at ZeRO-3."""
 
     @property
     def module(self) -> Any:
@@ -184,11 +186,17 @@ class Engine:
         optimizer = self.ds_engine.optimizer
         limit = min((value for value in (self._clip, clip or 0.0) if value > 0), default=0.0)
         self.ds_engine.set_gradient_accumulation_boundary(True)
-        if isinstance(optimizer, ZeROOptimizer):
-            optimizer.clip_grad = limit
-        elif limit:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        self.ds_engine.step()
+        if not isinstance(optimizer, ZeROOptimizer):
+            if limit:
+                torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, self._known_norm)
+            self.ds_engine.step()
+            return
+        optimizer.clip_grad = limit
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self.ds_engine.step()
+            return
+        with known_norm(optimizer, self._known_norm):
+            self.ds_engine.step()
 
     def discard_gradients(self) -> None:
         """Drops the accumulated gradients, reduced or not, as if ``start_gradients`` had not been called. Call it on
@@ -210,10 +218,12 @@ class Engine:
             groups = [float(norm) for norm in optimizer._get_norm_groups()]
             norm = -1.0 if min(groups) < 0 else sum(value**2 for value in groups) ** 0.5
         elif isinstance(optimizer, ZeROOptimizer):
-            norm = float(optimizer.scaled_global_norm())
+            self._known_norm = optimizer.scaled_global_norm()
+            norm = float(self._known_norm)
         else:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._known_norm = torch.nn.utils.get_total_norm(gradients)
+            norm = float(self._known_norm)
         norm = norm if 0 <= norm < float("inf") else float("inf")  # DeepSpeed says -1 where the norm is not finite
         return collectives.mean_over_ranks([norm])[0]  # ranks must decide on identical bits
 
@@ -283,6 +293,7 @@ def build_engine(
         raise UserError(
             f"engine.ds_config {settings.ds_config}: DeepSpeed rejects {key!r} {first['input']!r}: {first['msg']}"
         ) from error
+    norm_of_all_at_once(ds_engine)
     if isinstance(optimizer, PartitionedOptimizer):
         pieces = [piece for piece in fragments(ds_engine) if piece.optimizer is not None]
         optimizer.locate(pieces, partitioned=config["zero_optimization"]["stage"] > 0)

@@ -1,17 +1,22 @@
-"""Workarounds for DeepSpeed 0.19: what importing it must not do, and what it does not reset after an error."""
+"""Workarounds for DeepSpeed 0.19: what importing it must not do, norms taken parameter by parameter, and what it does not
+reset after an error."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import Tensor
 
 from trainer.core import distributed
 
@@ -38,6 +43,39 @@ def use_all_cores() -> None:
     the user set stays."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(distributed.cores())
+
+
+def norm_of_all_at_once(ds_engine: Any) -> None:
+    """Makes ZeRO 1 and 2 take the norm of their gradients in a few kernels, and ZeRO-0 leave clipping to its caller.
+
+    DeepSpeed takes it of one parameter after the other, at ZeRO-0 in a step that has been clipped already: thousands of
+    small kernels, a tenth of a ViT-B/16 step on an H100.
+    """
+    ds_engine._config.gradient_clipping = 0.0
+    optimizer = ds_engine.optimizer
+    if not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+
+    def norm(gradients: Sequence[Tensor], params: Sequence[Any], norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        parts = torch._foreach_norm([g for g in gradients if not getattr(g, "_zero_padding", False)])
+        squares = torch.stack(parts).double().square_().sum() if parts else torch.zeros(()).double()
+        squares = squares.to(optimizer.device)
+        dist.all_reduce(squares, group=optimizer.dp_process_group)
+        total = squares.sqrt_().float()
+        return torch.where(total.isfinite(), total, -1.0)  # what DeepSpeed says of a norm that is not finite
+
+    optimizer.get_grad_norm_direct = norm
+
+
+@contextmanager
+def known_norm(optimizer: Any, norm: Tensor) -> Iterator[None]:
+    """Within, a ZeRO optimizer clips by ``norm`` [] instead of taking it again."""
+    optimizer.scaled_global_norm = lambda norm_type=2: norm
+    try:
+        yield
+    finally:
+        del optimizer.scaled_global_norm
 
 
 def forget_reductions(optimizer: Any) -> None:
