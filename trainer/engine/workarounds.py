@@ -1,5 +1,5 @@
-"""Workarounds for DeepSpeed 0.19: what importing it must not do, norms taken parameter by parameter, and what it does not
-reset after an error."""
+"""Workarounds for DeepSpeed 0.19: what importing it must not do, norms taken parameter by parameter, and what it does
+not reset after an error."""
 
 from __future__ import annotations
 

@@ -117,7 +117,6 @@ def _sigmoid_tile(  # type: ignore[no-untyped-def]
     scale,
     bias,
     gradient,
-    losses,
     sums,
     rows,
     columns,
@@ -153,8 +152,8 @@ def _sigmoid_tile(  # type: ignore[no-untyped-def]
         j += C // 2
         more, sum_ = _finish(right, t, b, gradient, rows, columns, i, j, power, R, C // 2, EVEN, HARDWARE)
         loss, total = loss + more, total + sum_
-    tl.store(losses + tl.program_id(0), loss / LOG2E)
-    tl.store(sums + tl.program_id(0), total)
+    tl.store(sums + tl.program_id(0), loss / LOG2E)
+    tl.store(sums + tl.num_programs(0) + tl.program_id(0), total)
 
 
 class _Blocks(NamedTuple):
@@ -202,14 +201,13 @@ def sigmoid_tile(
     programs = triton.cdiv(rows, block.rows) * triton.cdiv(columns, block.columns)
     if block.persistent:
         programs = min(programs, torch.cuda.get_device_properties(out.device).multi_processor_count)
-    losses, sums = torch.empty(2, programs, dtype=torch.float32, device=out.device)
+    sums = torch.empty(2, programs, dtype=torch.float32, device=out.device)
     _sigmoid_tile[(programs,)](
         TensorDescriptor.from_tensor(images, [block.rows, block.width]) if block.tma else images,
         TensorDescriptor.from_tensor(texts, [block.columns, block.width]) if block.tma else texts,
         scale,
         bias,
         out,
-        losses,
         sums,
         rows,
         columns,
@@ -227,4 +225,5 @@ def sigmoid_tile(
         num_stages=block.stages,
         **({"maxnreg": block.registers} if block.registers else {}),
     )
-    return losses.sum(dtype=torch.float64), sums.sum(dtype=torch.float64)
+    loss, total = sums.sum(1, dtype=torch.float64)
+    return loss, total

@@ -29,15 +29,15 @@ from trainer.losses.exchange import Sums, traverse
 from trainer.losses.topology import Ring, Slice
 
 
-def default_tile_rows(device: str, fast: bool) -> int:
+def default_tile_rows(device: str) -> int:
     """Images per tile where nobody says: what keeps a ``device`` of this type busy. With a slice of 8,192 texts a GPU's
-    tile takes 64 MiB of float32 logits, or 128 MiB of float16 gradient."""
-    return 1024 if device == "cpu" else 8192 if fast else 2048
+    tile of float32 logits takes 64 MiB."""
+    return 1024 if device == "cpu" else 2048
 
 
 def few_rows(values: Tensor) -> tuple[Tensor, ...]:
     """``values`` [n, d] in parts that may be copied: small ones on CPUs, on GPUs as many as are worth a kernel."""
-    return values.split(2048 if values.is_cuda else 256)
+    return values.split(4096 if values.is_cuda else 256)
 
 
 class Tile(NamedTuple):
@@ -104,7 +104,7 @@ class Pairs:
         self.image, self.text, self.scale, self.bias, self.groups, self.ring = image, text, scale, bias, groups, ring
         self.teacher = teacher
         self.dtype = scale.dtype
-        self.tile_rows = min(tile_rows or default_tile_rows(image.device.type, fast), max(1, image.shape[0]))
+        self.tile_rows = min(tile_rows or default_tile_rows(image.device.type), max(1, image.shape[0]))
         self.d_image: Tensor | None = None
         self.d_text: Tensor | None = None
         self.d_bias = torch.zeros((), dtype=torch.float64, device=image.device)

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.engine.ds_config import BUCKET_ELEMENTS, reduces_early
 from trainer.losses.base import PairSettings
+from trainer.losses.sigmoid import KERNEL_TILE_ROWS
 from trainer.losses.tiles import default_tile_rows
 from trainer.losses.topology import num_slices
 from trainer.optim import AdamWSettings, OptimSettings, moment_bytes
@@ -159,11 +160,16 @@ def loss_bytes(width: int, job: Job, device: Device) -> float:
     buffers = piece * (2 * (slices + 1) if travels else slices)
     buffers += piece * (lanes - 1) * 5
     num_tiles = 2 if getattr(settings, "name", "sigmoid") == "sigmoid" else 3
-    tile_rows = settings.tile_rows or default_tile_rows(device, settings.precision == "fast")
-    tile = 4.0 * min(tile_rows, rows) * -(-rows // slices)
-    own = 4.0 * width * rows + buffers + num_tiles * tile
-    if settings.precision == "fast":  # both embeddings and a tile's gradient once more, in float16
-        own += 4.0 * width * rows + tile / 2
+    texts = -(-rows // slices)
+    tile = 4.0 * min(settings.tile_rows or default_tile_rows(device), rows) * texts
+    own = 4.0 * width * rows + buffers
+    if device == "cuda" and settings.precision == "fast" and getattr(settings, "plain", False):
+        # The fused kernel leaves a tile's gradient in float16, and nothing else.
+        own += 4.0 * width * rows + 2.0 * min(settings.tile_rows or KERNEL_TILE_ROWS, rows) * texts
+    elif settings.precision == "fast":  # both embeddings and a tile's gradient once more, in float16
+        own += 4.0 * width * rows + (num_tiles + 0.5) * tile
+    else:
+        own += num_tiles * tile
     if job.teacher is None:
         return own
     # The divergence runs after the loss, whose two gradients wait; it sends the teacher's texts along and holds five
