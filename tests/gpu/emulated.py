@@ -47,6 +47,7 @@ def _exchange_over_nccl(operations: list[_Operation]) -> list[dist.Work]:
 @contextmanager
 def ranks(world: int, nccl: bool = False) -> Iterator[None]:
     """Within, the losses see ``world`` ranks, of which this process is rank 0."""
+    assert dist.is_initialized(), "without a process group a loss asks nobody how many ranks there are"
     with ExitStack() as stack:
         for target, name, value in (
             (dist, "get_world_size", lambda group=None: world),

@@ -94,7 +94,7 @@ def runs(make: Callable[[], PairLoss], rows: int) -> Measured:
     return worst({name: dense_losses.relative(found[name].cpu(), wanted[name]) for name in found}, 1e-5)
 
 
-def tile_errors(rows: int, columns: int, width: int, t: float, b: float, shift: int | None) -> dict[str, float]:
+def tile_errors(rows: int, columns: int, width: int, t: float, b: float) -> dict[str, float]:
     """Of the kernel's gradient of the logits, and of its sums of loss and gradient, against float64."""
     from trainer.losses.kernel import sigmoid_tile
 
@@ -105,27 +105,25 @@ def tile_errors(rows: int, columns: int, width: int, t: float, b: float, shift: 
     )
     out = torch.full((rows, columns), float("nan"), dtype=torch.float16, device=device)
     scalars = [torch.tensor(value, device=device) for value in (t, b)]
-    loss, total = sigmoid_tile(images.to(device), texts.to(device), *scalars, out, shift, power)
+    loss, total = sigmoid_tile(images.to(device), texts.to(device), *scalars, out, power)
     z = t * images.double() @ texts.double().T + b
-    there = torch.arange(rows)[:, None] + (columns + rows if shift is None else shift)
-    sign = torch.where(there == torch.arange(columns), -1.0, 1.0).double()
-    wanted, terms = sign * torch.sigmoid(sign * z), torch.nn.functional.softplus(sign * z, threshold=1e9)
-    as_negatives = torch.nn.functional.softplus(z, threshold=1e9).sum()
+    wanted, terms = torch.sigmoid(z), torch.nn.functional.softplus(z, threshold=1e9)
     return {
         "gradient": dense_losses.relative(out.cpu().double() / power, wanted),
-        "loss": float((loss.cpu() - terms.sum()).abs() / torch.maximum(terms.sum(), as_negatives)),
-        "sum": float((total.cpu() - wanted.sum()).abs() / wanted.abs().sum()),
+        "loss": dense_losses.relative(loss.cpu(), terms.sum()),
+        "sum": dense_losses.relative(total.cpu(), wanted.sum()),
     }
 
 
 SHAPES = [
-    (64, 64, 32, 10.0, -10.0, 0),
-    (127, 63, 776, 10.0, -10.0, -64),
-    (5, 130, 24, 120.0, 0.0, 60),
-    (1, 1, 8, 10.0, -10.0, 0),
-    (1000, 513, 768, 10.0, -10.0, None),
-    (300, 700, 768, 120.0, -20.0, 100),
-    (512, 512, 768, 10.0, -10.0, 0),
+    (64, 64, 32, 10.0, -10.0),
+    (127, 63, 776, 10.0, -10.0),
+    (5, 130, 24, 120.0, 0.0),
+    (1, 1, 8, 10.0, -10.0),
+    (1000, 513, 768, 10.0, -10.0),
+    (300, 700, 768, 120.0, -20.0),
+    (512, 512, 1152, 10.0, -10.0),
+    (2000, 3000, 768, 30.0, -12.0),
 ]
 
 
@@ -174,7 +172,8 @@ def checks(dry: bool) -> list[Check]:
     found.append(
         Check("Triton tile, gradient", f"error <= {half:.0e}: float16's", partial(triton_tile, ("gradient",), half))
     )
-    found.append(Check("Triton tile, sums", exact, partial(triton_tile, ("loss", "sum"), EXACT)))
+    sums = 1e-5  # the tensor cores cut off 1e-6 of a cosine, which a high temperature multiplies
+    found.append(Check("Triton tile, sums", f"error <= {sums:.0e}", partial(triton_tile, ("loss", "sum"), sums)))
     found.append(Check("sigmoid three times", "bit-equal", partial(repeats, sigmoid, rows)))
     found.append(Check("softmax three times", "bit-equal", partial(repeats, SoftmaxLoss, rows)))
     return found
