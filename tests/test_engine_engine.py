@@ -15,6 +15,8 @@ import torch.distributed as dist
 from tests.support.dense_step import Case, global_batch
 from tests.support.forked_ranks import run_ranks
 from trainer.engine import workarounds
+from trainer.losses import SigmoidLoss
+from trainer.step import train_step
 
 
 def heard(quiet: bool) -> list[str]:
@@ -77,3 +79,15 @@ def test_gradients_that_are_discarded_leave_memory(stage: int) -> None:
     [(number, left)] = run_ranks(averaged_and_discarded, 1, stage)
     assert number > 10
     assert left == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_closed_engine_releases_its_model(stage: int) -> None:
+    """DeepSpeed's hooks on gradients would hold it in the process for good."""
+    engine = Case(stage=stage).engine(precision="bf16")
+    train_step(engine, global_batch(16, 0), SigmoidLoss(), 8)
+    model = weakref.ref(engine.module)
+    engine.close()
+    del engine
+    gc.collect()
+    assert model() is None

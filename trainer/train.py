@@ -53,6 +53,12 @@ def train(recipe: Recipe, watch: Watchdog, hooks: Sequence[Hook] = ()) -> int:
     evaluating."""
     on_main(partial(evals.check, recipe.eval, recipe.data))  # before a wrong path costs hours of training
     run = build(recipe)
+    code = _train(run, watch, hooks)
+    run.engine.close()  # not after an error: it waits for the device
+    return code
+
+
+def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
     recipe = run.recipe  # nothing in it is `auto` any more
     resumed = resume(run)
     run.history = read_history(run)

@@ -81,9 +81,9 @@ from trainer.core import distributed
 from data_tools.io.errors import run_command
 from trainer.core.types import UserError
 def main(argv):
-    distributed.init(600)
-    torch.distributed.all_reduce(torch.ones(1, device=distributed.device()))
-    raise UserError("made for this test")
+    with distributed.process_group(600):
+        torch.distributed.all_reduce(torch.ones(1, device=distributed.device()))
+        raise UserError("made for this test")
 sys.exit(run_command(main, []))
 """
 
