@@ -1,5 +1,5 @@
 """The Triton kernel by Triton's interpreter: the tile against float64, and the whole loss no further from it than with
-embeddings rounded to bfloat16."""
+embeddings rounded to bfloat16. And what it takes of cards that are not here."""
 
 import os
 import subprocess
@@ -66,3 +66,13 @@ def test_kernel_in_tritons_interpreter():
         [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "kernel agrees" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_kernel_keeps_to_registers_and_uses_the_tensor_cores(capability):
+    from tests.benchmarks.kernel import CARDS, compiled
+
+    found = compiled(capability, even=True)
+    assert found.spilled == 0
+    assert found.products > 0
+    assert found.shared <= CARDS[capability][1] * 1024

@@ -179,9 +179,11 @@ INTERPRETED = _Blocks(32, 32, 32, 4, 1)
 
 def blocks_for(device: torch.device) -> _Blocks | None:
     """The blocks for this card; None before Ampere (V100, T4), for whose tensor cores Triton makes no code."""
-    if device.type != "cuda":
-        return INTERPRETED
-    major = torch.cuda.get_device_capability(device)[0]
+    return blocks_of(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else INTERPRETED
+
+
+def blocks_of(major: int) -> _Blocks | None:
+    """The same by the first digit of the card's compute capability."""
     return None if major < 8 else HOPPER if major == 9 else AMPERE
 
 
