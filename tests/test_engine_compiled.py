@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.support.dense_step import Case, Pieces, captured, global_batch, reference, relative_errors, seed_rank
-from trainer.core import distributed
+from tests.support.forked_ranks import run_ranks
 from trainer.core.types import UserError
 from trainer.engine import compiled
 from trainer.engine.compiled import compile_layers
@@ -26,23 +27,18 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    distributed.init(60)
-
-
-def gradients(case: Case, pieces: Pieces, precision: str = "fp32") -> tuple[float, dict[str, torch.Tensor]]:
-    engine = case.engine(precision=precision)
+def gradients(case: Case, pieces: Pieces, backend: str) -> tuple[float, dict[str, Tensor]]:
+    with patch.object(compiled, "BACKEND", backend):
+        engine = case.engine()
     seed_rank(0)
     result = train_step(engine, global_batch(case.rows, 0), SigmoidLoss(), pieces.micro_batch)
     return result.loss, captured(engine)
 
 
 @pytest.mark.parametrize(("case", "pieces"), CASES, ids=str)
-def test_gradients_are_those_of_float64(case: Case, pieces: Pieces, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # traced as for inductor, which takes seconds a layer
-    loss, found = gradients(case, pieces)
+def test_gradients_are_those_of_float64(case: Case, pieces: Pieces) -> None:
+    # Traced as for inductor, which takes seconds a layer.
+    loss, found = run_ranks(gradients, 1, case, pieces, "aot_eager")[0]
     wanted_loss, wanted = reference(case, 1, None, 0)
     errors = relative_errors(found, wanted)
     assert abs(loss - wanted_loss) <= 5e-6 * abs(wanted_loss)
@@ -52,37 +48,41 @@ def test_gradients_are_those_of_float64(case: Case, pieces: Pieces, monkeypatch:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="apt-get install g++ runs torch.compile's test")
 def test_inductor_drops_in_pass_2_what_pass_1_dropped() -> None:
     """Dropout, two passes, recomputation: the gradients are those of the layers as they are, which draw the same."""
-    pieces = Pieces(8)
-    found = [
-        gradients(Case(stage=1, dropout=0.3, recompute="all", compile=compile), pieces) for compile in (False, True)
-    ]
-    (loss, wanted), (compiled_loss, mine) = found
+    (loss, wanted), (compiled_loss, mine) = (
+        run_ranks(
+            gradients, 1, Case(stage=1, dropout=0.3, recompute="all", compile=on), Pieces(8), "inductor", timeout=300
+        )[0]
+        for on in (False, True)
+    )
     assert abs(compiled_loss - loss) <= 1e-6 * abs(loss)
     assert max(relative_errors(mine, {n: g.double() for n, g in wanted.items()}).values()) <= 1e-5
 
 
-def test_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for each tower and pass, whatever the number of layers, and names stay as they are."""
+def shared() -> tuple[int, int, bool]:
     graphs = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
         graphs.append(graph)
         return graph.forward
 
     model = Case().model()
     names = list(model.state_dict())
-    monkeypatch.setattr(compiled, "BACKEND", backend)
-    assert compile_layers(model, 1) == 4
-    assert list(model.state_dict()) == names
+    with patch.object(compiled, "BACKEND", backend):
+        layers = compile_layers(model, 1)
     batch = global_batch(6, 0)
     with torch.no_grad():
         model(batch.pixels, batch.tokens, batch.token_mask)
-    assert len(graphs) == 2
+    return layers, len(graphs), list(model.state_dict()) == names
+
+
+def test_layers_share_what_is_compiled() -> None:
+    """One graph for each tower, whatever the number of layers, and names stay as they are."""
+    assert run_ranks(shared, 1) == [(4, 2, True)]
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine\.compile: ZeRO-3 .* ZeRO 0 to 2"):
-        Case(stage=3, compile=True).engine()
+        compile_layers(nn.Linear(2, 2), 3)
     with pytest.raises(UserError, match=r"engine\.compile: Linear has no list of layers"):
         compile_layers(nn.Linear(2, 2), 0)
     monkeypatch.setenv("PATH", str(tmp_path))
