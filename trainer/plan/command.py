@@ -266,7 +266,7 @@ def _assumptions(result: Plan, recipe: Recipe, job: Job, card: Card, given: argp
         f"aside)\n"
         f"time: roofline of {card.name} at {rate:.0f} TFLOP/s and {STREAM * card.memory / 1e9:.0f} GB/s, links of "
         f"{link / 1e9:.1f} GB/s, "
-        "nothing overlaps"
+        "nothing overlaps; without engine.compile expect 1.4 times as long"
     )
 
 
