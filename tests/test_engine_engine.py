@@ -7,12 +7,14 @@ import importlib
 import os
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.dense_step import Case, global_batch
+from tests.support.dense_step import Case, GatheredSigmoid, captured, global_batch
 from tests.support.forked_ranks import run_ranks
 from trainer.engine import workarounds
 from trainer.losses import SigmoidLoss
@@ -95,3 +97,34 @@ def released(stage: int) -> bool:
 def test_a_closed_engine_releases_its_model(stage: int) -> None:
     """DeepSpeed's hooks on gradients would hold it in the process for good."""
     assert run_ranks(released, 1, stage) == [True]
+
+
+class Norms(TorchDispatchMode):
+    """Counts the kernels that take norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "norm" in str(function) and "layer_norm" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def norms_of_a_step(stage: int) -> tuple[int, int, float, float]:
+    """Kernels for norms, parameters, and the norm before clipping by 1e-3 and after it."""
+    engine = Case(stage=stage).engine(clip=1e-3)
+    with Norms() as norms:
+        result = train_step(engine, global_batch(16, 0), GatheredSigmoid(), 8)
+    gradients = captured(engine)
+    after = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+    return norms.count, len(gradients), result.grad_norm, after
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_norm_is_taken_once_and_of_all_gradients_together(stage: int) -> None:
+    """DeepSpeed takes it parameter by parameter, up to three times a step."""
+    count, parameters, before, after = run_ranks(norms_of_a_step, 1, stage)[0]
+    assert count < parameters / 2  # a few are of the embeddings
+    assert before > 1e-2
+    assert after == pytest.approx(1e-3, rel=1e-4)
