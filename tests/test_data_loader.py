@@ -172,7 +172,7 @@ def test_damaged_samples_are_replaced_counted_and_named(shards: Path, settings: 
         batches = [next(source) for _ in range(3)]
         skipped = source.skipped
     assert skipped.count >= 12
-    assert skipped.reasons == {"picture bytes differ from the index": skipped.count}
+    assert skipped.reasons == {"image bytes differ from the index": skipped.count}
     assert sorted(key.rpartition("/")[2] for key in skipped.keys) == [
         "00000.tar:000003", "00001.tar:000022", "00001.tar:000023", "00002.tar:000030",
     ]  # fmt: skip

@@ -402,7 +402,7 @@ def test_tampered_indexes_never_crash(data: st.DataObject, original: Path, tmp_p
 
 
 def pairs(folder: Path, count: int) -> dict[int, tuple[torch.Tensor, str]]:
-    """Picture and caption of every sample, by its number, as our evaluation reads them."""
+    """Image and caption of every sample, by its number, as our evaluation reads them."""
     examples = open_examples(str(folder), DataSettings())
     assert examples.size == count
     found = {}

@@ -247,7 +247,7 @@ def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(
         (["distill.teacher=/nowhere/teacher"], "distill.teacher '/nowhere/teacher'"),
         (["distill.teacher=TEACHERS/one", "distill.weight=0"], "'distill.weight'"),
         (["distill.weight=2"], "'distill.teacher' is required"),
-        (["distill.teacher=TEACHERS/clip"], "needs pictures resized by crop, but the student's are squash"),
+        (["distill.teacher=TEACHERS/clip"], "needs images resized by crop, but the student's are squash"),
         (["distill.teacher=TEACHERS/one", "model.num_tokens=6"], "set model.num_tokens=8"),
         (["distill.teacher=TEACHERS/one", "model.image_size=24"], "set model.image_size=16"),
     ],

@@ -69,7 +69,7 @@ def test_views_part_no_equal_captions(tmp_path: Path) -> None:
         seen.append([text for sample in range(source.size) for text in captions(source, sample)])
     assert len(seen[0]) + len(seen[1]) == 200 and 15 <= len(seen[1]) <= 20
     assert not set(seen[0]) & set(seen[1])
-    assert "held out: " in told[0] and "100 with pictures or captions equal to another's" in told[0]
+    assert "held out: " in told[0] and "100 with images or captions equal to another's" in told[0]
     assert split(str(shards), tmp_path / "data", None, told) == train_view, "a second start splits nothing anew"
 
 

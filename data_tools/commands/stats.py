@@ -176,7 +176,7 @@ def collect(
 
 
 def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
-    """Random pictures with their captions and columns."""
+    """Random images with their captions and columns."""
     pictures = []
     for shard, places in enumerate(choose(dataset, count)):
         with TarReader(dataset.tar_path(shard)) as tar:
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> int | None:
         "--captions", type=whole(0), default=50_000, metavar="N", help="captions to read, 0 for all (default 50000)"
     )
     parser.add_argument(
-        "--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)"
+        "--pictures", type=whole(0), default=60, metavar="N", help="images on the contact sheet (default 60)"
     )
     parser.add_argument(
         "--tokenizer",

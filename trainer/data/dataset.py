@@ -85,7 +85,7 @@ def dataset(
 
     Args:
         shards: a folder or URL of shards, a tar, a pattern of tars, or a list of ``{"path", "weight" | "upsample"}``.
-        preprocess: picture size, resizing and tokenizer; ``trainer.models`` reads it from a Hugging Face directory.
+        preprocess: image size, resizing and tokenizer; ``trainer.models`` reads it from a Hugging Face directory.
         batch_size: pairs of the global batch; each rank gets ``batch_size / world_size`` of them.
         samples_seen: position to begin at, in pairs over all ranks.
         samples: position to end at; None: it never ends.

@@ -103,7 +103,7 @@ class Loader:
         return batch
 
     def noise_counts(self) -> dict[str, int]:
-        """How many pictures, captions and pairings of the last global batch ``data.noise`` spoiled; empty without
+        """How many images, captions and pairings of the last global batch ``data.noise`` spoiled; empty without
         it."""
         noise = self.reader.noise
         return {} if noise is None else noise.counts(self.samples_seen - self.batch_size)

@@ -1,4 +1,4 @@
-"""Pictures to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark
+"""Images to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark
 reads.
 
 CLIP_benchmark's layout (github.com/LAION-AI/CLIP_benchmark) is read as it is:

@@ -1,6 +1,6 @@
 """Finetunes a model on your own pairs with one command, and reports whether it was worth it.
 
-    python -m trainer.finetune openai/clip-vit-base-patch32 pictures/                   # shards, a folder or a table
+    python -m trainer.finetune openai/clip-vit-base-patch32 images/                     # shards, a folder or a table
     python -m trainer.finetune MODEL shards/train --general shards/coco                 # and what must not be forgotten
     python -m trainer.finetune MODEL shards/train --for species                         # a field that holds the class
     python -m trainer.finetune MODEL shards/train --dry-run                             # only the recipe, explained
@@ -87,7 +87,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         prog="python -m trainer.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face CLIP or SigLIP: a directory or a hub name")
-    parser.add_argument("data", metavar="DATA", help="shards, a folder of pictures, or a table of pairs")
+    parser.add_argument("data", metavar="DATA", help="shards, a folder of images, or a table of pairs")
     parser.add_argument(
         "--for",
         dest="label",

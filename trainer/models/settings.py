@@ -40,9 +40,9 @@ class ModelSettings(Settings):
     """Width of the token embedding table of a new text tower, before a projection to the full width: for large
     vocabularies (mSigLIP). null: full width."""
     image_size: int | None = Field(default=None, gt=0)
-    "Side of the square pictures in pixels; null: what the model says. Pretrained position embeddings are resampled."
+    "Side of the square images in pixels; null: what the model says. Pretrained position embeddings are resampled."
     num_patches: int | None = Field(default=None, gt=0, lt=65536)
-    """NaFlex models: maximum patches per picture, which keeps its aspect ratio (SigLIP 2: 128 to 1024); null: that of
+    """NaFlex models: maximum patches per image, which keeps its aspect ratio (SigLIP 2: 128 to 1024); null: that of
     the checkpoint's processor."""
     num_tokens: int | None = Field(default=None, gt=0)
     """Context length in tokens; null: the model's own. If it exceeds that of a pretrained CLIP or SigLIP, the text
@@ -130,7 +130,7 @@ class ModelSettings(Settings):
             )
         if side == "image" and self.mask.drop:
             raise ValueError(
-                "precomputed.image: patches cannot be dropped from pictures that are not read; remove model.mask.drop"
+                "precomputed.image: patches cannot be dropped from images that are not read; remove model.mask.drop"
             )
         if side == "text" and self.mask.tokens:
             raise ValueError(

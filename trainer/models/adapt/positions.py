@@ -1,4 +1,4 @@
-"""Position embeddings for other sizes than a model was trained with: larger pictures (``model.image_size``), longer
+"""Position embeddings for other sizes than a model was trained with: larger images (``model.image_size``), longer
 captions (``model.num_tokens``).
 
     model: {path: openai/clip-vit-base-patch32, num_tokens: 248}      # 77 positions become 248
@@ -93,7 +93,7 @@ def stretched(weight: Tensor, size: int, keep_last: bool) -> Tensor:
 
 @torch.no_grad()
 def resize_images(towers: PreTrainedModel, size: int) -> None:
-    """Makes the vision tower read ``size`` x ``size`` pictures: its position embeddings are resampled (bicubic, as
+    """Makes the vision tower read ``size`` x ``size`` images: its position embeddings are resampled (bicubic, as
     FlexiViT's baseline)."""
     config = towers.config.vision_config
     if size % config.patch_size:
