@@ -242,7 +242,7 @@ def test_what_steps_say_of_the_model_is_drawn(tmp_path: Path) -> None:
         "Retrieved in the batch",
         "Logit of matched pairs",
         "Logit of other pairs",
-        "Dimensions of the pictures",
+        "Dimensions of the images",
     ):
         assert title in found.text
 

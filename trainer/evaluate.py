@@ -192,7 +192,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="images per dataset; 0: all, the default without a recipe"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples per forward pass")
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="take eval: and data: from this recipe instead of the run's own"
     )

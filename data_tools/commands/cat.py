@@ -96,7 +96,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("cat", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("samples", metavar="SAMPLE", nargs="*", help="sample numbers or keys (default: 0 1 2)")
     parser.add_argument("--show", action="store_true", help="draw the images in the terminal")
     parser.add_argument("--save", metavar="DIR", help="write the members as files")

@@ -1,4 +1,5 @@
-"""Drops duplicate images. Writes a view: nothing is copied.
+"""Drops duplicate images. Writes a view: a dataset without tars of its own, whose indexes
+point to the samples of DATASET that are kept. Nothing is copied, so DATASET must stay where it is.
 
     python -m data_tools dedup DATASET OUT                 # equal bytes
     python -m data_tools dedup DATASET OUT --near 4        # also perceptual hashes at most 4 of 64 bits apart
@@ -146,7 +147,7 @@ def _choose(roots: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.i
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("dedup", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
     parser.add_argument(
         "--near",

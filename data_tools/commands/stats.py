@@ -190,7 +190,7 @@ def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("stats", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
     parser.add_argument(
         "--captions", type=whole(0), default=50_000, metavar="N", help="captions to read, 0 for all (default 50000)"

@@ -111,7 +111,7 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("verify", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument(
         "--quick", action="store_true", help="compare digests and counts; check samples only where these differ"
     )

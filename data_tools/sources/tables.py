@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL: text files of one row per line, read at any position.
+"""CSV, TSV and JSONL: text files of one row per line, read at any byte offset.
 
 The offsets of all rows are found once (8 bytes per row); workers then read any row without the file in memory. Quoted
 fields may contain line breaks, so a file with quotes is split by the ``csv`` module, not at its line breaks.

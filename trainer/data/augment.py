@@ -1,5 +1,5 @@
-"""Random crops, flips and light colour changes, drawn from (seed, position): the number of ranks and workers never
-changes a pixel.
+"""Random crops, flips and light colour changes, drawn from (seed, sample position): the number of ranks and workers
+never changes a pixel.
 
 Random resized crop as in Inception (arXiv 1409.4842); colour operations are those of RandAugment (arXiv 1909.13719).
 """

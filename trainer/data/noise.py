@@ -2,7 +2,7 @@
 
     data: {noise: {image: 0.2, text: 0.2, pairing: 0.2}}
 
-What is spoiled, and how, depends on (seed, position) and on the global batch that the position is in: never on ranks,
+What is spoiled, and how, depends on (seed, sample position) and on the global batch that it is in: never on ranks,
 workers, chunks or caches, nor on where a run was interrupted.
 """
 

@@ -1,4 +1,4 @@
-"""Turns positions of the run into rows of a batch: chooses sample, caption and augmentation, and replaces damaged
+"""Turns sample positions into rows of a batch: chooses sample, caption and augmentation, and replaces damaged
 samples.
 
 A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide where it is

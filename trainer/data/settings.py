@@ -54,7 +54,7 @@ class SourceSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """Random changes to training images, drawn from (seed, position): the same with any number of ranks and
+    """Random changes to training images, drawn from (seed, sample position): the same with any number of ranks and
     workers."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -109,7 +109,7 @@ class DataSettings(Settings):
     """Shards to evaluate on during training."""
     caption: str | list[str] = "txt"
     """Captions of a pair: "txt" (all that the sample has), or fields of its .json or columns added by `data_tools
-    join`. From several, one is drawn by (seed, position)."""
+    join`. From several, one is drawn by (seed, sample position)."""
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
     """Processes per rank that read and decode; 0: a thread of the training process; auto: the node's cores divided by
     its ranks, less one. Unused if data.cache_decoded applies."""

@@ -28,9 +28,9 @@ class ModelSettings(Settings):
     """A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config,
     text_config, ...)."""
     image: TowerSettings | None = None
-    "Two separate towers instead (a tower pair): any Hugging Face vision model ..."
+    "Image tower of a tower pair (two separate models, joined by new projections): any Hugging Face vision model."
     text: TowerSettings | None = None
-    "... with any text model, and new projections."
+    "Text tower of a tower pair: any Hugging Face text model."
     embed_dim: int = Field(default=512, gt=0)
     "Width of the embeddings of a tower pair (model.image with model.text)."
     tokenizer: str | None = None

@@ -51,7 +51,7 @@ def run_charts(logs: dict[str, Log], averaged: bool = False) -> str:
         ),
         _over_pairs("Logit of matched pairs", logs, "vitals.logit_matched", own="mean"),
         _over_pairs("Logit of other pairs", logs, "vitals.logit_other", own="mean"),
-        _over_pairs("Dimensions of the pictures", logs, "vitals.dims_images", own="number", about=DIMENSIONS),
+        _over_pairs("Dimensions of the images", logs, "vitals.dims_images", own="number", about=DIMENSIONS),
     ]
     last = max((log.last.get("seconds", 0.0) for log in logs.values()), default=0.0)
     unit, length = ("hours", 3600) if last > 2 * 3600 else ("minutes", 60) if last > 180 else ("seconds", 1)
