@@ -358,4 +358,4 @@ def test_vocabularies_beyond_16_bits_survive_the_cache(shards: Path) -> None:
 
 def test_auto_workers_are_none_once_pictures_fit_memory(shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build_loader(DataSettings(train=str(shards / "one")), preprocess(), 12, 0, 1, 0, 0).close()
-    assert "0 workers a rank, kept decoded in memory" in capfd.readouterr().err
+    assert "0 workers per rank, kept decoded in memory" in capfd.readouterr().err

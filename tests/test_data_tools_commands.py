@@ -299,11 +299,11 @@ def test_index_of_tars_without_a_sample_and_of_new_ones(
     (folder / "b.tar").write_bytes(b"garbage" * 500)
     assert data_tools(["index", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert f"{folder}: no whole sample in 2 tars (" in error and error.count("\n") == 1
+    assert f"{folder}: no complete sample in 2 tars (" in error and error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "rejects.jsonl"]
     shutil.copy(dataset / "00000.tar", folder / "c.tar")
     assert data_tools(["index", str(folder)]) == 0
-    assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
+    assert "no complete sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
     shutil.copy(dataset / "00001.tar", folder / "new.tar")
     assert data_tools(["index", str(folder)]) == 0
     assert (

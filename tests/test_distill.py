@@ -209,7 +209,9 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(recipe: Path, tmp_pat
     assert run_ranks(stopped_at_step, 2, 4, recipe, *taught) == [EXIT_AGAIN] * 2
     moved = shutil.copytree(teachers / "one", tmp_path / "moved")
     text = run_ranks(mistake, 2, recipe, f"distill.teacher={teachers / 'other'}")[0]
-    assert "is not the teacher that this run began with" in text and str(teachers / "one") in text and "\n" not in text
+    assert (
+        "is not the teacher that this run started with" in text and str(teachers / "one") in text and "\n" not in text
+    )
     assert run_ranks(call, 2, recipe, f"distill.teacher={moved}", taught[1]) == [0, 0]
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     onward = [f"checkpoint.resume={tmp_path / 'run'}", f"run.directory={tmp_path / 'onward'}"]

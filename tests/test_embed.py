@@ -300,7 +300,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
     [
         (["model.precomputed.image=nothing"], "are not there, or not finished (columns: "),
         (["model.path={world}/other", STORED], "were made by another tower (fingerprint"),
-        (["model.precomputed.image=vit"], "have shape [80, 48], the tower gives 32 numbers a sample"),
+        (["model.precomputed.image=vit"], "have shape [80, 48], the tower gives 32 numbers per sample"),
         (["model.precomputed.image=words"], "are of the text tower"),
         (
             ["model.lock={text: true}", "model.precomputed.text=words", "data.caption=other"],

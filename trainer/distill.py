@@ -82,7 +82,7 @@ class TeacherModel:
             return
         if any(recorded.get(key) != value for key, value in self.identity.items()):
             raise UserError(
-                f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): "
+                f"distill.teacher {self.path!r} is not the teacher that this run started with ({recorded['path']!r}): "
                 "use that one, or start another run.directory"
             )
 

@@ -181,7 +181,7 @@ class Run:
         self.history.add(self.samples_seen, found)
         logger.info(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
         if self.starts_trained and (lower := self.history.below_base(found)):
-            logger.warning(f"below the model that this run began with: {', '.join(lower)}")
+            logger.warning(f"worse than the model that this run started from: {', '.join(lower)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
 
     def evaluate_and_keep(self, loader: Loader) -> dict[str, Any]:

@@ -160,13 +160,13 @@ def main(argv: list[str]) -> int | None:
         )
         sample = "a sample is KEY.jpg|png|webp with KEY.txt or KEY.json"
         raise UserError(
-            f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them "
-            f"again"
+            f"{folder}: no complete sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch "
+            f"them again"
         )
     if empty:
         some = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
         print(
-            f"{folder}: no whole sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why",
+            f"{folder}: no complete sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why",
             file=sys.stderr,
         )
     manifest = old

@@ -3,7 +3,7 @@
     prepared = prepare(data, ImageOptions(resize=224))      # .data .extension .width .height .changed; raises Reject
 
 Kept byte for byte: JPEG, PNG and WebP that decode without a warning to upright 8-bit RGB, grey or palette pixels.
-Everything else that can be understood is encoded anew, and ``changed`` says why. A JPEG whose only fault lies outside
+Everything else that can be decoded is re-encoded, and ``changed`` says why. A JPEG whose only fault lies outside
 of its pixels (jpeg_faults.py) is kept without the fault, and ``changed`` names it.
 """
 
@@ -38,9 +38,9 @@ class ImageOptions:
     """Pillow's antialiased filters: hamming takes three fifths of the time of bicubic, which most image processors
     use."""
     encode: Literal["auto", "jpg", "png", "webp"] = "auto"
-    """Format of images that are encoded anew; auto: PNG for what was lossless, JPEG for the rest."""
+    """Format of re-encoded images; auto: PNG for what was lossless, JPEG for the rest."""
     quality: int = 95
-    """JPEG and WebP quality of images that are encoded anew."""
+    """JPEG and WebP quality of re-encoded images."""
     min_side: int = 8
     max_aspect: float = 20.0
     max_pixels: int = LIMITS.max_pixels

@@ -1,4 +1,4 @@
-"""Tells JPEGs with harmless faults from damaged ones, by what libjpeg warns of, and mends the former.
+"""Tells JPEGs with harmless faults from damaged ones, by libjpeg's warnings, and repairs the former.
 
 A harmless fault lies outside of the entropy-coded data: every pixel is sound. ``mend`` removes or corrects the few
 bytes in question and leaves the compressed pixels as they are; the result must then decode without any warning.

@@ -116,7 +116,7 @@ class Checkpointer:
             on_main(lambda: store.write_best(self._run_dir, {"samples_seen": samples_seen, **record}))
 
     def best(self, samples_seen: int) -> int | None:
-        """samples_seen of the best checkpoint of a run that goes on at ``samples_seen``; one from beyond belongs to a
+        """samples_seen of the best checkpoint of a run that resumes at ``samples_seen``; a later one belongs to a
         course that the run has left."""
         record = on_main(lambda: store.read_best(self._run_dir))
         return record["samples_seen"] if record and record["samples_seen"] <= samples_seen else None

@@ -71,7 +71,7 @@ def build_loader(
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
     logger.info(
-        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a "
+        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers per "
         f"rank{kept}"
     )
     return Loader(reader, batch_size, rank, world, samples_seen, workers)

@@ -37,7 +37,7 @@ class SourceSettings(Settings):
     path: str
     """Folder or fsspec URL of shards, a .tar, or a pattern such as tars/{000..099}.tar."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of this dataset among the pairs drawn; either every dataset has one or none."""
+    """Share of this dataset among the pairs drawn; given for every dataset or for none."""
     upsample: float = Field(default=1.0, gt=0)
     """How often an epoch draws each of its samples, if there are no weights; with 0.5, a sample is drawn every other
     epoch."""
@@ -89,7 +89,7 @@ class AugmentSettings(Settings):
 
 
 class NoiseSettings(Settings):
-    """Pairs spoiled on purpose, to measure robustness (SigLIP, arXiv 2303.15343, figure 7), drawn from (seed,
+    """Pairs corrupted on purpose, to measure robustness (SigLIP, arXiv 2303.15343, figure 7), drawn from (seed, sample
     position): the same with any number of ranks and workers. Each step's counts are in log.jsonl."""
 
     image: float = Field(default=0.0, ge=0, le=1)
@@ -97,7 +97,7 @@ class NoiseSettings(Settings):
     text: float = Field(default=0.0, ge=0, le=1)
     """Share of captions replaced by random tokens, of a random length."""
     pairing: float = Field(default=0.0, ge=0, le=1)
-    """Share of a global batch's pairs whose captions change places, so that none of them keeps its own."""
+    """Share of a global batch's pairs whose captions are exchanged among them, so that none keeps its own."""
 
 
 class DataSettings(Settings):
@@ -125,7 +125,7 @@ class DataSettings(Settings):
     augment: AugmentSettings = AugmentSettings()
     """Random changes to training images."""
     noise: NoiseSettings = NoiseSettings()
-    """Pairs spoiled on purpose."""
+    """Pairs corrupted on purpose."""
     cache_decoded: Annotated[float, OPERATIONAL] = Field(default=1.0, ge=0)
     """GiB per rank: if all resized images fit and there is no augmentation, they are decoded once and kept; 0:
     never."""

@@ -151,5 +151,5 @@ def _walk(path: Path) -> list[dict[str, tuple[int, int]]]:
                 if member.isreg() and stem:
                     samples.setdefault(f"{folder}/{stem}", {})[kind.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not readable as a tar ({error}); copy it anew") from None
+        raise UserError(f"{path}: not readable as a tar ({error}); copy it again") from None
     return list(samples.values())

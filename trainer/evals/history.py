@@ -4,7 +4,7 @@
     history.add(samples_seen, metrics)
     history.below_base(metrics), history.improved, history.since_best
 
-It is read from log.jsonl, so that a run that goes on, on any ranks, judges as one that never stopped.
+It is read from log.jsonl, so that a resumed run, on any number of ranks, decides as one that never stopped.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.label = None if options.label == "retrieval" else options.label
     if options.minutes is not None and options.minutes <= 0:
-        raise UserError(f"--minutes {options.minutes:g} is no time to train in; leave it out, or give more than 0")
+        raise UserError(f"--minutes {options.minutes:g} must be above 0, or left out")
     return options
 
 

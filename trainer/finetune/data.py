@@ -83,10 +83,10 @@ def as_shards(source: str, out: Path) -> str:
         raise UserError(f"{source}: no such file or folder; name shards, a folder of images, or a table of pairs")
     if not (out / MANIFEST).is_file():
         command = [sys.executable, "-m", "data_tools", "shard", str(path), str(out), "--quiet"]
-        print(f"data: {source} has no shards: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+        print(f"data: {source} is not shards; running: python {' '.join(command[1:])}", file=sys.stderr, flush=True)
         if subprocess.run(command, check=False).returncode:
             raise UserError(
-                f"{source}: `{' '.join(['python', *command[1:]])}` failed, as said above; give it options yourself"
+                f"{source}: `{' '.join(['python', *command[1:]])}` failed (see above); run it with other options"
             )
     return str(out)
 
@@ -95,7 +95,7 @@ def split(shards: str, out: Path, field: str | None, told: list[str]) -> str:
     """Writes two views of ``shards`` to ``out``/train and ``out``/validation; the path of the first."""
     if not (out / "validation" / MANIFEST).is_file():
         if "://" in shards or not Path(shards, MANIFEST).is_file():
-            raise UserError(f"{shards}: held out can be of local shards with an index: give --validation SHARDS")
+            raise UserError(f"{shards}: pairs can be held out of local, indexed shards only: give --validation SHARDS")
         dataset = Dataset.open(shards)
         source = open_source(SourceSettings(path=shards), DataSettings())
         pictures = [

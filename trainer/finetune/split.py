@@ -60,7 +60,7 @@ def hold_out(
             missing[label] -= len(rows)
     if held.sum() < min(FEWEST, wanted) or held.all():
         raise UserError(
-            f"only {int(held.sum())} of {count:,} pairs can be held out without parting equal images or captions: "
+            f"only {int(held.sum())} of {count:,} pairs can be held out without separating equal images or captions: "
             "give --validation SHARDS, or --for FIELD where captions are the names of classes"
         )
     return held

@@ -96,7 +96,7 @@ def _trace(
                 del total
     except DataDependentOutputException as error:
         raise UserError(
-            f"plan: forward looks at the values of its inputs ({error}), which a forecast has not"
+            f"plan: forward depends on the values of its inputs ({error}), which a forecast does not have"
         ) from None
     for weight in weights.values():
         weight.grad = None

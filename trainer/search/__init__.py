@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def open_library(models: list[str], shards: str, options: argparse.Namespace) -> Library:
     """Opens the dataset and the models; computes the embeddings that are missing."""
     if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
+        raise UserError(f"--batch-size {options.batch_size}: must be 1 or more")
     recipe = find_recipe(None, models[0])
     data = recipe.data if recipe else DataSettings()
     settings = SourceSettings(path=sharded(shards), caption=options.caption)
