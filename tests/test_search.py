@@ -291,7 +291,7 @@ def test_a_body_that_is_too_large_is_not_read(server: Server, monkeypatch: pytes
         (["shards"], "name a model and the shards"),
         (["a", "b", "c", "shards"], "one or two"),
         (["nowhere", "pairs.csv"], "data_tools shard"),
-        (["one", "shards", "--batch-size", "0"], "at least one"),
+        (["one", "shards", "--batch-size", "0"], "must be 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(world: Path, arguments: list[str], says: str) -> None:
