@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Trains on several nodes through the deepspeed launcher, and starts again from the last checkpoint when it has to.
+# Trains on several nodes through the deepspeed launcher, and restarts from the last checkpoint after a failure.
 #
 #   bash launch/multinode.sh --hostfile hostfile RECIPE [section.key=value ...]                   # from one node, over ssh
-#   bash launch/multinode.sh --no-ssh NODE_RANK --master-addr HOST0 --hostfile hostfile RECIPE    # the same line on every node, but its rank
+#   bash launch/multinode.sh --no-ssh NODE_RANK --master-addr HOST0 --hostfile hostfile RECIPE    # on every node
 #   bash launch/multinode.sh --ranks 8 RECIPE ...                                                 # this node alone
 #
-#   --hostfile F      a line a node: NAME slots=RANKS (launch/hostfile.example)
-#   --ssh             plain ssh instead of pdsh: one --no-ssh start on each node of the hostfile
-#   --restarts N      starts again after a failure at most N times (default 3); after a signal (exit 75) as often as it happens
-#   --master-addr A   address of the first node, where it is not its name in the hostfile
-#   --master-port P   default 29500
+#   --hostfile F      one line per node: NAME slots=RANKS (launch/hostfile.example)
+#   --ssh             plain ssh instead of pdsh: starts this script with --no-ssh on each node of the hostfile
+#   --restarts N      restarts after a failure at most N times (default 3); after a rank was stopped by a signal (exit code 75), always
+#   --master-addr A   address of the first node, if it differs from its name in the hostfile
+#   --master-port P   port of the rendezvous on the first node (default: MASTER_PORT, else 29500)
 #
-# Exit codes: 0 finished; 2 a mistake in the recipe or the data, not tried again; 75 this script was told to stop and everything is saved:
-# the same command goes on; anything else: failed more than N times. Environment for the other nodes: launch/README.md.
+# Exit codes: 0 finished; 2 a mistake in the recipe or the data, not retried; 75 this script was stopped by a signal after saving (run the
+# same command to resume); anything else: it failed more than N times. Environment variables of the other nodes: launch/README.md.
 set -uo pipefail
 script=$(realpath "$0")
 root=$(dirname "$(dirname "$script")")
-# A checkout need not be installed; paths stay relative to where the script is called.
+# Makes a checkout importable without installing it. The working directory, and so relative paths, stay the caller's.
 [ ! -f "$root/pyproject.toml" ] || export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 usage() {
@@ -44,34 +44,34 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ $# -gt 0 ] || usage 2
-[ -n "$hostfile" ] || [ -n "$ranks" ] || fail "name --hostfile F (several nodes) or --ranks N (this one)"
+[ -n "$hostfile" ] || [ -n "$ranks" ] || fail "pass --hostfile F (several nodes) or --ranks N (this node alone)"
 if [ -n "$hostfile" ]; then
-  [ -f "$hostfile" ] || fail "$hostfile: no such hostfile; $root/launch/hostfile.example shows one"
+  [ -f "$hostfile" ] || fail "$hostfile: no such file; $root/launch/hostfile.example shows a hostfile"
   mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {print $1}')
   mapfile -t slots < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {split($2, s, "="); print $1 ":" s[2]}')
-  [ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no node; $root/launch/hostfile.example shows how"
+  [ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no node; $root/launch/hostfile.example shows the format"
   address=${address:-${hosts[0]}}
 fi
 
-# The launcher, in a process group of its own so that a signal reaches every process of this node, and no more.
+# The launcher; attempt() runs it in its own process group, so that a signal reaches all of this node's processes and no others.
 launcher=(deepspeed --master_port "$port")
 if [ -n "$ranks" ]; then
   launcher+=(--num_accelerators "$ranks")
 elif [ -n "$node_rank" ]; then
   launcher+=(--hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address")
 elif [ $ssh = pdsh ]; then
-  command -v pdsh >/dev/null || fail "pdsh is not installed: apt install pdsh, or use --ssh"
+  command -v pdsh >/dev/null || fail "pdsh is not installed: apt install pdsh, or pass --ssh"
   launcher+=(--hostfile "$hostfile" --master_addr "$address" --no_ssh_check)
   [ ${#hosts[@]} -gt 1 ] || launcher+=(--force_multi)
 fi
-# Ranks that wait for others name the nodes by this.
+# While ranks are missing at the start, rank 0 names their nodes by this list.
 [ -z "$hostfile" ] || export RINGLIP_HOSTS="${slots[*]}"
 launcher+=(--module trainer.train "$@")
 
-over_ssh() { # the same script on every node; the first node to fail takes the others along, through the watchdog
+over_ssh() { # this script on every node; if one node fails, the watchdog ends the ranks of the others
   local rank pids=() code=0 one
   for rank in "${!hosts[@]}"; do
-    # shellcheck disable=SC2029,SC2086  (expanded here on purpose; RINGLIP_SSH holds options)
+    # shellcheck disable=SC2029,SC2086  (expanded on this side on purpose; RINGLIP_SSH holds several options)
     ssh ${RINGLIP_SSH:-} -tt -o BatchMode=yes "${hosts[rank]}" \
       "cd $(printf %q "$PWD") && PATH=$(printf %q "$PATH") ${variables//$'\n'/ } bash $(printf %q "$script") --no-ssh $rank --restarts 0 \
       --master-addr $address --master-port $port --hostfile $(printf %q "$hostfile") $(printf '%q ' "$@")" </dev/null &
@@ -79,12 +79,12 @@ over_ssh() { # the same script on every node; the first node to fail takes the o
   done
   for one in "${pids[@]}"; do
     wait "$one"
-    # What tells most wins: a mistake, then a failure, then a stop.
+    # The exit code of all: 2 if any node returned 2, else another failure, else 75.
     case "$code:$?" in *:0 | 2:*) ;; *:2) code=2 ;; 0:* | 75:*) code=$? ;; esac
   done
   return "$code"
 }
-quoted() { # for a shell; pdsh: DeepSpeed puts values between double quotes, and pdsh takes % for its own
+quoted() { # a value, quoted for a shell; for pdsh: DeepSpeed adds double quotes, and pdsh expands %
   local value=$1
   if [ "$messenger" = pdsh ]; then
     value=${value//\\/\\\\} value=${value//\"/\\\"} value=${value//\$/\\\$} value=${value//\`/\\\`}
@@ -93,11 +93,11 @@ quoted() { # for a shell; pdsh: DeepSpeed puts values between double quotes, and
     printf "'%s'" "${value//\'/\'\\\'\'}"
   fi
 }
-environment() { # lines NAME=VALUE, quoted for a shell: what .deepspeed_env says in the home and then here, as DeepSpeed reads it
+environment() { # prints NAME=VALUE lines, quoted, from .deepspeed_env in the home and in this directory, as DeepSpeed reads them
   local name=${DS_ENV_FILE:-.deepspeed_env} file line number
   [ -z "${RINGLIP_HOSTS:-}" ] || echo "RINGLIP_HOSTS=$(quoted "$RINGLIP_HOSTS")"
   case "$name" in /*) set -- "$name" ;; *) set -- "$HOME/$name" "$PWD/$name" ;; esac
-  [ "${2:-}" != "$1" ] || set -- "$1" # at home
+  [ "${2:-}" != "$1" ] || set -- "$1" # this directory is the home: read the file once
   for file in "$@"; do
     [ -f "$file" ] || continue
     number=0
@@ -114,14 +114,14 @@ environment() { # lines NAME=VALUE, quoted for a shell: what .deepspeed_env says
 messenger=$ssh
 [ -z "$ranks$node_rank" ] || messenger=none
 variables=$(environment) || exit 2
-if [ $messenger = none ]; then # what starts here needs no messenger
+if [ $messenger = none ]; then # the ranks start on this node and inherit the environment
   while IFS= read -r line; do
     [ -z "$line" ] || eval "export $line"
   done <<<"$variables"
 fi
 
 stopped="" child=""
-stop() { # a queue or a person ends the job: ranks finish their step and save
+stop() { # on a signal from the scheduler or the user: the ranks finish their step and save
   stopped=$1
   [ -z "$child" ] || kill -TERM -- "-$child" 2>/dev/null
 }
@@ -137,14 +137,14 @@ if [ $messenger = pdsh ]; then
   echo "$variables" >"$forwarded"
   export DS_ENV_FILE=$forwarded
 fi
-copy() { # to the terminal and into $output, until the last rank is gone
+copy() { # copies the output to the terminal and to $output until the last rank has exited
   trap '' TERM INT USR1 HUP
   exec tee "$output" >&2
 }
-attempt() { # runs it once; its exit code. Waits again when a signal interrupts the waiting.
+attempt() { # runs the launcher once and returns its exit code; a signal interrupts `wait`, so it waits in a loop
   : >"$output"
   local code waited=0
-  set -m # a process group for the job
+  set -m # puts the background job into a process group of its own
   if [ $messenger = ssh ]; then
     over_ssh "$@" > >(copy) 2>&1 &
   else
@@ -157,47 +157,47 @@ attempt() { # runs it once; its exit code. Waits again when a signal interrupts 
     code=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  # Ranks whose launcher died before them finish their step, save and go.
+  # If the launcher died first, its ranks still finish their step and save: wait for them, at most two minutes.
   while kill -0 -- "-$child" 2>/dev/null; do
     sleep 0.2
     waited=$((waited + 1))
     [ "$waited" -lt 600 ] || kill -KILL -- "-$child" 2>/dev/null
   done
   child=""
-  # DeepSpeed's launcher exits with 0 when what it started was killed by a signal: only the last line of a run counts.
+  # DeepSpeed's launcher exits with 0 even if its ranks were killed by a signal, so look for the run's last line.
   if [ "$code" -eq 0 ] && ! grep -q ': finished at ' "$output"; then code=1; fi
   return "$code"
 }
 
-pause() { # ends at once with a signal, which a plain sleep would outlast
+pause() { # sleeps, but returns at once on a signal, which a plain `sleep` would delay
   local sleeper
   sleep "$1" &
   sleeper=$!
   wait "$sleeper" || kill "$sleeper" 2>/dev/null
 }
-tells_stop() {
-  echo "stopped by SIG$stopped (ranks are told by SIGTERM); the same command goes on from the last checkpoint" >&2
+exit_stopped() {
+  echo "stopped by SIG$stopped (passed to the ranks as SIGTERM); run the same command again to resume from the last checkpoint" >&2
   exit 75
 }
 failures=0
 while true; do
-  [ -z "$stopped" ] || tells_stop # while it paused
+  [ -z "$stopped" ] || exit_stopped # during the pause
   attempt "$@"
   code=$?
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then exit "$code"; fi
-  [ -z "$stopped" ] || tells_stop
+  [ -z "$stopped" ] || exit_stopped
   if [ "$code" -eq 126 ] || [ "$code" -eq 127 ]; then
     where=$([ -z "$hostfile" ] || echo " on a node of $hostfile")
-    echo "error: a command was not found$where (exit code $code; see above): the repository and its .venv must be at one path everywhere" >&2
+    echo "error: a command was not found$where (exit code $code; see above): the repository and its .venv must be at the same path on all nodes" >&2
     exit "$code"
   fi
   if [ "$code" -eq 75 ]; then
-    echo "stopped by a signal with everything saved: starting again" >&2
+    echo "a rank was stopped by a signal and the run was saved: starting again" >&2
     continue
   fi
   failures=$((failures + 1))
   if [ "$failures" -gt "$restarts" ]; then
-    echo "error: failed with exit code $code, $failures time(s) in all: giving up" >&2
+    echo "error: failed $failures time(s), last with exit code $code: giving up" >&2
     exit "$code"
   fi
   echo "failed with exit code $code: starting again, from the last checkpoint if there is one ($failures of $restarts)" >&2

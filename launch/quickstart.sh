@@ -58,4 +58,4 @@ step "write the report" "$run/report.html" python -m trainer.report "$run"
 
 echo
 echo "Done in $((SECONDS - began)) s. Open $run/report.html; the model in $run/export loads with transformers.AutoModel."
-echo "Type words and see its pictures: $venv/bin/ringlip search $run/export $data/shards/test"
+echo "Search its images by words: $venv/bin/ringlip search $run/export $data/shards/test"

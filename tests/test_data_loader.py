@@ -172,7 +172,7 @@ def test_damaged_samples_are_replaced_counted_and_named(shards: Path, settings: 
         batches = [next(source) for _ in range(3)]
         skipped = source.skipped
     assert skipped.count >= 12
-    assert skipped.reasons == {"picture bytes differ from the index": skipped.count}
+    assert skipped.reasons == {"image bytes differ from the index": skipped.count}
     assert sorted(key.rpartition("/")[2] for key in skipped.keys) == [
         "00000.tar:000003", "00001.tar:000022", "00001.tar:000023", "00002.tar:000030",
     ]  # fmt: skip
@@ -358,4 +358,4 @@ def test_vocabularies_beyond_16_bits_survive_the_cache(shards: Path) -> None:
 
 def test_auto_workers_are_none_once_pictures_fit_memory(shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build_loader(DataSettings(train=str(shards / "one")), preprocess(), 12, 0, 1, 0, 0).close()
-    assert "0 workers a rank, kept decoded in memory" in capfd.readouterr().err
+    assert "0 workers per rank, kept decoded in memory" in capfd.readouterr().err

@@ -96,7 +96,7 @@ def copy(batch: Batch) -> Batch:
 
 
 def spoiled(clean: list[Batch], noisy: list[Batch]) -> dict[str, Ints]:
-    """[batch] what differs of each batch's pictures, captions that are random, and captions of other pairs."""
+    """[batch] what differs of each batch's images, captions that are random, and captions of other pairs."""
     pairs = list(zip(clean, noisy, strict=True))
     random = [(b.tokens > 30_000).any(1) for _, b in pairs]
     moved = [(a.groups != b.groups) & ~c for (a, b), c in zip(pairs, random, strict=True)]

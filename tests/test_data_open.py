@@ -78,7 +78,7 @@ def test_problems_in_tars_of_others_are_said(
     partial: Members = {"png": encode(picture(1))}
     write_tar(tmp_path / "some.tar", {"a": sample(0), "b": partial, "c": sample(2)})
     assert sorted(take(loader(tmp_path / "some.tar", batch=2, **cache), 1)[0].ids.tolist()) == [0, 1]
-    assert "its tars have problems, their whole samples are used: missing_text 1" in capfd.readouterr().err
+    assert "its tars have problems, only their complete samples are used: missing_text 1" in capfd.readouterr().err
 
 
 def test_names_that_leave_the_folder_and_links_are_not_followed(tmp_path: Path, cache: dict[str, Any]) -> None:
@@ -402,7 +402,7 @@ def test_tampered_indexes_never_crash(data: st.DataObject, original: Path, tmp_p
 
 
 def pairs(folder: Path, count: int) -> dict[int, tuple[torch.Tensor, str]]:
-    """Picture and caption of every sample, by its number, as our evaluation reads them."""
+    """Image and caption of every sample, by its number, as our evaluation reads them."""
     examples = open_examples(str(folder), DataSettings())
     assert examples.size == count
     found = {}

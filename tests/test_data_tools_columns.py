@@ -137,7 +137,7 @@ def test_a_shard_that_came_out_different_loses_them_with_a_line(
     pairs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (dataset / "00001.tar").unlink()
-    for number in range(ROWS):  # the table is the same, the pictures are not
+    for number in range(ROWS):  # the table is the same, the images are not
         (pairs.parent / f"{number}.jpeg").write_bytes(encoded(picture(number + 1000), "JPEG"))
     assert again(pairs, dataset) == 0
     said = capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_index_leaves_out_embeddings_of_captions_that_may_have_changed(
     assert Dataset.open(dataset).columns == ["of_image", "teacher", "words"]
 
 
-@pytest.mark.parametrize("what", ["fewer", "another order", "another picture", "another key", "index lost"])
+@pytest.mark.parametrize("what", ["fewer", "another order", "another image", "another key", "index lost"])
 def test_index_names_those_that_samples_no_longer_fit(
     dataset: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +186,7 @@ def test_index_names_those_that_samples_no_longer_fit(
             return {name: members[name] for name in names[3:]}
         if what == "another order":
             return {name: members[name] for name in names[3:] + names[:3]}
-        if what == "another picture":
+        if what == "another image":
             return members | {names[0]: encoded(picture(77), "JPEG")}
         if what == "another key":
             return {name.replace(names[0][:8], "99999999"): data for name, data in members.items()}

@@ -46,7 +46,7 @@ def dataset(tmp_path: Path) -> Path:
             pixels = np.full((80, 120, 3), 7, np.uint8)
         extension = "jpg" if number == 22 else "png"
         (folder / f"{number}.{extension}").write_bytes(encoded(pixels, "JPEG" if number == 22 else "PNG"))
-        rows.append([f"{number}.{extension}", f"a picture of thing {number % 5}", f"uid{number}", number / 10])
+        rows.append([f"{number}.{extension}", f"an image of thing {number % 5}", f"uid{number}", number / 10])
     with open(folder / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([["image", "caption", "uid", "similarity"], *rows])
     out = tmp_path / "data"
@@ -147,7 +147,7 @@ def test_verify_names_every_damage(dataset: Path, capsys: pytest.CaptureFixture[
     keys = [
         f"{number:08d}" for number in Permutation(24, 0)(np.arange(24))
     ]  # the order that seed 0 gives; keys are rows of the input
-    assert ("00000.tar", keys[2], "the picture's bytes have changed") in lines
+    assert ("00000.tar", keys[2], "the image's bytes have changed") in lines
     assert ("00000.tar", keys[5], "its .json member is not JSON") in lines
     assert ("00001.tar", keys[11], "its caption is not UTF-8") in lines
     assert any(shard_name == "00001.tar" and "header is damaged" in fault for shard_name, _, fault in lines)
@@ -299,11 +299,11 @@ def test_index_of_tars_without_a_sample_and_of_new_ones(
     (folder / "b.tar").write_bytes(b"garbage" * 500)
     assert data_tools(["index", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert f"{folder}: no whole sample in 2 tars (" in error and error.count("\n") == 1
+    assert f"{folder}: no complete sample in 2 tars (" in error and error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["a.tar", "b.tar", "rejects.jsonl"]
     shutil.copy(dataset / "00000.tar", folder / "c.tar")
     assert data_tools(["index", str(folder)]) == 0
-    assert "no whole sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
+    assert "no complete sample in 2 of 3 tars: a.tar, b.tar; rejects.jsonl says why" in capsys.readouterr().err
     shutil.copy(dataset / "00001.tar", folder / "new.tar")
     assert data_tools(["index", str(folder)]) == 0
     assert (
@@ -477,7 +477,7 @@ def test_join_reads_long_fields(dataset: Path, tmp_path: Path) -> None:
 
 def test_cat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_tools(["cat", str(dataset)]) == 0
-    assert capsys.readouterr().out.count("caption  a picture of thing") == 3
+    assert capsys.readouterr().out.count("caption  an image of thing") == 3
     assert data_tools(["cat", str(dataset), "00000022", "--show", "--save", str(tmp_path / "saved")]) == 0
     out = capsys.readouterr().out
     assert "00000022.jpg  100 x 80" in out and "uid22" in out and "\x1b[48;2;" in out

@@ -1,4 +1,4 @@
-"""The bad-input catalogue, picture by picture: every kind is kept, changed for a stated reason, or rejected by name."""
+"""The bad-input catalogue, image by picture: every kind is kept, changed for a stated reason, or rejected by name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The thousand odd pictures of Pillow's tests against Pillow's own pixels, and a fuzzer that starts from them.
+"""The thousand odd images of Pillow's tests against Pillow's own pixels, and a fuzzer that starts from them.
 
     python -m pytest tests/test_data_tools_odd_pictures.py -m slow                 # some minutes; fetches Pillow's sources
     python -m tests.test_data_tools_odd_pictures                                   # writes the table of outcomes anew
 
-tests/data/odd_pictures.tsv holds the outcome of every picture, so that a change shows.
+tests/data/odd_pictures.tsv holds the outcome of every image, so that a change shows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def outcomes(folder: Path) -> list[str]:
 
 
 def pillows_pixels(data: bytes) -> NDArray[np.uint8]:
-    """The first picture as Pillow gives it: turned, on white, 8-bit RGB."""
+    """The first image as Pillow gives it: turned, on white, 8-bit RGB."""
     image = Image.open(io.BytesIO(data))
     image.load()
     image = ImageOps.exif_transpose(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -207,6 +208,17 @@ def test_a_forked_process_has_a_sandbox_of_its_own() -> None:
     assert np.array_equal(decode(data), expected)
 
 
+def test_the_sandbox_works_above_1024_open_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with contextlib.ExitStack() as stack:
+        highest = -1
+        while highest < 1100:
+            highest = stack.enter_context(open(tmp_path / "file")).fileno()
+        sandbox._SANDBOX.close()  # its pipes are opened now, above the limit of select()
+        assert decode(encoded(picture(1), "GIF")).shape == (40, 48, 3)
+    sandbox._SANDBOX.close()
+
+
 def test_pillows_own_limit_stays_on() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
     large = encoded(Image.new("1", (6000, 5000)), "PNG")  # 30 million pixels: decoded in the sandbox
@@ -244,7 +256,7 @@ def test_icc_profiles_are_converted_on_request(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["WEBP", "AVIF", "JPEG2000"])
 def test_transparent_pictures_are_pillows_to_the_bit(format: str) -> None:
-    """The few grey levels that were off came from JPEG, in which lossy pictures are stored; --encode png is exact."""
+    """The few grey levels that were off came from JPEG, in which lossy images are stored; --encode png is exact."""
     rgba = np.dstack([picture(5, 96, 64), np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))])
     data = encoded(rgba, format)
     image = Image.open(io.BytesIO(data)).convert("RGBA")

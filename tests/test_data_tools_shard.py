@@ -77,7 +77,7 @@ def test_every_row_is_there_once_with_its_own_picture(pairs: Path, reference: Pa
     for sample in samples:
         meta = json.loads(sample["json"])
         assert sample["jpg"] == (pairs.parent / f"{meta['number']}.jpeg").read_bytes()
-        assert sample["txt"].decode() == f"picture number {meta['number']}, drawn"
+        assert sample["txt"].decode() == f"image number {meta['number']}, drawn"
         assert meta["sample"]["source"] == f"pairs.csv:{int(meta['number']) + 2}" and int(sample["key"]) == int(
             meta["number"]
         )
@@ -216,9 +216,7 @@ def test_strict_ends_at_the_first(pairs: Path, tmp_path: Path, capsys: pytest.Ca
         assert (
             shard(broken, tmp_path / f"out{processes}", "--strict", "--shard-size", "10", "--processes", processes) == 2
         )
-        assert (
-            "pairs.csv:9: the picture has 0 bytes (empty_file; --strict stops at the first)" in capsys.readouterr().err
-        )
+        assert "pairs.csv:9: the image has 0 bytes (empty_file; --strict stops at the first)" in capsys.readouterr().err
         assert not (tmp_path / f"out{processes}" / "manifest.json").exists()
 
 
@@ -247,12 +245,12 @@ def test_pictures_in_another_place_are_named_and_the_mended_command_runs(
     )  # shards without a sample are written before the share is known
     mistakes = [
         (("--images", "/nonexist", *COLUMNS), "/nonexist/"),
-        (("--image", "caption", "--caption", "image"), f"{pairs.parent}/picture number "),
+        (("--image", "caption", "--caption", "image"), f"{pairs.parent}/image number "),
     ]
     for columns, looked in mistakes:
         assert shard(pairs, out, *small, columns=columns) == 2
         error = capsys.readouterr().err
-        assert f"the picture's file does not exist: {looked}" in error and error.count("\n") == 1
+        assert f"the image's file does not exist: {looked}" in error and error.count("\n") == 1
         assert "pairs.csv:" in error and ", key 000" in error and f"{out}/rejects.jsonl names them" in error
         first = json.loads((out / "rejects.jsonl").read_text().split("\n")[0])
         assert first["reason"] == "file_missing" and first["path"].startswith(looked)

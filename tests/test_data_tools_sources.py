@@ -381,26 +381,26 @@ def test_large_and_unreadable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "expected"),
     [
-        ("dir.csv", (), "dir.csv: no pictures in it, nor in the folders below"),
+        ("dir.csv", (), "dir.csv: no images in it, nor in the folders below"),
         (
             "tables",
             (),
-            "tables: no pictures in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv",
+            "tables: no images in it, nor in the folders below; it holds tables, name one of them: a.csv, b.csv",
         ),
         ("tables", ("--input", "csv", *COLUMNS), "tables: a folder; name the csv file in it"),
         (
             "tables/a.csv",
             ("--input", "tars"),
-            "a.csv: no complete sample in it: a picture with KEY.txt or KEY.json; the first of what is wrong",
+            "a.csv: no complete sample in it: an image with KEY.txt or KEY.json; the first of what is wrong",
         ),
-        ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of pictures"),
+        ("tables/a.csv", ("--input", "folder"), "a.csv: a file, not a folder of images"),
         ("empty.jsonl", COLUMNS, "empty.jsonl: no line with anything in it"),
         (
             "imgs",
             (),
-            "imgs: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table",
+            "imgs: no image has a caption beside it, as NAME.txt or NAME.json; if a table has them, name the table",
         ),
-        ("imgs", COLUMNS, "imgs: --image names a column of a table, but this is a folder of pictures; remove it"),
+        ("imgs", COLUMNS, "imgs: --image names a column of a table, but this is a folder of images; remove it"),
         ("texts", ("--caption", "caption"), "texts: --caption names a key of NAME.json, and there is none"),
         ("tars", (), "d.tar: a folder among the tars; rename it"),
     ],

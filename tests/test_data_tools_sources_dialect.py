@@ -133,7 +133,7 @@ def test_several_tables_are_one(tmp_path: Path) -> None:
 def test_web_addresses_are_named_with_the_command_that_fetches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.csv").write_text("url,text\n,no picture\nhttps://example.org/1.jpg,one\n")
+    (tmp_path / "a.csv").write_text("url,text\n,no image\nhttps://example.org/1.jpg,one\n")
     columns = ("--image", "url", "--caption", "text")
     assert shard(tmp_path / "a.csv", tmp_path / "out", columns=columns) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every type that Arrow, CSV and JSON give, as picture, as caption and as another column."""
+"""Every type that Arrow, CSV and JSON give, as image, as caption and as another column."""
 
 from __future__ import annotations
 

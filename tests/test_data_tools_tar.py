@@ -105,7 +105,7 @@ def test_keys_of_long_names(tmp_path: Path, format: int) -> None:
 
 
 def test_keys_behind_several_records_and_false_ones(tmp_path: Path) -> None:
-    """A pax record of several blocks, one with a link's long name between, and a picture that itself looks like a
+    """A pax record of several blocks, one with a link's long name between, and an image that itself looks like a
     long-name record."""
     long = "n" * 150
     bait = tarfile.TarInfo("././@LongLink")

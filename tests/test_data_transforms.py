@@ -1,4 +1,4 @@
-"""Pixels are those of Pillow and of the checkpoints' own image processors; hostile pictures are Damaged, never a
+"""Pixels are those of Pillow and of the checkpoints' own image processors; hostile images are Damaged, never a
 crash."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAFLEX = dataclasses.replace(preprocess(), image_size=(8, (30 + 1) * 8), resize=
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with the statistics of a photograph rather than of noise."""
+    """An image with the statistics of a photograph rather than of noise."""
     small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -103,7 +103,7 @@ def test_naflex_pictures_are_augmented_before_they_are_cut() -> None:
     cropped = unpack(
         augment(image, AugmentSettings(crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)), NAFLEX, draws)[None]
     )[1]
-    assert cropped.tolist() == plain[1].tolist()  # a crop keeps the picture's aspect
+    assert cropped.tolist() == plain[1].tolist()  # a crop keeps the image's aspect
 
 
 @given(width=st.integers(1, 700), height=st.integers(1, 700))

@@ -209,7 +209,9 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_it(recipe: Path, tmp_pat
     assert run_ranks(stopped_at_step, 2, 4, recipe, *taught) == [EXIT_AGAIN] * 2
     moved = shutil.copytree(teachers / "one", tmp_path / "moved")
     text = run_ranks(mistake, 2, recipe, f"distill.teacher={teachers / 'other'}")[0]
-    assert "is not the teacher that this run began with" in text and str(teachers / "one") in text and "\n" not in text
+    assert (
+        "is not the teacher that this run started with" in text and str(teachers / "one") in text and "\n" not in text
+    )
     assert run_ranks(call, 2, recipe, f"distill.teacher={moved}", taught[1]) == [0, 0]
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     onward = [f"checkpoint.resume={tmp_path / 'run'}", f"run.directory={tmp_path / 'onward'}"]
@@ -247,7 +249,7 @@ def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(
         (["distill.teacher=/nowhere/teacher"], "distill.teacher '/nowhere/teacher'"),
         (["distill.teacher=TEACHERS/one", "distill.weight=0"], "'distill.weight'"),
         (["distill.weight=2"], "'distill.teacher' is required"),
-        (["distill.teacher=TEACHERS/clip"], "needs pictures resized by crop, but the student's are squash"),
+        (["distill.teacher=TEACHERS/clip"], "needs images resized by crop, but the student's are squash"),
         (["distill.teacher=TEACHERS/one", "model.num_tokens=6"], "set model.num_tokens=8"),
         (["distill.teacher=TEACHERS/one", "model.image_size=24"], "set model.image_size=16"),
     ],

@@ -33,7 +33,7 @@ LOCKED, STORED = "model.lock.image=true", "model.precomputed.image=tiny"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards with one damaged picture, two pretrained models of one shape, a pretrained ViT, and recipes for each."""
+    """Shards with one damaged image, two pretrained models of one shape, a pretrained ViT, and recipes for each."""
     folder = tmp_path_factory.mktemp("siglit")
     shards = make_shards(folder / "pairs", tiny_captions(ROWS))
     overwrite(shards, 0, DAMAGED)
@@ -112,7 +112,7 @@ def train(ranks: int, recipe: Path, out: Path, *overrides: str) -> Path:
 
 @pytest.mark.parametrize(("ds_config", "ranks"), [("zero0", 1), ("zero3", 2)])
 def test_the_curve_is_that_of_the_tower_that_is_run(embedded: Path, tmp_path: Path, ds_config: str, ranks: int) -> None:
-    """Relative to the loss, fp16 within 1e-4 and int8 within 2e-3. One picture is damaged: both replace it by the same
+    """Relative to the loss, fp16 within 1e-4 and int8 within 2e-3. One image is damaged: both replace it by the same
     other."""
     recipe, config = embedded / "recipe.yaml", f"engine.ds_config={ds_config}"
     run = train(1, recipe, tmp_path / "run", LOCKED, "engine.ds_config=zero0", "batch.micro_batch=16")
@@ -143,7 +143,7 @@ def test_so_is_that_of_other_towers(
 
 
 def test_no_picture_is_read_and_no_tower_is_there(embedded: Path, tmp_path: Path) -> None:
-    """Every picture is overwritten after embedding; the checkpoint has no image tower."""
+    """Every image is overwritten after embedding; the checkpoint has no image tower."""
     copy = tmp_path / "shards"
     shutil.copytree(embedded / "pairs" / "shards", copy)
     for shard, count in ((0, 30), (1, 30), (2, 20)):
@@ -300,7 +300,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
     [
         (["model.precomputed.image=nothing"], "are not there, or not finished (columns: "),
         (["model.path={world}/other", STORED], "were made by another tower (fingerprint"),
-        (["model.precomputed.image=vit"], "have shape [80, 48], the tower gives 32 numbers a sample"),
+        (["model.precomputed.image=vit"], "have shape [80, 48], the tower gives 32 numbers per sample"),
         (["model.precomputed.image=words"], "are of the text tower"),
         (
             ["model.lock={text: true}", "model.precomputed.text=words", "data.caption=other"],
@@ -309,7 +309,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(embedded: Path, options
         (["model.lock.image=false", STORED], "only a tower that never changes can be stored: model.lock.image=true"),
         (["model.lock.image_layers=1", STORED], "only a tower that never changes can be stored: model.lock.image=true"),
         (["model.image_size=32", STORED], "were made by another tower"),
-        ([STORED, "data.augment.flip=0.5"], "data.augment: stored image embeddings are of the whole pictures"),
+        ([STORED, "data.augment.flip=0.5"], "data.augment: stored image embeddings are of the whole images"),
         ([STORED, "model.mask.drop=0.5"], "cannot be dropped"),
         (["model.precomputed.image=../../x"], "'model.precomputed.image': '../../x' cannot name a column"),
         (["model.precomputed.image=''"], "'model.precomputed.image': '' cannot name a column"),

@@ -1,4 +1,4 @@
-"""`evals.run` from shards to numbers: an oracle that can be reckoned with, real ranks, damaged pictures,
+"""`evals.run` from shards to numbers: an oracle that can be reckoned with, real ranks, damaged images,
 CLIP_benchmark's folders."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def spell(captions: list[str]) -> tuple[Tensor, Tensor]:
 
 
 class Oracle(nn.Module):
-    """Knows that picture i is all of grey value i, which is character i // 3 in face i % 3, and reads "CHARACTER FACE"
+    """Knows that image i is all of grey value i, which is character i // 3 in face i % 3, and reads "CHARACTER FACE"
     likewise."""
 
     preprocess = Preprocess((8, 8), "squash", "bilinear", (0.5,) * 3, (0.5,) * 3, 40, spell)
@@ -189,7 +189,7 @@ def test_damaged_pictures_are_counted_and_left_out(tmp_path: Path) -> None:
     found = assess(write_tar(tmp_path / "a.tar", samples))
     assert found.sizes[str(tmp_path / "a.tar")] == {"samples": 12, "pictures": 11, "captions": 11, "damaged": 1}
     assert found.metrics["image_to_text_r1"] == 1.0
-    with pytest.raises(UserError, match="none of its 1 pictures can be used"):
+    with pytest.raises(UserError, match="none of its 1 images can be used"):
         assess(write_tar(tmp_path / "b.tar", [samples[5]]))
 
 

@@ -26,7 +26,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven random pictures with captions."""
+    """Eleven random images with captions."""
     pixels = torch.randint(
         256, (11, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
     )

@@ -16,7 +16,7 @@ from trainer.evals.upper_bound import naming_ceiling, retrieval_ceiling
 
 
 def pairs(n: int, m: int, d: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of n pictures and m captions that are alike by half, every picture with a caption."""
+    """Embeddings of n images and m captions that are alike by half, every image with a caption."""
     draw = torch.Generator().manual_seed(seed)
     owner = torch.cat([torch.arange(n), torch.randint(n, (m - n,), generator=draw)])[torch.randperm(m, generator=draw)]
     image = torch.randn(n, d, generator=draw)
@@ -71,9 +71,9 @@ def test_copies_share_what_one_would_win_wherever_they_stand() -> None:
 
 def test_the_best_of_several_captions_counts() -> None:
     image = torch.eye(3)
-    text = torch.stack([image[1], image[0], image[1], image[2]])  # picture 0 owns a wrong caption and a right one
+    text = torch.stack([image[1], image[0], image[1], image[2]])  # image 0 owns a wrong caption and a right one
     found = recalls(*standings(image, text, torch.tensor([0, 0, 1, 2])))
-    assert found["image_to_text_r1"] == pytest.approx((1 + 0.5 + 1) / 3)  # picture 1 ties with the wrong caption of 0
+    assert found["image_to_text_r1"] == pytest.approx((1 + 0.5 + 1) / 3)  # image 1 ties with the wrong caption of 0
     assert found["text_to_image_r1"] == pytest.approx(3 / 4)
 
 
@@ -85,7 +85,7 @@ def test_what_is_not_a_number_never_wins() -> None:
 
 
 def test_a_picture_without_a_caption_is_an_error() -> None:
-    with pytest.raises(ValueError, match="picture 2 has no caption"):
+    with pytest.raises(ValueError, match="image 2 has no caption"):
         standings(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 1]))
 
 
@@ -133,7 +133,7 @@ def test_ceiling_of_identical_pictures_and_captions() -> None:
         "image_to_text_r1_ceiling": 1.0,
         "text_to_image_r1_ceiling": 1.0,
     }
-    # Pictures 0 and 1 are the same, with captions of their own: one of two is won either way.
+    # Images 0 and 1 are the same, with captions of their own: one of two is won either way.
     assert retrieval_ceiling("aab", "xyz", [0, 1, 2]) == {
         "image_to_text_r1_ceiling": 2 / 3,
         "text_to_image_r1_ceiling": 2 / 3,
@@ -143,7 +143,7 @@ def test_ceiling_of_identical_pictures_and_captions() -> None:
         "image_to_text_r1_ceiling": 2 / 3,
         "text_to_image_r1_ceiling": 2 / 3,
     }
-    # A second caption that is its own lifts picture 0, not its shared caption.
+    # A second caption that is its own lifts image 0, not its shared caption.
     found = retrieval_ceiling("abc", "xxzw", [0, 1, 2, 0])
     assert found == {"image_to_text_r1_ceiling": pytest.approx(2.5 / 3), "text_to_image_r1_ceiling": 3 / 4}
 

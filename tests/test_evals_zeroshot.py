@@ -22,7 +22,7 @@ def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(labels, classes).bool()
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["shared classes", "classes of each picture"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared classes", "classes of each image"])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_equals_the_dense_reference(own: bool, rows: int) -> None:
     image, prompt = unit(50, 12), unit(*((50, 9, 4, 12) if own else (9, 4, 12)), seed=1)

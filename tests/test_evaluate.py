@@ -26,7 +26,7 @@ PAIRS = 24
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random pictures, a caption of two words each, the first of which is its class; every caption is new, two pictures
+    """Random images, a caption of two words each, the first of which is its class; every caption is new, two images
     are the same."""
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (PAIRS, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=draw)
@@ -83,9 +83,9 @@ def test_scores_an_exported_model(
     assert found["command"].startswith("python -m trainer.evaluate ") and torch.__version__.startswith(
         found["versions"]["torch"]
     )
-    assert "picture → caption  R@1" in printed and "kind  top-1" in printed and "a perfect model:  95.8%" in printed
+    assert "image → caption  R@1" in printed and "kind  top-1" in printed and "a perfect model:  95.8%" in printed
     share = 100 * found["metrics"]["text_to_image_r5"]
-    assert any(f"{share:.1f}%" in line for line in printed.splitlines() if "caption → picture  R@5" in line)
+    assert any(f"{share:.1f}%" in line for line in printed.splitlines() if "caption → image  R@5" in line)
 
 
 def test_the_gallery_holds_queries_with_their_answers(exported: Path, shards: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_ranks_share_the_work(exported: Path, shards: Path, tmp_path: Path) -> N
 def test_reads_a_clip_benchmark_folder(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(exported), "--data", str(benchmark(tmp_path / "wds_faces"))])
     printed = capsys.readouterr().out
-    assert "12 pictures" in printed and "zeroshot  top-1" in printed and "captions" not in printed
+    assert "12 images" in printed and "zeroshot  top-1" in printed and "captions" not in printed
 
 
 def recipe(run: Path, shards: Path) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def test_mistakes_are_one_clear_line(
 
 
 def test_labels_read_well() -> None:
-    assert label("image_to_text_r1") == "picture → caption  R@1"
-    assert label("de/text_to_image_r10") == "de/ caption → picture  R@10"
+    assert label("image_to_text_r1") == "image → caption  R@1"
+    assert label("de/text_to_image_r10") == "de/ caption → image  R@10"
     assert label("face_strict_top1") == "face strict  top-1"
     assert label("face_mean_per_class") == "face  mean over classes"

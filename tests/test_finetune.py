@@ -34,7 +34,7 @@ from trainer.models.adapt.lora import LoraSettings
 hf_logging.disable_progress_bar()
 SQUARES = [picture(number, (IMAGE_SIZE, IMAGE_SIZE)) for number in range(5)]
 NATIVE = [picture(number, size) for number, size in enumerate([(16, 16), (32, 8), (8, 32), (24, 8), (16, 16)])]
-"""Pictures of whole patches, which no processor has to resize."""
+"""Images of whole patches, which no processor has to resize."""
 CAPTIONS = tiny_captions(5, seed=11)
 
 
@@ -69,7 +69,7 @@ def write_recipe(folder: Path, base: Path, shards: Path, stage: str, **model: An
 
 
 def trained(recipe: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a rank does: the training command, then the embeddings of some pictures and CAPTIONS as the engine gives
+    """What a rank does: the training command, then the embeddings of some images and CAPTIONS as the engine gives
     them."""
     runs, build = [], train.build
     train.build = lambda recipe: runs.append(build(recipe)) or runs[-1]

@@ -69,7 +69,7 @@ def test_views_part_no_equal_captions(tmp_path: Path) -> None:
         seen.append([text for sample in range(source.size) for text in captions(source, sample)])
     assert len(seen[0]) + len(seen[1]) == 200 and 15 <= len(seen[1]) <= 20
     assert not set(seen[0]) & set(seen[1])
-    assert "held out: " in told[0] and "100 with pictures or captions equal to another's" in told[0]
+    assert "held out: " in told[0] and "100 with images or captions equal to another's" in told[0]
     assert split(str(shards), tmp_path / "data", None, told) == train_view, "a second start splits nothing anew"
 
 
@@ -163,7 +163,10 @@ def test_the_rate_that_gains_most_at_no_loss_is_taken_and_minutes_shorten_the_ru
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "base: 30.0; general set 60.0"
     assert said[2] == "rate 5e-05: 40.0; general set 59.8 after 7,680 pairs"
-    assert said[3] == "rate 0.00025: 35.0; general set 60.0 after 7,680 pairs, 0.3 of it in the base" and len(said) == 5
+    assert (
+        said[3] == "rate 0.00025: 35.0; general set 60.0 after 7,680 pairs, 0.3 of the way from the base"
+        and len(said) == 5
+    )
     assert plan.recipe().optim.lr == 5e-5 and "the best of short runs" in plan.reasons[-2]
     assert plan.tree["run"]["samples"] == 5 * 60 * 100 // 256 * 256 < before
     assert plan.recipe().eval.every == 11 * 256

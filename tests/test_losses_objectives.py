@@ -51,7 +51,7 @@ def test_sigmoid_and_groups(sizes, same_group):
 @pytest.mark.parametrize("make", [SigmoidLoss, SoftmaxLoss], ids=["sigmoid", "softmax"])
 @pytest.mark.parametrize("repeats", [4, 32])
 def test_captions_that_repeat_change_neither_the_scale_of_the_loss_nor_that_of_its_gradients(make, repeats):
-    """Positives weigh 1/k: at the start (unrelated pictures and captions) all is as where nothing repeats, within a factor
+    """Positives weigh 1/k: at the start (unrelated images and captions) all is as where nothing repeats, within a factor
     of 2; summed positives would give 4 and 32 times that."""
     rows, found = 128, []
     for times in (1, repeats):

@@ -48,7 +48,7 @@ def exported(model: DualEncoder, folder: Path, name: str, *more: str) -> Path:
 
 
 def run_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the code of the card leaves, on a picture of 20 x 30 pixels."""
+    """The names that the code of the card leaves, on an image of 20 x 30 pixels."""
     Image.new("RGB", (20, 30), (200, 30, 30)).save(out.parent / "picture.png")
     monkeypatch.chdir(out.parent)
     found: dict[str, Any] = {}

@@ -94,7 +94,7 @@ def train_two_steps(model: DualEncoder, pixels: torch.Tensor, captions: list[str
 
 @torch.no_grad()
 def card_gives(folder: Path, z: Embeddings, capsys: pytest.CaptureFixture[str], captions: list[str]) -> None:
-    """The code of the model card, run as it is but for its captions and picture, gives the embeddings ``z``."""
+    """The code of the model card, run as it is but for its captions and image, gives the embeddings ``z``."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert "pools otherwise" in text

@@ -94,7 +94,7 @@ def test_they_train_beside_an_adapter_and_what_is_merged_is_what_transformers_re
 
 
 def test_what_cannot_be_stretched_is_told() -> None:
-    with pytest.raises(UserError, match="has 8 positions; raise its max_position_embeddings"):
+    with pytest.raises(UserError, match="has 8 position embeddings; raise its max_position_embeddings"):
         build(ModelSettings(config=tiny_config(), tokenizer=tiny_tokenizer(), num_tokens=9))
 
 

@@ -99,7 +99,7 @@ def test_towers_keep_their_weights_and_the_pair_is_plain(towers: dict[str, Tower
 
 @pytest.fixture(scope="module")
 def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> TowerSettings:
-    """A saved convolutional tower whose batch norms have seen pictures, with its own processor."""
+    """A saved convolutional tower whose batch norms have seen images, with its own processor."""
     folder = tmp_path_factory.mktemp("efficientnet")
     torch.manual_seed(1)
     stages: dict[str, Any] = {

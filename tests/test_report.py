@@ -158,7 +158,7 @@ def test_a_whole_run(run: Path) -> None:
         "78.1%",
         "± 1.3 · at most 99.4%",
         "face, filed name only, top-1",
-        "999 of 2,000 pictures, 1,000 captions, 1 damaged left out",
+        "999 of 2,000 images, 1,000 captions, 1 damaged left out",
         "Held-out scores",
         "Waiting for data",
         "digit one, sans",
@@ -169,7 +169,7 @@ def test_a_whole_run(run: Path) -> None:
         assert words in found.text, words
     assert found.count("figure") == 10
     assert "Not evaluated yet" not in found.text
-    assert found.count("img") == 9 + 6  # eight right pictures and a wrong one; five answers and, having missed, its own
+    assert found.count("img") == 9 + 6  # eight right images and a wrong one; five answers and, having missed, its own
 
 
 def test_scores_of_averaged_weights_say_so(run: Path) -> None:
@@ -242,7 +242,7 @@ def test_what_steps_say_of_the_model_is_drawn(tmp_path: Path) -> None:
         "Retrieved in the batch",
         "Logit of matched pairs",
         "Logit of other pairs",
-        "Dimensions of the pictures",
+        "Dimensions of the images",
     ):
         assert title in found.text
 

@@ -69,7 +69,7 @@ def compare(runs: list[Path], out: Path) -> tuple[str, Page, dict[str, list[str]
 
 def test_results_and_differences_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     text, page, table = compare(runs, tmp_path / "page.html")
-    assert table["picture to caption R@1"] == ["50.0% ± 1.3", "75.0% ± 1.3", ""]
+    assert table["image to caption R@1"] == ["50.0% ± 1.3", "75.0% ± 1.3", ""]
     assert "<b>75.0%</b>" in text and "<b>50.0%</b>" not in text, "the best of a line is bold"
     assert table["loss.name"] == ["sigmoid", "softmax", "sigmoid"]
     assert table["optim.lr"] == ["0.001", "0.002", "0.001"]

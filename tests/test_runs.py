@@ -121,7 +121,7 @@ def test_the_table_is_a_line_a_run(folder: Path, capsys: pytest.CaptureFixture[s
     assert lines["sweep/new"][:3] == ["sweep/new", "not", "started"]
     assert "garbled: " in out and str(folder / "garbled" / "recipe.yaml") in out
     header = next(line for line in out.splitlines() if line.startswith("run "))
-    assert "picture to caption R@1" in header and header.endswith("last written")
+    assert "image to caption R@1" in header and header.endswith("last written")
 
 
 def test_scores_of_the_log_where_nothing_was_evaluated(folder: Path) -> None:

@@ -72,7 +72,7 @@ def png(size: tuple[int, int] = (20, 20)) -> bytes:
 
 @pytest.mark.parametrize("model", [0, 1])
 def test_the_nearest_are_those_of_the_model(library: Library, model: int) -> None:
-    """Cosines of embeddings that are made here, with plain torch: words to pictures and captions, a picture to both."""
+    """Cosines of embeddings that are made here, with plain torch: words to images and captions, an image to both."""
     chosen, source = library.models[model], library.source
     pixels = torch.stack([fit(decode(source.picture(one), 10**6), chosen.model.preprocess) for one in range(ROWS)])
     new = fit(decode(png(), 10**6), chosen.model.preprocess)[None]
@@ -96,7 +96,7 @@ def test_the_nearest_are_those_of_the_model(library: Library, model: int) -> Non
                 assert one["caption"] == captions[one["sample"]]
             assert [one["score"] for one in found] == pytest.approx(np.sort(scores)[::-1][:10].tolist(), abs=2e-3)
             across = bool(chosen.bias) and bool(query.text) == (kind == "pictures")
-            assert ("probability" in found[0]) == across, "only of a picture with a caption, by a model with a bias"
+            assert ("probability" in found[0]) == across, "only of an image with a caption, by a model with a bias"
     assert chosen.bias if model == 0 else not chosen.bias
 
 
@@ -113,7 +113,7 @@ def test_probabilities_and_labels_are_those_of_the_loss(library: Library) -> Non
         assert row["score"] == pytest.approx(cosines[row["label"]], abs=1e-6)
         assert row["sigmoid"] == pytest.approx(1 / (1 + np.exp(-chosen.scale * row["score"] - chosen.bias)), rel=1e-5)
     assert "sigmoid" not in library.labels(Query(sample=3), 1, ["cat", "dog"], "{}")[0], "CLIP has no bias"
-    with pytest.raises(UserError, match="labels are for a picture"):
+    with pytest.raises(UserError, match="labels are for an image"):
         library.labels(Query(text="words"), 0, ["cat"], "{}")
 
 
@@ -291,7 +291,7 @@ def test_a_body_that_is_too_large_is_not_read(server: Server, monkeypatch: pytes
         (["shards"], "name a model and the shards"),
         (["a", "b", "c", "shards"], "one or two"),
         (["nowhere", "pairs.csv"], "data_tools shard"),
-        (["one", "shards", "--batch-size", "0"], "at least one"),
+        (["one", "shards", "--batch-size", "0"], "must be 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(world: Path, arguments: list[str], says: str) -> None:

@@ -1,4 +1,4 @@
-"""The search page in a real browser: typing, dropping a picture, filters, two models, hostile captions, a phone, keys."""
+"""The search page in a real browser: typing, dropping an image, filters, two models, hostile captions, a phone, keys."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def test_a_filter_by_a_field(browser: Browser, library: Library) -> None:
     browser.type("DOG")
     query = Query(text="a cat")
     shows(browser, nearest(library, query, 0, kind="dog"), nearest(library, query, 1, kind="dog"))
-    browser.wait(f"{STATUS}.startsWith('12 nearest of 20 pictures that match the filter')")
+    browser.wait(f"{STATUS}.startsWith('12 nearest of 20 images that match the filter')")
     browser.click("#filters button")
     shows(browser, nearest(library, query, 0), nearest(library, query, 1))
     browser.choose("#filters select", "kind")
     browser.type("mouse")
-    browser.wait("document.querySelector('.empty')?.textContent == 'No picture matches the filter.'")
+    browser.wait("document.querySelector('.empty')?.textContent == 'No image matches the filter.'")
 
 
 def test_hostile_captions_and_fields_are_text(browser: Browser, library: Library) -> None:

@@ -80,7 +80,7 @@ def test_the_base_is_evaluated_before_the_first_step_and_a_score_below_it_is_tol
     model, _ = evaluate.load_model(str(tmp_path / "base"))
     expected = evaluate._evaluate(model, load(recipe).eval, load(recipe).data, "fp32").metrics
     assert base[1] == expected["image_to_text_r1"]
-    assert f"below the model that this run began with: image_to_text_r1 {100 * base[1]:.1f} -> " in said
+    assert f"worse than the model that this run started from: image_to_text_r1 {100 * base[1]:.1f} -> " in said
     assert "rate 0.5" in said and "times what whole pretrained towers usually take" in said
 
 

@@ -45,7 +45,7 @@ def load_model(where: str, average: bool = False) -> tuple[DualEncoder, str]:
         )
     elif average:
         raise UserError(
-            f"{where}: --ema takes the averaged weights of a run, an exported model has one set; leave --ema out"
+            f"{where}: --ema takes the averaged weights of a run, but an exported model has only one set; remove --ema"
         )
     else:
         try:

@@ -82,7 +82,7 @@ class TeacherModel:
             return
         if any(recorded.get(key) != value for key, value in self.identity.items()):
             raise UserError(
-                f"distill.teacher {self.path!r} is not the teacher that this run began with ({recorded['path']!r}): "
+                f"distill.teacher {self.path!r} is not the teacher that this run started with ({recorded['path']!r}): "
                 "use that one, or start another run.directory"
             )
 
@@ -103,9 +103,9 @@ def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
     Mean and standard deviation may differ: pixels are bytes, and each model normalises them itself.
     """
     compared = (
-        ("pictures resized by", student.resize, teacher.resize, "take a teacher of the student's kind"),
+        ("images resized by", student.resize, teacher.resize, "take a teacher of the student's kind"),
         (
-            "pictures of",
+            "images of",
             student.image_size,
             teacher.image_size,
             f"set model.image_size={teacher.image_size[0]}, or take another teacher",
@@ -119,7 +119,7 @@ def check_inputs(path: str, student: Preprocess, teacher: Preprocess) -> None:
     )
     for what, mine, theirs, remedy in compared:
         if mine != theirs:
-            units = {"captions of": " tokens", "pictures of": " pixels"}.get(what, "")
+            units = {"captions of": " tokens", "images of": " pixels"}.get(what, "")
             raise UserError(
                 f"distill.teacher {path!r} needs {what} {theirs}{units}, but the student's are {mine}: {remedy}"
             )

@@ -149,7 +149,7 @@ class Embedder:
         captions = source.captions(sample)
         if len(captions) > 1:
             raise UserError(
-                f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one a picture: set "
+                f"{source.key(sample)} has {len(captions)} captions, a stored text tower has one per image: set "
                 f"data.caption"
             )
         return captions[0]

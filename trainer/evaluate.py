@@ -44,7 +44,7 @@ from trainer.evals import EvalSettings, Evaluation, evaluate
 from trainer.evals.gallery import make_gallery
 from trainer.models import DualEncoder
 
-LABELS = {"image_to_text_r": "picture → caption  R@", "text_to_image_r": "caption → picture  R@"}
+LABELS = {"image_to_text_r": "image → caption  R@", "text_to_image_r": "caption → image  R@"}
 
 
 def main(argv: list[str]) -> int:
@@ -140,7 +140,7 @@ def table(found: Evaluation, base: Evaluation | None, source: str, against: str 
         of = f" of {size['samples']:,}" if size["pictures"] + size["damaged"] < size["samples"] else ""
         left = f", {size['damaged']:,} damaged left out" if size["damaged"] else ""
         captions = f" and {size['captions']:,} captions" if size["captions"] else ""
-        lines.append(f"{path}: {size['pictures']:,}{of} pictures{captions}{left}")
+        lines.append(f"{path}: {size['pictures']:,}{of} images{captions}{left}")
     if found.retrieved or found.named:
         lines.append("")
     width = max(len(label(name)) for name in found.metrics)
@@ -157,7 +157,7 @@ def table(found: Evaluation, base: Evaluation | None, source: str, against: str 
 
 
 def label(name: str) -> str:
-    """image_to_text_r1 -> picture → caption  R@1; face_strict_top1 -> face strict  top-1"""
+    """image_to_text_r1 -> image → caption  R@1; face_strict_top1 -> face strict  top-1"""
     for ending, words in LABELS.items():
         head, found, k = name.rpartition(ending)
         if found:
@@ -190,9 +190,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", action="append", metavar="SHARDS", help="evaluate on this instead; may be repeated")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="pictures per dataset; 0: all, the default without a recipe"
+        "--limit", type=int, metavar="N", help="images per dataset; 0: all, the default without a recipe"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples per forward pass")
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="take eval: and data: from this recipe instead of the run's own"
     )

@@ -1,4 +1,4 @@
-"""The parts of a run, its position, and its hooks.
+"""The components of a run, its ``samples_seen``, and its hooks.
 
 run = build(recipe)
 run.hooks.append(Hook("measuring drift", every=100_000, call=my_function))
@@ -61,7 +61,7 @@ class Hook:
     """Also before the first step."""
 
     def due(self, before: int, after: int, finished: bool, stopped: bool) -> bool:
-        """Whether it runs after a step from position ``before`` to ``after`` (samples seen)."""
+        """Whether it runs after a step from ``before`` to ``after`` samples seen."""
         if stopped:
             return self.at_stop
         return (finished and self.at_end) or crosses(self.every, before, after)
@@ -69,7 +69,7 @@ class Hook:
 
 @dataclass
 class Run:
-    """The parts of a run and its position."""
+    """The components of a run and its ``samples_seen``."""
 
     recipe: Recipe
     model: DualEncoder
@@ -108,7 +108,7 @@ class Run:
         return result, vitals.measure(result.sample, batch.groups) | moved
 
     def step(self, batch: Batch, sample: int = 0) -> StepResult:
-        """One update at the current position; all its random numbers depend on (seed, position, rank)."""
+        """One update; all its random numbers depend on (seed, samples_seen, rank)."""
         recipe, engine = self.recipe, self.engine
         checkpoint.seed_step(recipe.run.seed, self.samples_seen, distributed.rank())
         engine.set_learning_rate(self.rate)
@@ -156,8 +156,8 @@ class Run:
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether there should be an evaluation of this very position and is none: of the model that a run starts from,
-        or where a run was cut off between saving and evaluating."""
+        """Whether an evaluation at the present ``samples_seen`` is due and has not been made: of the model that a run
+        starts from, or where a run was cut off between saving and evaluating."""
         if not self.evaluates or self.history.at(self.samples_seen):
             return False
         before = self.samples_seen - self.recipe.batch.size
@@ -181,7 +181,7 @@ class Run:
         self.history.add(self.samples_seen, found)
         logger.info(f"evaluated at {self.samples_seen:,} samples: {evals.brief(found)}")
         if self.starts_trained and (lower := self.history.below_base(found)):
-            logger.warning(f"below the model that this run began with: {', '.join(lower)}")
+            logger.warning(f"worse than the model that this run started from: {', '.join(lower)}")
         return {"eval": found, "weights": "ema"} if average else {"eval": found}
 
     def evaluate_and_keep(self, loader: Loader) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Run:
         return note
 
     def save(self, loader: Loader) -> None:
-        """Saves a checkpoint of this position, with the number and names of replaced samples."""
+        """Saves a checkpoint, with the number and names of replaced samples."""
         extra = {"guard": self.guard.state_dict(), "skipped": gather_skipped(loader.skipped), "tower": self.model.tower}
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record

@@ -128,9 +128,7 @@ def _half(rows: int) -> int:
     """The next smaller micro-batch after an out-of-memory error."""
     if rows == 1:
         raise UserError(f"out of memory with one pair at a time: {REMEDY}")
-    logger.info(
-        f"out of memory with batch.micro_batch {rows}: repeating the step with {rows // 2}, also for later steps"
-    )
+    logger.info(f"out of memory with batch.micro_batch {rows}: repeating the step with {rows // 2}, and keeping that")
     return rows // 2
 
 

@@ -63,7 +63,7 @@ def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
     resumed = resume(run)
     run.history = read_history(run)
     if run.samples_seen >= run.total:
-        say_finished(run, "; raise run.samples to go on")
+        say_finished(run, "; raise run.samples to train on")
         return 0
     if run.out_of_patience:
         say_finished(run, patience_words(run))
@@ -117,7 +117,7 @@ def resume(run: Run) -> Resumed | None:
 
 
 def read_history(run: Run) -> evals.History:
-    """The run's evaluations up to where it goes on; the best is the one whose checkpoint is there."""
+    """The run's evaluations up to where it resumes; the best is the one whose checkpoint is there."""
     history = evals.read_history(run.directory, run.samples_seen, run.recipe.checkpoint.best)
     if history.best is not None and run.checkpointer.best(run.samples_seen) != history.best[0]:
         history.best, history.since_best = None, 0  # the next evaluation is the best that can be kept

@@ -35,13 +35,13 @@ def two_pass(
     """Adds the exact gradient of ``loss`` on the local ``batch`` to the parameters that ``encode`` uses.
 
     The result does not depend on ``micro_batch``. All ranks call it together, with equal batches and micro-batches.
-    Layers that mix rows (batch norm in training) make another function of each micro-batch and are not supported.
+    Layers that mix samples (batch norm in training) would make the result depend on it and are not supported.
 
     Args:
-        encode: the model, wrapped or not, or any function of two encoders. Given a slice of each tensor of ``batch`` it
-            returns a mapping or a sequence: tensors of two or more dimensions have a row for each pair, others (scale,
-            bias) are the same for every slice.
-        batch: tensors with a row for each pair of this rank.
+        encode: the model, wrapped or not, or any function of two encoders. Given the same rows of each tensor of
+            ``batch`` it returns a mapping or a sequence: tensors of two or more dimensions have a row for each pair,
+            others (scale, bias) are the same for every micro-batch.
+        batch: tensors with one row per pair of this rank.
         loss: called once, as ``loss(**outputs)`` for a mapping and ``loss(*outputs)`` for a sequence; returns a scalar.
         micro_batch: rows per call of ``encode``; if that is the whole batch, there is one pass only.
         backward: called instead of ``Tensor.backward``: ``fabric.backward``, ``accelerator.backward``,

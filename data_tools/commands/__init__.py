@@ -7,7 +7,7 @@ COMMANDS = {
     "index": "write index and manifest for existing webdataset tars",
     "stats": "sizes, captions, languages, duplicates and a contact sheet, as JSON and an HTML page",
     "cat": "print samples",
-    "dedup": "drop duplicate pictures (writes a view, copies nothing)",
+    "dedup": "drop duplicate images (writes a view, copies nothing)",
     "filter": "keep the samples that meet conditions (writes a view, copies nothing)",
     "join": "add columns (scores, captions, embeddings) beside the tars",
     "vocabulary": "train a word tokenizer on the captions of a dataset",

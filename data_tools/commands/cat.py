@@ -1,7 +1,7 @@
 """Prints samples.
 
     python -m data_tools cat DATASET                         # the first three
-    python -m data_tools cat DATASET 17 00000123 --show      # by sample number or key; pictures drawn in the terminal
+    python -m data_tools cat DATASET 17 00000123 --show      # by sample number or key; images drawn in the terminal
     python -m data_tools cat DATASET 17 --save DIR           # as files
 
 A number of 8 or more digits is a key, a shorter one a sample number.
@@ -44,7 +44,7 @@ def find(dataset: Dataset, name: str) -> Place:
 
 
 def draw(image: bytes, width: int) -> str:
-    """A picture as two pixels a character, in 24-bit terminal colours."""
+    """An image as two pixels a character, in 24-bit terminal colours."""
     pixels = Image.fromarray(decode(image))
     height = max(2, round(pixels.height * width / pixels.width / 2) * 2)
     small = np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS))
@@ -85,7 +85,7 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
         try:
             lines.append(draw(image, 64))
         except Reject as reject:
-            lines.append(f"  the picture cannot be drawn: {reject.reason}")
+            lines.append(f"  the image cannot be drawn: {reject.reason}")
     if save:
         folder = make_folder(save)
         stem = key.replace("/", "_")
@@ -96,9 +96,9 @@ def describe(dataset: Dataset, place: Place, show: bool, save: str | None) -> st
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("cat", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("samples", metavar="SAMPLE", nargs="*", help="sample numbers or keys (default: 0 1 2)")
-    parser.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
+    parser.add_argument("--show", action="store_true", help="draw the images in the terminal")
     parser.add_argument("--save", metavar="DIR", help="write the members as files")
     arguments = parser.parse_args(argv)
     dataset = open_local(arguments.dataset)

@@ -1,12 +1,13 @@
-"""Drops duplicate pictures. Writes a view: nothing is copied.
+"""Drops duplicate images. Writes a view: a dataset without tars of its own, whose indexes
+point to the samples of DATASET that are kept. Nothing is copied, so DATASET must stay where it is.
 
     python -m data_tools dedup DATASET OUT                 # equal bytes
     python -m data_tools dedup DATASET OUT --near 4        # also perceptual hashes at most 4 of 64 bits apart
     python -m data_tools dedup DATASET OUT --same-caption  # only where the captions are equal too
 
-Of each group of duplicates, the picture with the most pixels is kept, or the first of several. OUT/duplicates.jsonl
+Of each group of duplicates, the image with the most pixels is kept, or the first of several. OUT/duplicates.jsonl
 lists every dropped sample with the one that was kept for it. The perceptual hash is the DCT hash (Zauner 2010,
-"Implementation and benchmarking of perceptual image hash functions"); flat pictures, which all have the same hash, are
+"Implementation and benchmarking of perceptual image hash functions"); flat images, which all have the same hash, are
 compared by their bytes only.
 """
 
@@ -33,7 +34,7 @@ from data_tools.samples.reject import Reject
 
 _SIDE, _KEPT = 32, 8
 _MAX_BUCKET = 2000
-"""Largest bucket (pictures that share one band of their hash) that is compared pairwise; in a larger one, each picture
+"""Largest bucket (images that share one band of their hash) that is compared pairwise; in a larger one, each image
 is compared with its neighbours only."""
 
 
@@ -46,8 +47,8 @@ _DCT = _dct_rows()
 
 
 def perceptual_hash(image: bytes) -> int | None:
-    """64 bits that hardly change when a picture is scaled or compressed; None for a flat picture. Raises Reject if the
-    picture is damaged."""
+    """64 bits that hardly change when an image is scaled or compressed; None for a flat image. Raises Reject if the
+    image is damaged."""
     grey = Image.fromarray(decode(image, least=(2 * _SIDE, 2 * _SIDE))).convert("L")
     pixels = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
     parts = _DCT @ pixels @ _DCT.T
@@ -70,7 +71,7 @@ def _hash_shard(
                 try:
                     found = perceptual_hash(tar.read(row, "image"))
                 except Reject:
-                    found = None  # verify reports damaged pictures; here they match equal bytes only
+                    found = None  # verify reports damaged images; here they match equal bytes only
                 if found is not None:
                     hashes[place], valid[place] = found, True
     return hashes, valid, texts
@@ -146,7 +147,7 @@ def _choose(roots: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.i
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("dedup", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
     parser.add_argument(
         "--near",

@@ -1,4 +1,5 @@
-"""Keeps the samples that meet conditions. Writes a view: nothing is copied.
+"""Keeps the samples that meet conditions. Writes a view: a dataset without tars of its own, whose indexes
+point to the samples of DATASET that are kept. Nothing is copied, so DATASET must stay where it is.
 
     python -m data_tools filter DATASET OUT --where "similarity >= 0.28" --where "min_side >= 200"
     python -m data_tools filter DATASET OUT --best similarity --share 0.3
@@ -89,7 +90,7 @@ def choose_best(values: list[Any], keep: NDArray[np.bool_], share: float) -> NDA
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("filter", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("out", metavar="OUT", help="a new folder for the view")
     parser.add_argument(
         "--where", action="append", default=[], metavar="CONDITION", help="may be repeated; all must hold"

@@ -8,8 +8,8 @@ grey PNG per glyph, about 54,000 in 17 faces: "greek small letter alpha with ton
 (character, face): a held-out combination is never trained on, but its character is, in another face, and its face is,
 with other characters. A second run finds the files and does nothing.
 
-Two pictures in five are identical in several faces (an arrow has no oblique): ``faces`` lists all of these, separated
-by "|", because no model can tell which of them a picture was rendered from.
+Two images in five are identical in several faces (an arrow has no oblique): ``faces`` lists all of these, separated
+by "|", because no model can tell which of them an image was rendered from.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def render(font: str, size: int) -> Iterator[tuple[Glyph, bytes]]:
         canvas = Image.new("L", (size, size), 255)
         width, height = right - left, bottom - top
         if width <= size and height <= size:
-            # Shifted only as far as needed to fit the picture.
+            # Shifted only as far as needed to fit the image.
             y = min(max(baseline, -top), size - bottom)
             ImageDraw.Draw(canvas).text(((size - width) // 2 - left, y), text, font=face, fill=0, anchor="ls")
         else:
@@ -145,7 +145,7 @@ def _draw(glyph: Glyph, salt: str = "order") -> float:
 
 
 def write_face(font: str, out: Path, size: int) -> dict[Glyph, bytes]:
-    """Renders one face into ``out/FONT/``; returns its glyphs with a digest of each picture."""
+    """Renders one face into ``out/FONT/``; returns its glyphs with a digest of each image."""
     folder = out / font
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
@@ -176,7 +176,7 @@ def write(out: Path, size: int, processes: int) -> dict[str, int]:
 def main(argv: list[str]) -> int:
     parser = Parser("glyphs", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the CSV files and the PNGs")
-    parser.add_argument("--size", type=whole(16, 512), default=32, help="side of a picture in pixels (default 32)")
+    parser.add_argument("--size", type=whole(16, 512), default=32, help="side of an image in pixels (default 32)")
     add_processes(parser)
     options = parser.parse_args(argv)
     refuse_file(options.out)

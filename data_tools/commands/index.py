@@ -4,7 +4,7 @@
 
 It walks the tar headers itself: members may be in any order, and damage costs only the samples it touches, not those
 behind it. Writes NAME.idx beside each NAME.tar, then rejects.jsonl (what was left out and why) and, last,
-manifest.json. The tars are not changed. Side-car columns are kept if the keys and pictures are the same, in the same
+manifest.json. The tars are not changed. Side-car columns are kept if the keys and images are the same, in the same
 order; a message names the columns that are dropped.
 """
 
@@ -45,7 +45,7 @@ class Scan(NamedTuple):
 
 
 def scan(paths: list[Path], names: list[str], shard: int) -> Scan:
-    """Index rows of one tar, with sizes in pixels; pictures whose header cannot be read are left out."""
+    """Index rows of one tar, with sizes in pixels; images whose header cannot be read are left out."""
     path, name = paths[shard], names[shard]
     rows, problems = scan_tar(path)
     rejects = [
@@ -160,13 +160,13 @@ def main(argv: list[str]) -> int | None:
         )
         sample = "a sample is KEY.jpg|png|webp with KEY.txt or KEY.json"
         raise UserError(
-            f"{folder}: no whole sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch them "
-            f"again"
+            f"{folder}: no complete sample in {len(names)} tars ({reasons}; {REJECTS} names them); {sample}; fetch "
+            f"them again"
         )
     if empty:
         some = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
         print(
-            f"{folder}: no whole sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why",
+            f"{folder}: no complete sample in {len(empty)} of {len(names)} tars: {some}; {REJECTS} says why",
             file=sys.stderr,
         )
     manifest = old

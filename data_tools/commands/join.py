@@ -105,7 +105,7 @@ def match(keys: list[Any], table: dict[str, list[Any]], on: str) -> NDArray[np.i
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("join", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("table", metavar="TABLE")
     parser.add_argument("--on", metavar="COLUMN", help="column of the table that identifies the sample")
     parser.add_argument(

@@ -1,9 +1,11 @@
-"""Completes a sharding run: checks that every shard is there, then writes rejects.jsonl and, last, manifest.json.
+"""Completes a dataset whose shards were written by several tasks (`shard --task I/N`). Run it once all have finished.
 
     python -m data_tools merge OUT
 
-Needed only after `shard --task i/n`; a run without --task merges by itself. A second run changes nothing. Side-car
-columns are kept when a lost shard has been written again.
+It checks that every shard is there, and names those that are missing; then it writes rejects.jsonl (the rows that any
+task left out) and, last, manifest.json, without which OUT cannot be read as a dataset. No image is copied. `shard`
+without --task does the same at its end. If OUT is complete already, nothing changes; columns added by `join` are kept
+when a missing shard has been written again.
 """
 
 from __future__ import annotations
@@ -136,8 +138,8 @@ def summary(root: str, manifest: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    parser = Parser("merge", (__doc__ or "").split("\n\n")[0])
-    parser.add_argument("out", metavar="OUT", help="folder or fsspec URL that all tasks wrote to")
+    parser = Parser("merge", __doc__)
+    parser.add_argument("out", metavar="OUT", help="folder or fsspec URL that the tasks wrote to")
     arguments = parser.parse_args(argv)
     print(summary(arguments.out, merge(Output(arguments.out))), file=sys.stderr)
     return 0

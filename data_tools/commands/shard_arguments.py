@@ -18,7 +18,7 @@ def make_parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("pairs", metavar="PAIRS", help="the input")
     parser.add_argument("out", metavar="OUT", help="folder, or any URL that fsspec writes to (s3://, gs://, ...)")
     _add_input(parser.add_argument_group("input"))
-    _add_pictures(parser.add_argument_group("pictures"))
+    _add_images(parser.add_argument_group("images"))
     group = parser.add_argument_group("shards")
     group.add_argument(
         "--shard-size", type=whole(1), default=5000, metavar="N", help="input rows per shard (default 5000)"
@@ -57,7 +57,7 @@ def make_parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image", metavar="COLUMN", help="column with the picture's path, URL or bytes")
+    group.add_argument("--image", metavar="COLUMN", help="column with the image's path, URL or bytes")
     group.add_argument(
         "--caption",
         metavar="COLUMN",
@@ -70,7 +70,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help="make captions: {NAME} is a column, {class} the folder of a picture; may be repeated",
+        help="make captions: {NAME} is a column, {class} the folder of an image; may be repeated",
     )
     group.add_argument("--input", choices=KINDS, help="kind of PAIRS, if its name does not tell")
     group.add_argument("--columns", metavar="A,B,...", help="names of the columns of a table without a header line")
@@ -92,13 +92,13 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_pictures(group: argparse._ArgumentGroup) -> None:
+def _add_images(group: argparse._ArgumentGroup) -> None:
     defaults = ImageOptions()
     group.add_argument(
         "--resize",
         type=whole(1),
         metavar="PIXELS",
-        help="shrink pictures to this side, never enlarge (default: keep the bytes of sound pictures)",
+        help="shrink images to this side, never enlarge (default: keep the bytes of sound images)",
     )
     group.add_argument(
         "--resize-mode",
@@ -117,35 +117,35 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         "--encode",
         choices=("auto", "jpg", "png", "webp"),
         default="auto",
-        help="format of pictures that must be re-encoded (default auto: PNG if the input was lossless, else JPEG)",
+        help="format of images that must be re-encoded (default auto: PNG if the input was lossless, else JPEG)",
     )
     group.add_argument(
         "--quality",
         type=whole(1, 100),
         default=defaults.quality,
         metavar="Q",
-        help=f"JPEG and WebP quality of re-encoded pictures (default {defaults.quality})",
+        help=f"JPEG and WebP quality of re-encoded images (default {defaults.quality})",
     )
     group.add_argument(
         "--min-side",
         type=whole(1),
         default=defaults.min_side,
         metavar="N",
-        help=f"leave out pictures with a side of less than N pixels (default {defaults.min_side})",
+        help=f"leave out images with a side of less than N pixels (default {defaults.min_side})",
     )
     group.add_argument(
         "--max-aspect",
         type=number(1),
         default=defaults.max_aspect,
         metavar="X",
-        help=f"leave out pictures with an aspect ratio beyond X:1 (default {defaults.max_aspect:g})",
+        help=f"leave out images with an aspect ratio beyond X:1 (default {defaults.max_aspect:g})",
     )
     group.add_argument(
         "--max-pixels",
         type=whole(1),
         default=defaults.max_pixels,
         metavar="N",
-        help=f"leave out pictures of more than N pixels, as their header states (default {defaults.max_pixels})",
+        help=f"leave out images of more than N pixels, as their header states (default {defaults.max_pixels})",
     )
     group.add_argument(
         "--formats",
@@ -158,7 +158,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         "--icc",
         choices=("ignore", "srgb"),
         default=defaults.icc,
-        help="srgb converts pictures with another colour profile, such as Display P3 or a CMYK one; ignore reads the "
+        help="srgb converts images with another colour profile, such as Display P3 or a CMYK one; ignore reads the "
         f"values as image processors of pretrained models do (default {defaults.icc})",
     )
     group.add_argument(
@@ -166,7 +166,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=whole(64),
         default=defaults.max_memory,
         metavar="MIB",
-        help="leave out pictures of unusual formats or of more than 25 million pixels that need more memory to decode "
+        help="leave out images of unusual formats or of more than 25 million pixels that need more memory to decode "
         f"(default {defaults.max_memory})",
     )
     group.add_argument(
@@ -174,7 +174,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
         type=number(0.1),
         default=defaults.max_seconds,
         metavar="S",
-        help=f"leave out such pictures that need more CPU time to decode (default {defaults.max_seconds:g})",
+        help=f"leave out such images that need more CPU time to decode (default {defaults.max_seconds:g})",
     )
     group.add_argument(
         "--max-bytes",
@@ -216,7 +216,7 @@ def options_of(arguments: argparse.Namespace) -> ShardOptions:
         delimiter=delimiter,
         encoding=arguments.encoding,
     )
-    # Every option of "pictures" is named as the field it sets.
+    # Every option of the group "images" is named as the field it sets.
     images = ImageOptions(**{field.name: getattr(arguments, field.name) for field in fields(ImageOptions)})
     return ShardOptions(
         source, images, arguments.shard_size, arguments.seed, not arguments.keep_order, arguments.max_caption

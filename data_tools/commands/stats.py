@@ -176,7 +176,7 @@ def collect(
 
 
 def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
-    """Random pictures with their captions and columns."""
+    """Random images with their captions and columns."""
     pictures = []
     for shard, places in enumerate(choose(dataset, count)):
         with TarReader(dataset.tar_path(shard)) as tar:
@@ -190,13 +190,13 @@ def contact_sheet(dataset: Dataset, count: int) -> list[Picture]:
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("stats", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument("--out", metavar="DIR", help="folder for stats.json and stats.html (default: DATASET)")
     parser.add_argument(
         "--captions", type=whole(0), default=50_000, metavar="N", help="captions to read, 0 for all (default 50000)"
     )
     parser.add_argument(
-        "--pictures", type=whole(0), default=60, metavar="N", help="pictures on the contact sheet (default 60)"
+        "--pictures", type=whole(0), default=60, metavar="N", help="images on the contact sheet (default 60)"
     )
     parser.add_argument(
         "--tokenizer",

@@ -1,6 +1,6 @@
 """Checks a dataset against its manifest and names every damaged sample.
 
-    python -m data_tools verify DATASET            # digests, counts, members, columns, and every picture decoded
+    python -m data_tools verify DATASET            # digests, counts, members, columns, and every image decoded
     python -m data_tools verify DATASET --quick    # digests and counts only
 
 Prints one line per damaged item to stdout: SHARD (or the file of a joined column), KEY (or "-"), what is wrong. Exits
@@ -87,11 +87,11 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
     key = read_key(tar.descriptor, row)
     if hash_key(key) != int(row["key_hash"]):
         return [
-            (key or "-", f"its header is damaged or not where the index says (picture at byte {row['image_offset']})")
+            (key or "-", f"its header is damaged or not where the index says (image at byte {row['image_offset']})")
         ]
     image = tar.read(row, "image")
     if len(image) != int(row["image_size"]) or xxhash.xxh3_64_intdigest(image) != int(row["digest"]):
-        return [(key, "the picture's bytes have changed")]
+        return [(key, "the image's bytes have changed")]
     faults = []
     try:
         tar.read(row, "text").decode("utf-8")
@@ -111,7 +111,7 @@ def _check_sample(tar: TarReader, row: np.void, decode: bool) -> list[Damage]:
 
 def main(argv: list[str]) -> int | None:
     parser = Parser("verify", __doc__)
-    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of shards, or a view")
     parser.add_argument(
         "--quick", action="store_true", help="compare digests and counts; check samples only where these differ"
     )

@@ -92,7 +92,7 @@ def taken_up(output: Output, shards: list[dict[str, Any]]) -> Entries:
 
 
 def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: NDArray[np.void]) -> None:
-    """Call before overwriting an index: records in a file if ``rows`` have other keys or pictures, or another order.
+    """Call before overwriting an index: records in a file if ``rows`` have other keys or images, or another order.
 
     The file is needed because a run that is killed before it writes the manifest leaves no old index to compare with.
     """
@@ -108,7 +108,7 @@ def note_change(output: Output, old: dict[str, Any] | None, shard: int, rows: ND
 
 
 def still_true(output: Output, old: dict[str, Any] | None) -> Entries:
-    """The columns of ``old`` that are still valid although tars have changed: keys and pictures have not. Warns which
+    """The columns of ``old`` that are still valid although tars have changed: keys and images have not. Warns which
     are lost.
 
     Embeddings of captions are always lost: an index does not tell whether a caption has changed.

@@ -1,10 +1,10 @@
-"""The index of a sharded dataset: offset and size of each picture and caption, and a digest of each picture.
+"""The index of a sharded dataset: offset and size of each image and caption, and a digest of each image.
 
     dataset = Dataset.open("shards/train")
     shard, row = dataset.locate(np.array([17, 40_000]))     # sample numbers -> shard numbers and rows in them
     entry = dataset.shard(int(shard[0]))[int(row[0])]       # one ROW, mapped from disk
     with open(dataset.tar_path(int(shard[0])), "rb") as tar:
-        picture = os.pread(tar.fileno(), int(entry["image_size"]), int(entry["image_offset"]))
+        image = os.pread(tar.fileno(), int(entry["image_size"]), int(entry["image_offset"]))
 
 The tars are plain webdataset. A sample is KEY.jpg|png|webp, KEY.txt (its caption, or the first of several) and
 KEY.json: the columns of the input and, if there are several captions, the list "captions" (`Dataset.max_captions` says
@@ -47,7 +47,7 @@ ROW = np.dtype(
     ]
 )
 """One sample. Offsets point to a member's data in the tar; a size of 0 means that there is no such member. ``key_hash``
-is xxh3_64 of the key, ``digest`` xxh3_64 of the picture's bytes; ``width`` and ``height`` are 0 if unknown."""
+is xxh3_64 of the key, ``digest`` xxh3_64 of the image's bytes; ``width`` and ``height`` are 0 if unknown."""
 
 IMAGE_FORMATS = {
     "jpg": 1,

@@ -34,7 +34,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str, dict[str, Member]]]:
     """The samples of any tar, sorted or not, as (key, {"image" | "text" | "json": member}), ordered by the position of
-    their picture. A sample needs a picture and a text or json; others are added to ``problems`` as missing_image or
+    their image. A sample needs an image and a text or json; others are added to ``problems`` as missing_image or
     missing_text.
     """
     open_samples: dict[str, dict[str, Member]] = {}
@@ -69,7 +69,7 @@ def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str
 
 
 def scan_tar(path: str | Path) -> tuple[NDArray[np.void], list[TarProblem]]:
-    """(Rows [n] of dtype ROW, problems) for any tar, from its headers. Pictures are hashed; sizes in pixels stay 0."""
+    """(Rows [n] of dtype ROW, problems) for any tar, from its headers. Images are hashed; sizes in pixels stay 0."""
     problems: list[TarProblem] = []
     samples = scan_samples(path, problems)
     rows = np.zeros(len(samples), ROW)
@@ -90,14 +90,14 @@ def hash_key(key: str) -> int:
 
 
 def read_key(descriptor: int, row: np.void) -> str:
-    """The key of one sample, read from the headers before its picture in the tar open at ``descriptor``. If no header
+    """The key of one sample, read from the headers before its image in the tar open at ``descriptor``. If no header
     has the indexed key (a damaged header, or a tar that the index does not belong to), the key in the nearest one.
     """
     return find_key(descriptor, int(row["image_offset"]), int(row["key_hash"]))
 
 
 def find_key(descriptor: int, image_offset: int, key_hash: int) -> str:
-    """Like ``read_key``, from the picture's offset and the hash of its key."""
+    """Like ``read_key``, from the image's offset and the hash of its key."""
     nearest = ""
     for name in names_before(descriptor, image_offset):
         key = split_name(name)[0]

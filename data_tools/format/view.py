@@ -1,4 +1,4 @@
-"""Views: folders with a manifest and indexes whose rows point into the tars of another dataset. No picture is copied.
+"""Views: folders with a manifest and indexes whose rows point into the tars of another dataset. No image is copied.
 
 The loader reads a view like any dataset. `filter` and `dedup` write views; the dataset that a view points to must stay
 where it is.

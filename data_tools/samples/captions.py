@@ -24,7 +24,7 @@ def clean(text: str, max_length: int) -> tuple[str, bool]:
 
 
 def clean_all(values: list[Any], max_length: int) -> tuple[list[str], bool]:
-    """(The cleaned captions of one picture without empty and repeated ones, whether any was cut). Raises Reject if none
+    """(The cleaned captions of one image without empty and repeated ones, whether any was cut). Raises Reject if none
     is left: ``caption_missing`` if all were null, else ``caption_empty``."""
     given = [value for value in values if value is not None]
     if not given:

@@ -1,9 +1,9 @@
-"""The one way from a picture's bytes to upright RGB pixels, for `shard` and `verify`, training, evaluation and search.
+"""The one way from an image's bytes to upright RGB pixels, for `shard` and `verify`, training, evaluation and search.
 
     pixels = decode(data, Limits(max_pixels=10**8))          # [height, width, 3] uint8; raises Reject
 
 JPEGs are decoded strictly by libjpeg-turbo: damage is an error, not grey blocks. Other formats are decoded by Pillow.
-Formats other than JPEG, PNG and WebP, and very large pictures, are decoded in the sandbox.
+Formats other than JPEG, PNG and WebP, and very large images, are decoded in the sandbox.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REPAIRS = 4
 
 
 def decode(data: bytes, limits: Limits = LIMITS, least: tuple[int, int] = (0, 0)) -> Pixels:
-    """Upright RGB pixels [height, width, 3], alpha on white. With ``least`` (height, width of the upright picture), a
+    """Upright RGB pixels [height, width, 3], alpha on white. With ``least`` (height, width of the upright image), a
     large JPEG may come at a smaller M/8 size that is not below it. Raises Reject."""
     header = cheap_header(data)
     if header is None:
@@ -61,7 +61,7 @@ def check(data: bytes, limits: Limits = LIMITS) -> None:
 
 
 def check_pixels(data: bytes, header: Header) -> tuple[bytes, list[str]]:
-    """(The picture's bytes, harmless faults that were mended in them). Decodes everything that can be wrong, and as few
+    """(The image's bytes, harmless faults that were mended in them). Decodes everything that can be wrong, and as few
     pixels as possible. Raises Reject."""
     if header.format != "jpg":
         open_image(data, header).close()
@@ -71,7 +71,7 @@ def check_pixels(data: bytes, header: Header) -> tuple[bytes, list[str]]:
         # size and grey.
         simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=8)
     except ValueError:
-        # RGB-coded files have no grey to take: decide by the whole picture
+        # RGB-coded files have no grey to take: decide by the whole image
         _, data, notes = _strictly(data, lambda sound: simplejpeg.decode_jpeg(sound, colorspace=_space(header)))
         return data, notes
     return data, []
@@ -113,7 +113,7 @@ def _strictly(data: bytes, decoder: Callable[[bytes], T]) -> tuple[T, bytes, lis
 
 
 def open_image(data: bytes, header: Header) -> Image.Image:
-    """The first picture of a file, decoded by Pillow. Raises Reject when it is damaged."""
+    """The first image of a file, decoded by Pillow. Raises Reject when it is damaged."""
     if Image.MAX_IMAGE_PIXELS and header.width * header.height > Image.MAX_IMAGE_PIXELS:
         # --max-pixels was asked to be above Pillow's own limit, which stays the second line for what containers hold
         Image.MAX_IMAGE_PIXELS = header.width * header.height
@@ -154,7 +154,7 @@ def _on_white(image: Image.Image) -> Pixels:
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, _BAND // width)
-    for top in range(0, height, rows):  # in bands: whole pictures would be copied four times
+    for top in range(0, height, rows):  # in bands: whole images would be copied four times
         band = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
         white = Image.new("RGBA", band.size, (255, 255, 255, 255))
         pixels[top : top + rows] = np.asarray(Image.alpha_composite(white, band).convert("RGB"))
@@ -162,7 +162,7 @@ def _on_white(image: Image.Image) -> Pixels:
 
 
 def foreign_profile(data: bytes, header: Header) -> bytes | None:
-    """The colour profile of a picture that is not in sRGB; None without one, or where littlecms cannot read it."""
+    """The colour profile of an image that is not in sRGB; None without one, or where littlecms cannot read it."""
     if header.format in ("jpg", "png", "webp") and not any(name in data for name in (b"ICC_PROFILE", b"iCCP", b"ICCP")):
         return None
     try:
@@ -180,7 +180,7 @@ def _profile(data: bytes) -> ImageCms.ImageCmsProfile:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture converted by littlecms: relative colorimetric, with black-point compensation; unchanged where the
+    """The image converted by littlecms: relative colorimetric, with black-point compensation; unchanged where the
     profile is of another kind of pixels."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     source = image if image.mode in ("L", "CMYK", "RGB") and alpha is None else image.convert("RGB")

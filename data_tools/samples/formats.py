@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 USUAL = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""Always read. Of a file with several pictures (GIF, TIFF, MPO, which is a JPEG, AVIF, APNG) the first is taken."""
+"""Always read. Of a file with several images (GIF, TIFF, MPO, which is a JPEG, AVIF, APNG) the first is taken."""
 
 ON_REQUEST = (
     "BLP",

@@ -1,4 +1,4 @@
-"""Reads a picture's header without decoding it: format, size, orientation, and what in it needs changing.
+"""Reads an image's header without decoding it: format, size, orientation, and what in it needs changing.
 
 JPEG, PNG and WebP headers are read here; those of other formats by Pillow's plugins, in the sandbox.
 """
@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Limits:
-    """What decoding one picture may cost."""
+    """What decoding one image may cost."""
 
     max_pixels: int = 100_000_000
     formats: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ _CHEAP_PIXELS, _CHEAP_SCANS = 25_000_000, 64
 
 @dataclass
 class Header:
-    """What is known of a picture before its pixels are. ``width`` and ``height`` are those of the upright picture."""
+    """What is known of an image before its pixels are. ``width`` and ``height`` are those of the upright image."""
 
     format: str
     """jpg, png, webp or, for the rest, Pillow's name in lower case."""
@@ -71,7 +71,7 @@ class Header:
 
 
 def read_header(data: bytes, limits: Limits = LIMITS) -> Header:
-    """The header of a picture in memory. Raises Reject with the reason when it is none."""
+    """The header of an image in memory. Raises Reject with the reason when it is none."""
     return cheap_header(data) or in_sandbox("image_header:read_here", (data, limits.formats), limits)
 
 
@@ -103,7 +103,7 @@ def read_here(data: bytes, formats: Sequence[str] = ()) -> Header:
 
 
 def _known(data: bytes) -> str:
-    """jpg, png, webp, or nothing for other formats. Raises Reject for what is no picture."""
+    """jpg, png, webp, or nothing for other formats. Raises Reject for what is no image."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -208,7 +208,7 @@ def _png_text(chunk: bytes, kind: bytes, exif: bytes, xmp: bytes) -> tuple[bytes
         if keyword == b"Raw profile type exif" and not exif:
             exif = bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except (zlib.error, ValueError):
-        return exif, xmp  # damaged metadata of a sound picture
+        return exif, xmp  # damaged metadata of a sound image
     return exif, text if keyword == b"XML:com.adobe.xmp" else xmp
 
 

@@ -1,9 +1,9 @@
-"""Checks a picture strictly and changes it only where a training loader would otherwise see something else.
+"""Checks an image strictly and changes it only where a training loader would otherwise see something else.
 
     prepared = prepare(data, ImageOptions(resize=224))      # .data .extension .width .height .changed; raises Reject
 
 Kept byte for byte: JPEG, PNG and WebP that decode without a warning to upright 8-bit RGB, grey or palette pixels.
-Everything else that can be understood is encoded anew, and ``changed`` says why. A JPEG whose only fault lies outside
+Everything else that can be decoded is re-encoded, and ``changed`` says why. A JPEG whose only fault lies outside
 of its pixels (jpeg_faults.py) is kept without the fault, and ``changed`` names it.
 """
 
@@ -28,19 +28,19 @@ _LARGE = 3 * 25_000_000
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What is done to every picture; part of the plan hash."""
+    """What is done to every image; part of the plan hash."""
 
     resize: int | None = None
-    """Target in pixels; None keeps the bytes of sound pictures."""
+    """Target in pixels; None keeps the bytes of sound images."""
     resize_mode: Literal["shorter", "longer", "crop"] = "shorter"
     """Which side becomes ``resize``; ``crop`` makes the shorter side so and cuts the centre square. Never enlarges."""
     filter: Literal["hamming", "bicubic", "lanczos"] = "hamming"
     """Pillow's antialiased filters: hamming takes three fifths of the time of bicubic, which most image processors
     use."""
     encode: Literal["auto", "jpg", "png", "webp"] = "auto"
-    """Format of pictures that are encoded anew; auto: PNG for what was lossless, JPEG for the rest."""
+    """Format of re-encoded images; auto: PNG for what was lossless, JPEG for the rest."""
     quality: int = 95
-    """JPEG and WebP quality of pictures that are encoded anew."""
+    """JPEG and WebP quality of re-encoded images."""
     min_side: int = 8
     max_aspect: float = 20.0
     max_pixels: int = LIMITS.max_pixels
@@ -48,19 +48,19 @@ class ImageOptions:
     formats: tuple[str, ...] = ()
     """Rare formats to read as well."""
     icc: Literal["ignore", "srgb"] = "ignore"
-    """srgb converts pictures with another colour profile; ignore takes their values as they are, which is what image
+    """srgb converts images with another colour profile; ignore takes their values as they are, which is what image
     processors of pretrained models do."""
     max_memory: int = LIMITS.max_memory
     max_seconds: float = LIMITS.max_seconds
 
     @property
     def limits(self) -> Limits:
-        """What decoding one picture may cost."""
+        """What decoding one image may cost."""
         return Limits(self.max_pixels, self.formats, self.max_memory, self.max_seconds)
 
 
 class Prepared(NamedTuple):
-    """A picture as it is stored."""
+    """An image as it is stored."""
 
     data: bytes
     extension: str
@@ -70,7 +70,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
-    """The picture as it will be stored. Raises Reject with the reason when it cannot be used."""
+    """The image as it will be stored. Raises Reject with the reason when it cannot be used."""
     header = cheap_header(data)
     if header is None:
         prepared: Prepared = in_sandbox("images:prepare_here", (data, options), options.limits)

@@ -1,4 +1,4 @@
-"""Tells JPEGs with harmless faults from damaged ones, by what libjpeg warns of, and mends the former.
+"""Tells JPEGs with harmless faults from damaged ones, by libjpeg's warnings, and repairs the former.
 
 A harmless fault lies outside of the entropy-coded data: every pixel is sound. ``mend`` removes or corrects the few
 bytes in question and leaves the compressed pixels as they are; the result must then decode without any warning.
@@ -18,7 +18,7 @@ class Fault(NamedTuple):
     message: str
     """Regular expression of the message."""
     note: str
-    """How the sample's .json names it once mended; empty: the picture is rejected."""
+    """How the sample's .json names it once mended; empty: the image is rejected."""
     why: str
 
 
@@ -37,7 +37,7 @@ FAULTS = (
     Fault("instead of RST", "", "pixels are missing or damaged"),
     Fault("Inconsistent progression", "", "scans are missing or in the wrong order"),
 )
-"""The first that matches decides; a message that none matches is an error of libjpeg, and the picture is rejected."""
+"""The first that matches decides; a message that none matches is an error of libjpeg, and the image is rejected."""
 
 MARKER = re.compile(rb"\xff+[^\x00\xff]")
 """A marker, its code in the last byte."""

@@ -1,4 +1,4 @@
-"""The one place that decides how a picture is turned: from its EXIF, else from its XMP, for every format.
+"""The one place that decides how an image is turned: from its EXIF, else from its XMP, for every format.
 
 TIFFs are turned by Pillow while they are loaded, and are upright here.
 """

@@ -1,4 +1,4 @@
-"""The page that `stats` writes: one HTML file with its plots and pictures inside, light or dark as the reader has
+"""The page that `stats` writes: one HTML file with its plots and images inside, light or dark as the reader has
 it."""
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def render(name: str, figures: dict[str, Any], pictures: list[Picture]) -> str:
         histogram("Width", "pixels", figures["width"]),
         histogram("Height", "pixels", figures["height"]),
         histogram("Aspect", "width / height", figures["aspect"]),
-        histogram("Picture size", "bytes", figures["image_bytes"]),
+        histogram("Image size", "bytes", figures["image_bytes"]),
         histogram("Caption length", "characters", captions["characters"]),
         histogram("Caption length", "words", captions["words"]),
         *([histogram("Caption length", "tokens", captions["tokens"])] if "tokens" in captions else []),
@@ -89,7 +89,7 @@ def render(name: str, figures: dict[str, Any], pictures: list[Picture]) -> str:
 <title>{escape(name)}: what is in it</title><style>{_STYLE}</style></head><body><main>
 <h1>{escape(name)}</h1><p class="lead">Sizes are those of all samples; caption figures are those of {looked}.</p>
 <div class="tiles">{"".join(tiles(figures))}</div>
-<h2>Pictures and captions</h2><div class="plots">{"".join(plots)}</div>
+<h2>Images and captions</h2><div class="plots">{"".join(plots)}</div>
 <h2>What they are</h2><div class="plots">{"".join(lists)}</div>
 <h2>Common words</h2><p class="words">{words}</p>
 <h2>Contact sheet</h2><div class="sheet">{"".join(figure(picture) for picture in pictures)}</div>
@@ -105,10 +105,10 @@ def tiles(figures: dict[str, Any]) -> list[str]:
         ("shards", f"{figures['shards']:,}"),
         ("in tars", human_bytes(figures["bytes"])),
         ("rows left out", f"{sum(figures['rejected'].values()):,}"),
-        ("pictures there twice (same bytes)", f"{twice['extra']:,}"),
+        ("images there twice (same bytes)", f"{twice['extra']:,}"),
         ("captions there twice", f"{captions['repeated_extra']:,}"),
         ("different words", f"{captions['vocabulary']:,}"),
-        ("captions a picture, at most", f"{figures['max_captions']:,}"),
+        ("captions an image, at most", f"{figures['max_captions']:,}"),
     ]
     return [f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for label, value in shown]
 
@@ -159,7 +159,7 @@ def meters(title: str, about: str, counts: dict[str, int]) -> str:
 
 
 def figure(picture: Picture) -> str:
-    """A picture with its caption."""
+    """An image with its caption."""
     caption = picture.caption if len(picture.caption) <= 160 else picture.caption[:157] + "..."
     about = f"<small>{picture.number} &middot; {picture.width} &times; {picture.height}</small>"
     try:
@@ -173,7 +173,7 @@ def figure(picture: Picture) -> str:
 
 
 def thumbnail(image: bytes) -> str:
-    """A picture of at most 160 pixels a side as a data: URL. Raises Reject when it is damaged."""
+    """An image of at most 160 pixels a side as a data: URL. Raises Reject when it is damaged."""
     small = Image.fromarray(decode(image, least=(2 * _THUMB, 2 * _THUMB)))
     small.thumbnail((_THUMB * 2, _THUMB * 2))
     buffer = io.BytesIO()

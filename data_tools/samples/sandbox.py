@@ -4,7 +4,7 @@
 
 One a process, started when first needed; later calls cost a copy through a pipe. The operating system enforces both
 limits, so they hold inside of C libraries too. Seconds are of the processor, so that a busy machine rejects no more
-pictures than an idle one.
+images than an idle one.
 """
 
 from __future__ import annotations
@@ -91,12 +91,14 @@ class Sandbox:
     def _receive(self, deadline: float) -> bytearray:
         assert self.process and self.process.stdout
         pipe = self.process.stdout.fileno()
+        poller = select.poll()  # not select(), which fails for descriptors above 1023
+        poller.register(pipe, select.POLLIN)
         parts: list[bytearray] = []
         for size in (8, 0):
             part = bytearray(size or struct.unpack("<Q", parts[0])[0])
             view = memoryview(part)
             while view:
-                if not select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
+                if not poller.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
                     raise TimeoutError
                 count = os.readv(pipe, [view])
                 if not count:

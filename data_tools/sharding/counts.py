@@ -17,7 +17,7 @@ class Tally:
 
     images: int = 0
     bytes: int = 0
-    """Bytes of pictures as read."""
+    """Bytes of images as read."""
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
     """Rows that were left out, as in rejects.jsonl, each with the "path" that was not found, if any."""

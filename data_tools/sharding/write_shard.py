@@ -88,7 +88,7 @@ def _publish(
 def _write_sample(
     plan: ShardPlan, writer: TarWriter, key: str, row: Row
 ) -> tuple[tuple[int, ...], int, int, list[str]]:
-    """(Its index row, number of captions, bytes read, changes of the picture). All checks that may reject the row
+    """(Its index row, number of captions, bytes read, changes of the image). All checks that may reject the row
     come before the first write."""
     if row.fault is not None:
         raise Reject(row.fault, row.detail)

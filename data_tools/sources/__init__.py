@@ -40,9 +40,9 @@ _NO_ROWS = {
     "jsonl": "no line with anything in it",
     "parquet": "a table without rows",
     "arrow": "a table without rows",
-    "tars": "no complete sample in it: a picture with KEY.txt or KEY.json",
-    "zip": "no pictures in it",
-    "folder": "no pictures in it, nor in the folders below",
+    "tars": "no complete sample in it: an image with KEY.txt or KEY.json",
+    "zip": "no images in it",
+    "folder": "no images in it, nor in the folders below",
     "coco": 'its list of "images" is empty',
 }
 
@@ -52,7 +52,7 @@ def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
     first rows show that a column is the wrong one."""
     if "://" in path:
         raise UserError(
-            f"{path}: the input must be local; copy it here first (its pictures may stay remote: --images URL)"
+            f"{path}: the input must be local; copy it here first (its images may stay remote: --images URL)"
         )
     paths, inner = [Path(path)], ""
     if not paths[0].exists():
@@ -82,7 +82,7 @@ def _inside_archive(path: Path) -> tuple[Path, str]:
 
 
 def _check_first(path: str, kind: str, source: Source, options: SourceOptions) -> None:
-    """Raises UserError if the first rows show that a column does not have the expected kind of values, or that pictures
+    """Raises UserError if the first rows show that a column does not have the expected kind of values, or that images
     are on the web; warns if captions are numbers."""
     rows = list(islice(source.rows(np.arange(min(_FIRST, sum(source.blocks)))), _FIRST))
     told = next((row for row in rows if row.image or row.fault in ("caption_type", "image_type")), None)
@@ -143,7 +143,7 @@ def _open(path: str, paths: list[Path], kind: str, options: SourceOptions, inner
     if paths[0].is_dir() and kind not in ("folder", "arrow"):
         raise UserError(f"{path}: a folder; name the {kind} file in it")
     if paths[0].is_file() and kind == "folder":
-        raise UserError(f"{path}: a file, not a folder of pictures; remove --input folder")
+        raise UserError(f"{path}: a file, not a folder of images; remove --input folder")
     return _open_one(paths[0], kind, options)
 
 
@@ -176,7 +176,7 @@ def _open_parquet(paths: list[Path], options: SourceOptions, caption_names: tupl
 
 
 def _open_tree(paths: list[Path], kind: str, options: SourceOptions, inner: str) -> Source:
-    """Pictures with something beside them: a folder, zips or tars."""
+    """Images with something beside them: a folder, zips or tars."""
     from data_tools.sources.folders import FolderSource, is_pair_part
     from data_tools.sources.several import TABLES, MetadataSource, is_metadata, tables_in
     from data_tools.sources.tars import TarSource
@@ -222,7 +222,7 @@ def guess_kind(path: Path) -> str:
         if next(path.glob(pattern), None):
             return kind
     tables = [table for table in path.glob("*.parquet") if table.name != "metadata.parquet"]
-    # img2dataset's "files" output has a folder of pictures beside every Parquet file of results.
+    # img2dataset's "files" output has a folder of images beside every Parquet file of results.
     if tables and not all(table.with_suffix("").is_dir() for table in tables):
         return "parquet"
     return "folder"

@@ -72,7 +72,7 @@ class ParquetSource:
             yield arrow_row(tables[block], place, f"{self.paths[file].name}:{line}", self._make, self._labels)
 
     def _read(self, block: int) -> pa.Table:
-        # A shard smaller than a row group reads the same group again: keep the last one, unless it has pictures.
+        # A shard smaller than a row group reads the same group again: keep the last one, unless it has images.
         if self._cached is None or self._cached[0] != block:
             file, group = self._groups[block]
             with _explained(self.paths[file]):

@@ -33,16 +33,16 @@ class Problem(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A picture inside an archive, read on demand."""
+    """An image inside an archive, read on demand."""
 
     name: str
     read: Callable[[int], bytes]
-    """``read(limit)``: the picture's bytes. Raises Reject if there are more than ``limit``."""
+    """``read(limit)``: the image's bytes. Raises Reject if there are more than ``limit``."""
 
 
 @dataclass(slots=True)
 class Row:
-    """One picture with its captions, not checked yet."""
+    """One image with its captions, not checked yet."""
 
     source: str
     """Its place in the input: "pairs.csv:17", "00003.tar:000030017"."""
@@ -83,7 +83,7 @@ class SourceOptions:
     """How an input is read; part of the plan hash."""
 
     image: str | None = None
-    """Column of the picture: a path, a URL that fsspec opens, or bytes."""
+    """Column of the image: a path, a URL that fsspec opens, or bytes."""
     captions: tuple[str, ...] = ()
     """Columns of captions, in order; a value may be a list."""
     columns: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class SourceOptions:
     images: str | None = None
     """Folder or URL that relative paths start from; by default the folder of the table."""
     templates: tuple[str, ...] = ()
-    """Caption templates, in which {NAME} is a column and {class} the folder of a picture."""
+    """Caption templates, in which {NAME} is a column and {class} the folder of an image."""
     delimiter: str | None = None
     """Of a CSV or TSV file; None detects it."""
     encoding: str | None = None
@@ -101,11 +101,11 @@ class SourceOptions:
 
 
 def require_columns(place: str, columns: list[str], options: SourceOptions) -> None:
-    """Raises UserError, with the names of all columns, if the picture's or a caption's column is missing or two columns
+    """Raises UserError, with the names of all columns, if the image's or a caption's column is missing or two columns
     have one name. A name with dots may reach into a column."""
     known = ", ".join(columns)
     if options.image is None:
-        raise UserError(f"{place}: say which column holds the picture: --image COLUMN; there are: {known}")
+        raise UserError(f"{place}: say which column holds the image: --image COLUMN; there are: {known}")
     if not (options.captions or options.templates):
         raise UserError(f"{place}: say which column holds the caption: --caption COLUMN; there are: {known}")
     wanted = [("--image", options.image), *(("--caption", name) for name in options.captions)]
@@ -147,12 +147,12 @@ def refuse_twice(place: str, columns: list[str]) -> None:
 
 
 def is_web_address(image: object) -> bool:
-    """Whether a table names a picture on the web. These are never fetched: tables are not trusted."""
+    """Whether a table names an image on the web. These are never fetched: tables are not trusted."""
     return isinstance(image, str) and "://" in image and _WEB.search(image) is not None
 
 
 def read_image(row: Row, root: str, max_bytes: int) -> bytes:
-    """The bytes of a row's picture; relative paths start from ``root``. Raises Reject."""
+    """The bytes of a row's image; relative paths start from ``root``. Raises Reject."""
     image = row.image
     if isinstance(image, Stored):
         return image.read(max_bytes)

@@ -1,4 +1,4 @@
-"""Pictures with caption files beside them, pictures in class folders, and COCO's captions file."""
+"""Images with caption files beside them, images in class folders, and COCO's captions file."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 
 
 def is_pair_part(name: str) -> bool:
-    """Whether a file is a picture, or may belong to one, by its name."""
+    """Whether a file is an image, or may belong to one, by its name."""
     return name.rpartition(".")[2].lower() in (*IMAGE_FORMATS, *_SIDE)
 
 
 class FolderSource:
-    """Pictures anywhere in a tree, each with NAME.txt (its caption), NAME.json (columns, such as "caption") or both.
-    With a template also pictures without either, whose folder is their class: cats/1.jpg."""
+    """Images anywhere in a tree, each with NAME.txt (its caption), NAME.json (columns, such as "caption") or both.
+    With a template also images without either, whose folder is their class: cats/1.jpg."""
 
     def __init__(self, tree: Tree, options: SourceOptions) -> None:
         self.tree, self.options = tree, options
         if options.image is not None:
             raise UserError(
-                f"{tree.path}: --image names a column of a table, but this is a folder of pictures; remove it, or "
+                f"{tree.path}: --image names a column of a table, but this is a folder of images; remove it, or "
                 f"name the table"
             )
         names = [name for name in tree.names if is_pair_part(name)]
@@ -48,18 +48,18 @@ class FolderSource:
             self._read_classes()
         elif self._images and not self._sides:
             raise UserError(
-                f"{tree.path}: no picture has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
+                f"{tree.path}: no image has a caption beside it, as NAME.txt or NAME.json; if a table has them, name "
                 f"the table; if folders are classes (cats/1.jpg) add --caption-template 'a photo of a {{class}}'"
             )
         self.classes = [_spaced(name) for name in self._folders]
         if options.captions and not any(name.lower().endswith(".json") for name in self._sides):
             raise UserError(
-                f"{tree.path}: --caption names a key of NAME.json, and there is none beside the pictures; leave it out "
+                f"{tree.path}: --caption names a key of NAME.json, and there is none beside the images; leave it out "
                 f"for NAME.txt"
             )
         stems = {name.rpartition(".")[0] for name in self._images}
         orphans = sorted(name for name in self._sides if name.rpartition(".")[0] not in stems)
-        # img2dataset leaves a NNNNN_stats.json beside each folder of pictures
+        # img2dataset leaves a NNNNN_stats.json beside each folder of images
         self.problems = tree.problems + [
             Problem(name.rpartition(".")[0], "missing_image", name)
             for name in orphans
@@ -76,7 +76,7 @@ class FolderSource:
         self._folders = {folder: number for number, folder in enumerate(sorted(folders))}
         if self._images and len(folders) < 2:
             raise UserError(
-                f"{self.tree.path}: {{class}} is the folder of a picture, and there is "
+                f"{self.tree.path}: {{class}} is the folder of an image, and there is "
                 f"{'one: ' + folders.pop() if folders else 'none'}; two or more are needed, such as cats/1.jpg, "
                 "dogs/2.jpg"
             )
@@ -117,7 +117,7 @@ class FolderSource:
 
 
 def _folder_of(name: str) -> str:
-    """The folder of a picture: photos/cats/1.jpg -> cats."""
+    """The folder of an image: photos/cats/1.jpg -> cats."""
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
@@ -127,7 +127,7 @@ def _spaced(name: str) -> str:
 
 
 def refuse_splits(tree: Tree, names: list[str]) -> None:
-    """Raises UserError if ``names`` are in several splits: test pictures must not get into training by accident."""
+    """Raises UserError if ``names`` are in several splits: test images must not get into training by accident."""
     found = sorted({part for name in names for part in name.split("/")[:-1] if part.lower() in SPLITS})
     if len(found) > 1:
         example = next(name for name in names if found[0] in name.split("/")[:-1])
@@ -139,7 +139,7 @@ _COCO = SourceOptions("image", ("caption",))
 
 
 class CocoSource:
-    """COCO's captions JSON: one row per picture, with all its captions. Paths start from ``--images``."""
+    """COCO's captions JSON: one row per image, with all its captions. Paths start from ``--images``."""
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path, self.options = path, options

@@ -1,4 +1,4 @@
-"""Several tables as one input, and tables inside a tree of pictures: Hugging Face's imagefolder (metadata.jsonl, .csv
+"""Several tables as one input, and tables inside a tree of images: Hugging Face's imagefolder (metadata.jsonl, .csv
 or .parquet), or one table in an archive."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Several:
 
 
 class MetadataSource(Several):
-    """Tables in a tree of pictures. Paths start from each table's folder, or from --images in the tree."""
+    """Tables in a tree of images. Paths start from each table's folder, or from --images in the tree."""
 
     def __init__(self, tree: Tree, names: list[str], options: SourceOptions, open_table: Callable[..., Source]) -> None:
         refuse_splits(tree, names)

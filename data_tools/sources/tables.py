@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL: text files of one row per line, read at any position.
+"""CSV, TSV and JSONL: text files of one row per line, read at any byte offset.
 
 The offsets of all rows are found once (8 bytes per row); workers then read any row without the file in memory. Quoted
 fields may contain line breaks, so a file with quotes is split by the ``csv`` module, not at its line breaks.
@@ -55,7 +55,7 @@ class TableSource:
         if kind != "jsonl":
             self._require_columns()
         elif options.image is None or not (options.captions or options.templates):
-            raise UserError(f"{path}: say which keys hold the picture and the caption: --image KEY --caption KEY")
+            raise UserError(f"{path}: say which keys hold the image and the caption: --image KEY --caption KEY")
         first = 0 if kind == "jsonl" or options.columns else 1
         self._starts, self._lines = starts[first:], self._lines[first:]
         self.blocks = [len(self._starts) - 1]

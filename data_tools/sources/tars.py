@@ -1,4 +1,4 @@
-"""Webdataset tars of any tool (such as img2dataset), read at any position after one walk over their headers."""
+"""Webdataset tars of any tool (such as img2dataset), read in any order after one pass over their headers."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Tree(Protocol):
         ...
 
     def picture(self, name: str) -> str | Stored:
-        """The ``image`` of a `Row` for the picture of this name."""
+        """The ``image`` of a `Row` for the image of this name."""
         ...
 
     def read(self, name: str) -> bytes:

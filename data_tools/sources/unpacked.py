@@ -1,4 +1,4 @@
-"""Temporary copies of files that cannot be read at any position: compressed files, and tables in UTF-16 or other
+"""Temporary copies of files that cannot be read from any byte offset: compressed files, and tables in UTF-16 or other
 encodings.
 
 Measured: gunzip and writing run at 180 MB per processor second, the strict check of JPEGs at 70, so unpacking once is

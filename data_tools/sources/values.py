@@ -1,6 +1,6 @@
 """Converts a record of any table to a `Row`.
 
-A picture is bytes, a path, a URL, base64, a ``data:`` URL, or Hugging Face's {"bytes", "path"}. A caption is text or a
+An image is bytes, a path, a URL, base64, a ``data:`` URL, or Hugging Face's {"bytes", "path"}. A caption is text or a
 list of texts. A name with dots reaches into structs, maps, lists and JSON texts: ``d.en``, ``images.0``,
 ``sentences.raw`` (of every item of a list). All other columns go to the .json member, as far as JSON can represent
 them.
@@ -107,11 +107,11 @@ def _kind(value: Any) -> str:
 
 
 _SPECIAL = (*_PICTURES, "d", "D")
-"""First characters of a text that may be a picture instead of a path."""
+"""First characters of a text that may be an image instead of a path."""
 
 
 def picture_of(name: str, value: Any) -> str | bytes | None:
-    """The picture in a column: its bytes, or a path or URL. Raises Reject for anything else."""
+    """The image in a column: its bytes, or a path or URL. Raises Reject for anything else."""
     if isinstance(value, dict):
         if not value.keys() & {"bytes", "path"}:
             fields = ", ".join(map(str, value))
@@ -125,7 +125,7 @@ def picture_of(name: str, value: Any) -> str | bytes | None:
     if isinstance(value, list):
         raise Reject("image_type", f"column {name!r} holds lists; --image {name}.0 takes the first of each")
     if not isinstance(value, str):
-        raise Reject("image_type", f"column {name!r} holds {_kind(value)}, not pictures or paths")
+        raise Reject("image_type", f"column {name!r} holds {_kind(value)}, not images or paths")
     if value[:5].lower() == "data:":
         return _data_url(value)
     if value.startswith(_PICTURES) and _BASE64.match(value):

@@ -1,4 +1,4 @@
-"""Pictures on the web are not fetched here: an error names the command that does, and how to shard its output.
+"""Images on the web are not fetched here: an error names the command that does, and how to shard its output.
 
 Fetching well means retries, limits for each host, opt-out headers (X-Robots-Tag: noai), DNS at scale and no private
 addresses. img2dataset does that and is maintained; its output is an input of `shard`.
@@ -16,14 +16,14 @@ def fetch_first(path: Path, kind: str, image: str, caption: str, example: str) -
     """The error for a table whose ``image`` column holds web addresses such as ``example``."""
     if kind not in _FORMATS:
         return (
-            f"{path}: its pictures are web addresses ({example[:100]}); write the table as Parquet "
+            f"{path}: its images are web addresses ({example[:100]}); write the table as Parquet "
             f"(dataset.to_parquet) and shard that: its error will say how to fetch them"
         )
-    return f"{path}: its pictures are web addresses ({example[:100]}); {_command(path, _FORMATS[kind], image, caption)}"
+    return f"{path}: its images are web addresses ({example[:100]}); {_command(path, _FORMATS[kind], image, caption)}"
 
 
 def list_of_addresses(path: Path) -> str:
-    """The error for a text file, which may be a list of addresses: pictures without texts cannot be used."""
+    """The error for a text file, which may be a list of addresses: images without texts cannot be used."""
     command = _command(Path("pairs.csv"), "csv", "url", "caption")
     return (
         f"{path}: a text file; for a table add --input csv|tsv|jsonl. A list of web addresses has no captions: write a "

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.data                       # the table, in Markdown; about a minute on two idle cores
     python -m tests.benchmarks.data --images 4000 --rounds 5 --workers 2
 
-Pictures are synthetic JPEGs of about 69 KB (512 x 384), batches are 64 pairs at 224 x 224 with 64 tokens. Rounds of the
+Images are synthetic JPEGs of about 69 KB (512 x 384), batches are 64 pairs at 224 x 224 with 64 tokens. Rounds of the
 contenders take turns and medians are compared, so that a busy machine slows all alike: read the ratios, not the rates.
 Where others use the same cores the ratio of processor time says more than that of time on the clock; on an idle machine
 the two agree.
@@ -131,7 +131,7 @@ def to_uint8(image: Image.Image) -> torch.Tensor:
 
 
 def peer(folder: Path, workers: int, transform: Callable[[Image.Image], torch.Tensor]) -> Iterator[int]:
-    """The pipeline of webdataset's own documentation: PIL pictures, a transform, a caption tokenized, batches by the
+    """The pipeline of webdataset's own documentation: PIL images, a transform, a caption tokenized, batches by the
     workers."""
     import webdataset
 

@@ -1,7 +1,7 @@
 """Time, memory and exactness of the sigmoid loss and its peers, on forked CPU ranks.
 
     python -m tests.benchmarks.loss                       # the table of the README, about ten minutes on two idle cores
-    python -m tests.benchmarks.loss --out loss.png        # the same, and memory and time against ranks as a picture
+    python -m tests.benchmarks.loss --out loss.png        # the same, and memory and time against ranks as a plot
     python -m tests.benchmarks.loss --quick               # small shapes, seconds
     python -m tests.benchmarks.loss --case 2,4096,768,float32 --repeats 7
 

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.shard --img2dataset /tmp/peer/bin/python     # the table, in Markdown
     python -m tests.benchmarks.shard  # without the peer; the writers alone still have theirs
 
-Pictures are synthetic JPEGs of about 69 KB (512 x 384). Every tool starts as a process of its own with two workers.
+Images are synthetic JPEGs of about 69 KB (512 x 384). Every tool starts as a process of its own with two workers.
 "End to end" is all of its time over the larger set; "steady" is the difference between two sizes of set, which takes
 start-up out of both. Rounds of the contenders take turns and medians are compared, so that a busy machine slows all
 alike: read the ratios, not the rates; those of CPU seconds depend least on who else is at work.
@@ -52,7 +52,7 @@ def make_pictures(folder: Path, count: int) -> Path:
         pixels = np.clip(np.asarray(coarse) + np.roll(noise, number * 7, 1), 0, 255).astype(np.uint8)
         path = folder / f"{number:06d}.jpg"
         path.write_bytes(simplejpeg.encode_jpeg(pixels, quality=83, colorsubsampling="420"))
-        lines.append(f"{path.name},file://{path},a picture of number {number} for the benchmark")
+        lines.append(f"{path.name},file://{path},an image of number {number} for the benchmark")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return folder / "pairs.csv"
 
@@ -183,7 +183,7 @@ def profile(pictures: list[bytes], folder: Path) -> list[str]:
     writer = TarWriter(folder / "profile.bin")
     stages: dict[str, Callable[[int], object]] = {
         "read the file": lambda n: read_image(Row("", paths[n], []), "", 1 << 30),
-        "clean the caption": lambda n: clean_all(["a picture of some number for the benchmark"], 4096),
+        "clean the caption": lambda n: clean_all(["an image of some number for the benchmark"], 4096),
         "header": lambda n: read_header(pictures[n]),
         "strict check (bytes kept)": lambda n: check_pixels(pictures[n], headers[n]),
         "strict decode (resize)": lambda n: simplejpeg.decode_jpeg(pictures[n]),
@@ -242,7 +242,7 @@ def compare_tools(table: Path, folder: Path, arguments: argparse.Namespace) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="pictures of the larger set (default 2000)")
+    parser.add_argument("--images", type=int, default=2000, help="images of the larger set (default 2000)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--processes", type=int, default=2, help="workers of every tool (default 2)")
     parser.add_argument("--img2dataset", metavar="PYTHON", help="the Python of an environment with img2dataset")

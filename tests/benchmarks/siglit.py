@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.siglit                          # 1 CPU rank; prints a markdown table
     OMP_NUM_THREADS=1 python -m tests.benchmarks.siglit --pairs 32768 --ranks 2 --rounds 1 --only-stored
 
-The whole of a step is timed, loader included: reading, decoding and resizing the pictures (112 x 112 JPEGs),
+The whole of a step is timed, loader included: reading, decoding and resizing the images (112 x 112 JPEGs),
 tokenizing, both passes, the optimizer. Each contender has processes of its own; the table holds medians of their
 processor time (waiting for other programs does not count) and the ratio. The locked tower is a ViT-Ti/16 (5.5 M
 parameters, random weights: time does not depend on them), the text tower has 2 layers of width 128: LiT's case, a large
@@ -41,7 +41,7 @@ SIDE = 112
 
 
 def sample(number: int) -> Members:
-    """A smooth picture as a JPEG, and a caption."""
+    """A smooth image as a JPEG, and a caption."""
     small = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     data = io.BytesIO()
     Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
@@ -119,7 +119,7 @@ def main() -> None:
         path = prepare(Path(folder), options.pairs, options.pictures)
         began = time.perf_counter()
         run_ranks(embed.main, options.ranks, [str(path)], timeout=3600)
-        print(f"embedded {options.pictures} pictures in {time.perf_counter() - began:.1f} s")
+        print(f"embedded {options.pictures} images in {time.perf_counter() - began:.1f} s")
         contenders = (
             {"stored": []} if options.only_stored else {"stored": [], "tower": ["model.precomputed.image=null"]}
         )

@@ -44,7 +44,7 @@ Step = Callable[[Engine, Batch, int], Any]
 
 
 def model() -> Any:
-    """Two 3-layer towers of width 128: 32 x 32 pictures in 16 patches, 16 tokens."""
+    """Two 3-layer towers of width 128: 32 x 32 images in 16 patches, 16 tokens."""
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = {
         "model_type": "siglip",

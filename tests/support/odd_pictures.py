@@ -1,4 +1,4 @@
-"""The odd pictures of Pillow's own tests, from its source distribution; fetched once to a temporary folder.
+"""The odd images of Pillow's own tests, from its source distribution; fetched once to a temporary folder.
 
 folder = odd_pictures()     # None, with a line that says why, where there is no package index
 """
@@ -16,7 +16,7 @@ INSIDE = "Tests/images/"
 
 
 def odd_pictures() -> Path | None:
-    """The folder of pictures of the installed Pillow's version."""
+    """The folder of images of the installed Pillow's version."""
     release = version("pillow")
     folder = Path(tempfile.gettempdir()) / f"ringlip-pillow-{release}"
     done = folder / "complete"

@@ -1,4 +1,4 @@
-"""Pictures and pair lists for tests of data_tools: small, seeded, and damaged on purpose."""
+"""Images and pair lists for tests of data_tools: small, seeded, and damaged on purpose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEEP = ImageOptions()
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> NDArray[np.uint8]:
-    """A smooth RGB picture [height, width, 3] that JPEG keeps nearly as it is."""
+    """A smooth RGB image [height, width, 3] that JPEG keeps nearly as it is."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -48,7 +48,7 @@ def reason(data: bytes, options: ImageOptions = KEEP) -> str:
 
 
 def write_pairs(folder: Path, count: int, format: str = "JPEG") -> Path:
-    """``count`` pictures and pairs.csv (image, caption, number); returns the CSV file."""
+    """``count`` images and pairs.csv (image, caption, number); returns the CSV file."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "pairs.csv"
     with open(table, "w", encoding="utf-8", newline="") as file:
@@ -57,7 +57,7 @@ def write_pairs(folder: Path, count: int, format: str = "JPEG") -> Path:
         for number in range(count):
             name = f"{number}.{format.lower()}"
             (folder / name).write_bytes(encoded(picture(number), format))
-            writer.writerow([name, f"picture number {number}, drawn", number])
+            writer.writerow([name, f"image number {number}, drawn", number])
     return table
 
 

@@ -1,4 +1,4 @@
-"""A small searched dataset: pictures of noise with captions and fields, some of them hostile, and two tiny models."""
+"""A small searched dataset: images of noise with captions and fields, some of them hostile, and two tiny models."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def preprocess(size: int = SIZE, resize: Any = "squash", resample: Any = "bicubi
 
 
 def picture(number: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
-    """A picture that no other number gives, of (width, height)."""
+    """An image that no other number gives, of (width, height)."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     pixels[0, 0] = (number >> 16, number >> 8 & 255, number & 255)
     return Image.fromarray(pixels)
@@ -108,7 +108,7 @@ def write_shards(
 
 
 def overwrite(folder: Path, shard: int, row: int, data: bytes = b"damage", skip: int = 40) -> None:
-    """Writes over the picture of one sample, ``skip`` bytes into it."""
+    """Writes over the image of one sample, ``skip`` bytes into it."""
     rows = np.load(folder / f"{shard:05d}.idx")
     with open(folder / f"{shard:05d}.tar", "r+b") as tar:
         tar.seek(int(rows[row]["image_offset"]) + skip)

@@ -121,7 +121,7 @@ def tiny_captions(rows: int, seed: int = 0) -> list[str]:
 
 
 def tiny_batch(rows: int, seed: int = 0) -> Batch:
-    """Random pictures and captions; ``groups`` are equal where captions are."""
+    """Random images and captions; ``groups`` are equal where captions are."""
     generator = torch.Generator().manual_seed(seed)
     captions = tiny_captions(rows, seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer())

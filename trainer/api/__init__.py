@@ -2,8 +2,8 @@
 
     ringlip.train("recipe.yaml", {"optim.lr": 1e-3})         a run, in this process, on one rank or under any launcher
     ringlip.SigLipLoss(), ringlip.ClipLoss()                 the losses with open_clip's signatures, for your own loop
-    ringlip.two_pass(model, batch, loss, micro_batch=64)     a step in the memory of a micro-batch, for your own loop
-    ringlip.dataset("shards/train", preprocess, 4096)        the loader as a torch IterableDataset
+    ringlip.two_pass(model, batch, loss, micro_batch=64)     a step with a micro-batch's memory, for your own loop
+    ringlip.dataset("shards/train", preprocess, 4096)        the data loader as a torch IterableDataset
     ringlip.plan("recipe.yaml", "24GiB", gpus=8)             forecast of memory per GPU, also for your own module
 
 Runnable examples are in tests/examples/: open_clip_loop, hf_trainer, fabric, accelerate_loop, ddp, fsdp2, two_pass,

@@ -29,23 +29,23 @@ def plan(
     precision: str = "auto",
     reserve: str = "1GiB",
 ) -> Plan:
-    """Finds what fits: for every ds_config the largest micro-batch, its memory by parts and its time, and the best
-    choice.
+    """Finds what fits: for every ds_config the largest micro-batch, its memory (by parts) and its time per step; and
+    the best choice among them.
 
-    For a recipe, recomputation and LoRA are considered too. A module is taken as it is, with AdamW in float32 and the
-    two-pass step, partitioned as by DeepSpeed; DDP needs the memory of zero0, FSDP2 about that of zero3.
+    For a recipe, recomputation and LoRA are tried too. A module is planned unchanged, with float32 AdamW and the
+    two-pass step, partitioned as DeepSpeed does it; DDP needs the memory of zero0, FSDP2 about that of zero3.
 
     Args:
         target: a recipe (file, name or sections), or a module whose forward takes ``inputs`` and returns embeddings.
-        gpu_memory: of one card: "16GiB", "24GB".
-        inputs: for a module: examples with a row for each pair; only shapes and dtypes count.
-        batch_size: pairs of the global batch; for a recipe None keeps its own, for a module it is required.
-        precision: for a module: bf16, fp16, fp32, or auto (what the card does best).
-        reserve: left to the CUDA context, cuBLAS and NCCL.
+        gpu_memory: memory of one GPU: "16GiB", "24GB".
+        inputs: for a module: example inputs, one row per pair; only their shapes and dtypes matter.
+        batch_size: pairs in the global batch; None: the recipe's own. Required for a module.
+        precision: for a module: bf16, fp16, fp32, or auto (the fastest that the GPU supports).
+        reserve: memory per GPU left to the CUDA context, cuBLAS and NCCL.
 
     Returns:
         ``options`` (each with ``ds_config``, ``micro_batch``, ``peak.total`` in bytes, ``peak.parts``,
-        ``step_seconds``), ``chosen`` (None where nothing fits), ``notes``.
+        ``step_seconds``), ``chosen`` (None if nothing fits), ``notes``.
 
     Raises:
         UserError: the batch does not divide among the GPUs, or the module cannot be traced.

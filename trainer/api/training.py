@@ -17,7 +17,7 @@ from trainer.run import Hook, Run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended; the same on all ranks."""
+    """How a run ended; equal on all ranks."""
 
     directory: Path
     """The run directory: checkpoints, log.jsonl, recipe.yaml."""
@@ -34,14 +34,14 @@ def train(
 ) -> TrainResult:
     """Trains as ``python -m trainer.train`` does, in this process: one rank, or one of many under any launcher.
 
-    A process group that exists is used, and left in the end. A run directory that holds checkpoints is continued.
+    An existing process group is used and stays open. A run directory with checkpoints is resumed.
 
     Args:
         recipe: a YAML file, the name of a recipe that comes with RingLIP, or the sections as a mapping.
-        overrides: laid over the recipe: ``{"optim.lr": 1e-3}``, ``{"optim": {"lr": 1e-3}}`` or ``["optim.lr=1e-3"]``.
+        overrides: new values of keys: ``{"optim.lr": 1e-3}``, ``{"optim": {"lr": 1e-3}}`` or ``["optim.lr=1e-3"]``.
 
     Raises:
-        UserError: a mistake in the recipe or the data; one line says file or key and remedy.
+        UserError: a mistake in the recipe or the data; the message is one line with file or key and remedy.
     """
     settings = read_recipe(recipe, overrides)
     ended: list[int] = []
@@ -65,7 +65,7 @@ def read_recipe(
 
 
 def _assignments(overrides: Mapping[str, Any] | Sequence[str] | None, prefix: str = "") -> list[str]:
-    """As on the command line; JSON is YAML."""
+    """Overrides as written on the command line; JSON is valid YAML."""
     if not isinstance(overrides, Mapping):
         return list(overrides or [])
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""Saves and resumes runs: the position is one integer (``samples_seen``), the state is whole tensors by name, and
+"""Saves and resumes runs: progress is one integer (``samples_seen``), the state is whole tensors by name, and
 nothing is pickled.
 
     checkpointer = Checkpointer(run_dir, settings)

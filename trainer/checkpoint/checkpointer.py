@@ -87,8 +87,8 @@ class Checkpointer:
         return None
 
     def save(self, engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Module | None = None) -> None:
-        """Saves this position, unless it is saved already. If the disk fails, warns or raises UserError, as the
-        settings say."""
+        """Saves the state at ``samples_seen``, unless it is saved already. If the disk fails, warns or raises
+        UserError, as the settings say."""
         self.wait()
         if self._at == samples_seen:
             return
@@ -109,14 +109,14 @@ class Checkpointer:
             self._background.start(lambda: self._write(plan, copies))
 
     def keep_as_best(self, samples_seen: int, record: dict[str, Any]) -> None:
-        """The checkpoint of this position, which has just been saved, is the best; of one that failed nothing is
+        """The checkpoint just saved is the best; of one that failed nothing is
         noted."""
         self.wait()
         if self._at == samples_seen:
             on_main(lambda: store.write_best(self._run_dir, {"samples_seen": samples_seen, **record}))
 
     def best(self, samples_seen: int) -> int | None:
-        """The position of the best checkpoint of a run that goes on at ``samples_seen``; one from beyond belongs to a
+        """samples_seen of the best checkpoint of a run that resumes at ``samples_seen``; a later one belongs to a
         course that the run has left."""
         record = on_main(lambda: store.read_best(self._run_dir))
         return record["samples_seen"] if record and record["samples_seen"] <= samples_seen else None
@@ -150,7 +150,7 @@ class Checkpointer:
         logger.warning(f"{text}; training continues (checkpoint.on_failure)")
 
     def close(self, samples_seen: int) -> None:
-        """Call at the end of a run, or when it stops: raises RunFailed unless this position is on the disk."""
+        """Call at the end of a run, or when it stops: raises RunFailed unless the present state is on the disk."""
         self.wait()
         if self._at != samples_seen:
             raise RunFailed(

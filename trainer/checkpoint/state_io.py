@@ -2,7 +2,7 @@
 
 ``model.safetensors`` holds weights and buffers in fp32 by the names of ``DualEncoder``, ``optimizer.safetensors`` the
 moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` (and ``NAME.ema``, where the run averages its weights),
-``loss.safetensors`` the buffers of a loss that has any (a queue), ``state.json`` the position, the optimizer's step
+``loss.safetensors`` the buffers of a loss that has any (a queue), ``state.json`` samples_seen, the optimizer's step
 counts and what the training loop adds. Only rank 0 uses the disk.
 """
 

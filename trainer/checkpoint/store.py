@@ -44,7 +44,7 @@ def name_of(samples_seen: int) -> str:
 
 
 def samples_of(folder: Path) -> int:
-    """The position (samples seen) in a checkpoint's name."""
+    """``samples_seen``, from a checkpoint's name."""
     match = NAME.fullmatch(folder.name)
     assert match, folder
     return int(match.group(1))
@@ -200,7 +200,7 @@ def find_best(where: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def prune(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Keeps the last ``keep`` checkpoints up to position ``newest``, the best one and, unless ``keep_every`` is 0, the
+    """Keeps the last ``keep`` checkpoints up to ``newest`` samples, the best one and, unless ``keep_every`` is 0, the
     first one in every interval of so many samples."""
     folders = listing(run_dir)
     ours = [folder for folder in folders if samples_of(folder) <= newest]

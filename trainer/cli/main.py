@@ -31,7 +31,7 @@ TRAINER: Groups = {
     "Models": {
         "evaluate": "retrieval and zero-shot scores of a run, an export or a Hugging Face model",
         "export": "write a Hugging Face directory or a PEFT adapter",
-        "search": "search your pictures by words or by a picture, on a local page",
+        "search": "search your images by words or by an image, on a local page",
         "report": "write an HTML page about a run, or one that compares several",
         "runs": "list the runs in a folder with state, progress, scores and speed",
     },

@@ -70,7 +70,8 @@ class Piece:
 
 
 class Moment(ABC):
-    """State of one parameter beside its weight, in whatever format; float32 outside. Positions are local elements."""
+    """State of one parameter beside its weight, in whatever format; float32 outside. ``first`` and ``end`` count
+    local elements."""
 
     shape: tuple[int, ...] | None = None
     """None: it has an element for each of the parameter's and is cut as that is. Else its own shape, and every rank

@@ -1,5 +1,5 @@
-"""Random crops, flips and light colour changes, drawn from (seed, position): the number of ranks and workers never
-changes a pixel.
+"""Random crops, flips and light colour changes, drawn from (seed, sample position): the number of ranks and workers
+never changes a pixel.
 
 Random resized crop as in Inception (arXiv 1409.4842); colour operations are those of RandAugment (arXiv 1909.13719).
 """
@@ -45,7 +45,7 @@ def augment(
 def _crop_box(
     shape: tuple[int, int], settings: AugmentSettings, preprocess: Preprocess, draws: NDArray[np.float64]
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the crop. A side that would exceed the picture is clipped instead of drawn
+    """(top, left, height, width) of the crop. A side that would exceed the image is clipped instead of drawn
     again."""
     height, width = shape
     least, most = settings.crop_scale
@@ -68,7 +68,7 @@ def _recolour(planes: torch.Tensor, settings: AugmentSettings, draws: NDArray[np
 
 
 def _apply(image: Image.Image, operation: str, magnitude: float, how: float) -> Image.Image:
-    factor = 1 + 0.9 * magnitude * how  # how in [-1, 1): weaker or stronger, never a blank picture
+    factor = 1 + 0.9 * magnitude * how  # how in [-1, 1): weaker or stronger, never a blank image
     match operation:
         case "brightness":
             return ImageEnhance.Brightness(image).enhance(factor)

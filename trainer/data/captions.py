@@ -1,6 +1,6 @@
 """What the captions of a training set are like, before the first step: how many repeat, how many are cut.
 
-    survey = survey_captions(recipe.data, model.preprocess)          # reads some thousand captions, no pictures
+    survey = survey_captions(recipe.data, model.preprocess)          # reads some thousand captions, no images
     survey.repeated(batch=1024), survey.cut
 
 Captions alone are read, through the index: some thousand of them take a second.

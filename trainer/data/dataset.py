@@ -36,7 +36,7 @@ class ShardDataset(IterableDataset[Batch]):
         super().__init__()
         self.settings, self.preprocess, self.batch_size, self.seed = settings, preprocess, batch_size, seed
         self.samples_seen = samples_seen
-        """Position after the last batch handed out, in pairs over all ranks: what a checkpoint keeps."""
+        """Sample position after the last batch handed out, in pairs over all ranks: what a checkpoint keeps."""
         self.samples, self._rank, self._world_size = samples, rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -58,11 +58,11 @@ class ShardDataset(IterableDataset[Batch]):
         return self.samples is not None and self.samples_seen >= self.samples
 
     def state_dict(self) -> dict[str, int]:
-        """The position, valid for any number of ranks."""
+        """The sample position, valid for any number of ranks."""
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Sets the position at which the next ``iter`` begins."""
+        """Sets the sample position at which the next ``iter`` begins."""
         self.samples_seen = state["samples_seen"]
 
 
@@ -85,10 +85,10 @@ def dataset(
 
     Args:
         shards: a folder or URL of shards, a tar, a pattern of tars, or a list of ``{"path", "weight" | "upsample"}``.
-        preprocess: picture size, resizing and tokenizer; ``trainer.models`` reads it from a Hugging Face directory.
+        preprocess: image size, resizing and tokenizer; ``trainer.models`` reads it from a Hugging Face directory.
         batch_size: pairs of the global batch; each rank gets ``batch_size / world_size`` of them.
-        samples_seen: position to begin at, in pairs over all ranks.
-        samples: position to end at; None: it never ends.
+        samples_seen: sample position to begin at, in pairs over all ranks.
+        samples: sample position to end at; None: it never ends.
         rank, world_size: None takes the process group's.
         data: further keys of a recipe's ``data:`` section (``workers``, ``augment``, ``caption``, ...).
 

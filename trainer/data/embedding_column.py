@@ -69,7 +69,7 @@ class PrecomputedColumn:
         assert not isinstance(scale, Strings), "texts have no tower"
         if values.ndim != 2 or values.shape[1] != precomputed.width:
             raise UserError(
-                f"{where} have shape {list(values.shape)}, the tower gives {precomputed.width} numbers a sample; "
+                f"{where} have shape {list(values.shape)}, the tower gives {precomputed.width} numbers per sample; "
                 f"{again}"
             )
         if entry["tower"] != precomputed.fingerprint:

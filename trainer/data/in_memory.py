@@ -1,6 +1,6 @@
 """Keeps small datasets decoded: resized pixels, tokens and groups stay in memory, and a batch is one gather.
 
-Samples are decoded when first drawn. 50,000 pictures of 32 x 32 take 150 MB; a row then costs microseconds instead of a
+Samples are decoded when first drawn. 50,000 images of 32 x 32 take 150 MB; a row then costs microseconds instead of a
 decode.
 """
 
@@ -23,11 +23,11 @@ from trainer.data.transforms import Damaged
 
 UNREAD, WHOLE, DAMAGED = 0, 1, 2
 FEW = 64
-NO_DRAWS = np.zeros(0)  # cached pictures are not augmented
+NO_DRAWS = np.zeros(0)  # cached images are not augmented
 
 
 def fits_memory(sources: Sequence[ShardedDataset], settings: DataSettings, preprocess: Preprocess) -> bool:
-    """Whether all resized pictures fit in data.cache_decoded and there is no augmentation."""
+    """Whether all resized images fit in data.cache_decoded and there is no augmentation."""
     shape, dtype = Rows.shapes(sum(source.size for source in sources), preprocess)[0]
     need = math.prod(shape) * np.dtype(dtype).itemsize
     stored_texts = preprocess.precomputed is not None and preprocess.precomputed.side == "text"  # mapped as they are

@@ -4,9 +4,9 @@
     for batch in loader: ...                                       # Batch of 2048 pairs, forever
     loader.skipped, loader.wait_seconds; loader.close()
 
-Global batch s has the positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous slice.
-Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches (page-locked with
-a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
+Global batch s has the sample positions [samples_seen + s B, samples_seen + (s + 1) B); rank r of W takes its contiguous
+part. Worker processes fill chunks of it in shared memory; a thread of this process copies them into batches
+(page-locked with a GPU) ahead of the consumer. Closing, garbage collection and interpreter exit end both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CHUNK = 64
 
 
 class Chunk(NamedTuple):
-    """Positions [start, stop) of the run, to be written into slot ``slot`` of the shared buffers."""
+    """Sample positions [start, stop), to be written into slot ``slot`` of the shared buffers."""
 
     slot: int
     start: int
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 def build_loader(
     settings: DataSettings, preprocess: Preprocess, batch_size: int, rank: int, world: int, seed: int, samples_seen: int
 ) -> Loader:
-    """The batches of rank ``rank`` of ``world`` from position ``samples_seen`` on; ``batch_size`` is global.
+    """The batches of rank ``rank`` of ``world`` from sample position ``samples_seen`` on; ``batch_size`` is global.
 
     Raises UserError if the batch does not divide evenly among the ranks, a dataset or shard is missing, or a mixture
     cannot be drawn.
@@ -71,7 +71,7 @@ def build_loader(
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
     logger.info(
-        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers a "
+        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers per "
         f"rank{kept}"
     )
     return Loader(reader, batch_size, rank, world, samples_seen, workers)
@@ -83,7 +83,7 @@ class Loader:
     def __init__(self, reader: Reader, batch_size: int, rank: int, world: int, samples_seen: int, workers: int):
         self.reader, self.batch_size = reader, batch_size
         self.samples_seen = samples_seen
-        """Position after the last batch handed out, over all ranks: what a checkpoint keeps."""
+        """Sample position after the last batch handed out, over all ranks: what a checkpoint keeps."""
         self.skipped = SkippedSamples()
         self.wait_seconds = 0.0
         """Seconds that the consumer has waited for batches."""
@@ -103,7 +103,7 @@ class Loader:
         return batch
 
     def noise_counts(self) -> dict[str, int]:
-        """How many pictures, captions and pairings of the last global batch ``data.noise`` spoiled; empty without
+        """How many images, captions and pairings of the last global batch ``data.noise`` spoiled; empty without
         it."""
         noise = self.reader.noise
         return {} if noise is None else noise.counts(self.samples_seen - self.batch_size)

@@ -2,7 +2,7 @@
 
     data: {noise: {image: 0.2, text: 0.2, pairing: 0.2}}
 
-What is spoiled, and how, depends on (seed, position) and on the global batch that the position is in: never on ranks,
+What is spoiled, and how, depends on (seed, sample position) and on the global batch that it is in: never on ranks,
 workers, chunks or caches, nor on where a run was interrupted.
 """
 
@@ -45,7 +45,7 @@ class Noise:
         return self.settings.image > 0 or self.settings.text > 0 or self.settings.pairing > 0
 
     def noisy(self, side: str, positions: Ints) -> NDArray[np.bool_]:
-        """[b] whether the picture ("image") or caption ("text") at each position is replaced."""
+        """[b] whether the image ("image") or caption ("text") at each position is replaced."""
         return uniforms(derive_key(self.seed, "noise", side), positions, 1)[:, 0] < getattr(self.settings, side)
 
     def partners(self, positions: Ints) -> Ints:
@@ -91,7 +91,7 @@ class Noise:
         return tokens.numpy(), mask.numpy(), groups.astype(np.int64)
 
     def counts(self, first: int) -> dict[str, int]:
-        """How many pictures, captions and pairings of the global batch at ``first`` are spoiled."""
+        """How many images, captions and pairings of the global batch at ``first`` are spoiled."""
         positions = np.arange(first, first + self.batch_size)
         return {
             "image": int(self.noisy("image", positions).sum()),

@@ -121,7 +121,7 @@ def _scan(path: str, settings: DataSettings, cache: ShardCache | None) -> Datase
         indexes.append(kept)
     if problems:
         listed = ", ".join(f"{reason} {count}" for reason, count in problems.most_common())
-        logger.warning(f"{path}: its tars have problems, their whole samples are used: {listed}")
+        logger.warning(f"{path}: its tars have problems, only their complete samples are used: {listed}")
     return ScannedDataset(path, {"shards": entries, "max_captions": 1}, indexes)
 
 

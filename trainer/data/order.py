@@ -1,10 +1,10 @@
-"""The order of samples, computed: position -> (source, sample), in O(1) memory for any number of samples.
+"""The order of samples, computed: sample position -> (source, sample), in O(1) memory for any number of samples.
 
     order = FullOrder(sizes=[1_000_000_000], draws=[1_000_000_000], seed=7)
     sources, samples = order(np.arange(4096))
 
-A position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one integer
-with any number of ranks and workers. The permutations are computed, never stored (data_tools/io/permutation.py).
+A sample position is the number of a pair in the whole run (``samples_seen`` counts them), so a run resumes from one
+integer with any number of ranks and workers. The permutations are computed, not stored (data_tools/io/permutation.py).
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None], upsam
 
 
 class Order(Protocol):
-    """Position -> (source, sample), the same on all ranks, without end."""
+    """Sample position -> (source, sample), the same on all ranks, without end."""
 
     epoch: int
     """Pairs in an epoch."""
 
     def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
-        """[b] positions -> ([b] source numbers, [b] sample numbers within their sources)."""
+        """[b] sample positions -> ([b] source numbers, [b] sample numbers within their sources)."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""Pictures in their native aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches instead of a
+"""Images in their native aspect for SigLIP 2's NaFlex models (arXiv 2502.14786): a strip of patches instead of a
 rectangle.
 
 All tensors of a batch have one shape, and its number of pairs is fixed, because the global order of samples must not
-depend on the pictures. So the number of patches per picture is capped: each picture is resized, in its own aspect, to
+depend on the images. So the number of patches per image is capped: each image is resized, in its own aspect, to
 at most ``budget`` patches, which are laid side by side, row by row, in [3, patch, (budget + 1) patch], padded with
 zeros. The last patch stores the grid: rows and columns as two bytes each.
 
@@ -24,13 +24,13 @@ LARGEST = 100.0
 
 
 def grid_of(preprocess: Preprocess) -> tuple[int, int]:
-    """(Side of a patch in pixels, largest number of patches of a picture)."""
+    """(Side of a patch in pixels, largest number of patches of an image)."""
     patch, width = preprocess.image_size
     return patch, width // patch - 1
 
 
 def grid_size(strip: NDArray[np.uint8], patch: int, budget: int) -> tuple[int, int]:
-    """(rows, columns) of the picture in a strip [3, patch, (budget + 1) patch]."""
+    """(rows, columns) of the image in a strip [3, patch, (budget + 1) patch]."""
     high_rows, low_rows, high_columns, low_columns = strip[0, 0, budget * patch : budget * patch + 4].tolist()
     return high_rows << 8 | low_rows, high_columns << 8 | low_columns
 

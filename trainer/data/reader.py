@@ -1,4 +1,4 @@
-"""Turns positions of the run into rows of a batch: chooses sample, caption and augmentation, and replaces damaged
+"""Turns sample positions into rows of a batch: chooses sample, caption and augmentation, and replaces damaged
 samples.
 
 A reader is a pure function of (settings, seed, positions). Ranks, workers, chunks and caches only decide where it is
@@ -106,7 +106,7 @@ class Reader:
         self.precomputed = preprocess.precomputed
         if self.precomputed is not None and self.precomputed.side == "image" and settings.augment.active:
             raise UserError(
-                "data.augment: stored image embeddings are of the whole pictures, without augmentation; remove it, or "
+                "data.augment: stored image embeddings are of the whole images, without augmentation; remove it, or "
                 "model.precomputed"
             )
         self.columns = (
@@ -139,7 +139,7 @@ class Reader:
 
     def spoil(self, positions: Ints, rows: Rows) -> None:
         """Applies ``data.noise`` to finished rows: captions change places, then noise takes that of captions and
-        pictures."""
+        images."""
         noise = self.noise
         if noise is None:
             return
@@ -152,7 +152,7 @@ class Reader:
             rows.pixels[row] = noise.picture(int(positions[row]), rows.pixels[row])
 
     def _write_captions_of(self, positions: Ints, where: Ints, rows: Rows) -> None:
-        """Writes the captions drawn at ``positions`` into the rows ``where``, without reading pictures."""
+        """Writes the captions drawn at ``positions`` into the rows ``where``, without reading images."""
         sources, samples = self.order(positions)
         draws = uniforms(self.draw_key, positions, 1)[:, 0]
         stored = self.precomputed is not None and self.precomputed.side == "text"
@@ -188,7 +188,7 @@ class Reader:
     def _picture(self, image: bytes, draws: NDArray[np.float64]) -> NDArray[np.uint8]:
         settings, preprocess = self.settings, self.preprocess
         if settings.augment.active:
-            # a crop is resized from fewer pixels than the whole picture
+            # a crop is resized from fewer pixels than the whole image
             scaling = settings.jpeg_scaling / settings.augment.crop_scale[0] ** 0.5
             pixels = decode(image, settings.max_pixels, least_size(scaling, preprocess))
             return augment(pixels, settings.augment, preprocess, draws).numpy()

@@ -37,7 +37,7 @@ class SourceSettings(Settings):
     path: str
     """Folder or fsspec URL of shards, a .tar, or a pattern such as tars/{000..099}.tar."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of this dataset among the pairs drawn; either every dataset has one or none."""
+    """Share of this dataset among the pairs drawn; given for every dataset or for none."""
     upsample: float = Field(default=1.0, gt=0)
     """How often an epoch draws each of its samples, if there are no weights; with 0.5, a sample is drawn every other
     epoch."""
@@ -54,18 +54,18 @@ class SourceSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """Random changes to training pictures, drawn from (seed, position): the same with any number of ranks and
+    """Random changes to training images, drawn from (seed, sample position): the same with any number of ranks and
     workers."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Random resized crop: smallest and largest share of the picture's area; (1, 1) is off, (0.9, 1) is CLIP's."""
+    """Random resized crop: smallest and largest share of the image's area; (1, 1) is off, (0.9, 1) is CLIP's."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect ratio of the crop: relative to the picture's own if the model's preprocessing squashes, absolute if it
+    """Aspect ratio of the crop: relative to the image's own if the model's preprocessing squashes, absolute if it
     crops."""
     flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a left-right flip. Not for captions with "left" or "right", or pictures of text."""
+    """Probability of a left-right flip. Not for captions with "left" or "right", or images of text."""
     randaugment: int = Field(default=0, ge=0, le=4)
-    """How many light changes of colour, contrast or sharpness each picture gets (RandAugment, arXiv 1909.13719, without
+    """How many light changes of colour, contrast or sharpness each image gets (RandAugment, arXiv 1909.13719, without
     geometry)."""
     magnitude: float = Field(default=0.3, ge=0, le=1)
     """Strength of each such change."""
@@ -80,7 +80,7 @@ class AugmentSettings(Settings):
 
     @property
     def active(self) -> bool:
-        """Whether any picture may change."""
+        """Whether any image may change."""
         return self.crops or self.flip > 0 or self.randaugment > 0
 
     @property
@@ -89,15 +89,15 @@ class AugmentSettings(Settings):
 
 
 class NoiseSettings(Settings):
-    """Pairs spoiled on purpose, to measure robustness (SigLIP, arXiv 2303.15343, figure 7), drawn from (seed,
+    """Pairs corrupted on purpose, to measure robustness (SigLIP, arXiv 2303.15343, figure 7), drawn from (seed, sample
     position): the same with any number of ranks and workers. Each step's counts are in log.jsonl."""
 
     image: float = Field(default=0.0, ge=0, le=1)
-    """Share of pictures replaced by uniform noise."""
+    """Share of images replaced by uniform noise."""
     text: float = Field(default=0.0, ge=0, le=1)
     """Share of captions replaced by random tokens, of a random length."""
     pairing: float = Field(default=0.0, ge=0, le=1)
-    """Share of a global batch's pairs whose captions change places, so that none of them keeps its own."""
+    """Share of a global batch's pairs whose captions are exchanged among them, so that none keeps its own."""
 
 
 class DataSettings(Settings):
@@ -109,7 +109,7 @@ class DataSettings(Settings):
     """Shards to evaluate on during training."""
     caption: str | list[str] = "txt"
     """Captions of a pair: "txt" (all that the sample has), or fields of its .json or columns added by `data_tools
-    join`. From several, one is drawn by (seed, position)."""
+    join`. From several, one is drawn by (seed, sample position)."""
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
     """Processes per rank that read and decode; 0: a thread of the training process; auto: the node's cores divided by
     its ranks, less one. Unused if data.cache_decoded applies."""
@@ -123,24 +123,24 @@ class DataSettings(Settings):
     window: int = Field(default=32, ge=1)
     """Number of shards that a windowed shuffle mixes."""
     augment: AugmentSettings = AugmentSettings()
-    """Random changes to training pictures."""
+    """Random changes to training images."""
     noise: NoiseSettings = NoiseSettings()
-    """Pairs spoiled on purpose."""
+    """Pairs corrupted on purpose."""
     cache_decoded: Annotated[float, OPERATIONAL] = Field(default=1.0, ge=0)
-    """GiB per rank: if all resized pictures fit and there is no augmentation, they are decoded once and kept; 0:
+    """GiB per rank: if all resized images fit and there is no augmentation, they are decoded once and kept; 0:
     never."""
     cache_dir: Annotated[str, OPERATIONAL] = "~/.cache/ringlip"
     """Local folder for remote shards and for indexes of tars that have none."""
     cache_limit: Annotated[float, OPERATIONAL] = Field(default=100.0, gt=0)
     """GiB of remote shards to keep in data.cache_dir, per node."""
     check_digests: Annotated[bool, OPERATIONAL] = True
-    """Compare every picture's bytes with the index (8 GB/s per core), so that a flipped bit counts as a damaged sample
-    and never yields a wrong picture."""
+    """Compare every image's bytes with the index (8 GB/s per core), so that a flipped bit counts as a damaged sample
+    and never yields a wrong image."""
     jpeg_scaling: float = Field(default=0.0, ge=0)
     """If above 0, decode a JPEG at the smallest M/8 scale that is at least this many times the size needed: faster,
     with slightly different pixels."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Larger pictures count as damaged samples; the size is read from the header, before memory is allocated."""
+    """Larger images count as damaged samples; the size is read from the header, before memory is allocated."""
     stall_seconds: Annotated[float, OPERATIONAL] = Field(default=300.0, gt=0)
     """If a worker is silent for this many seconds the run ends, and names the worker and the shard it was reading."""
 

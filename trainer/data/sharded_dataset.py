@@ -1,4 +1,4 @@
-"""One dataset of shards, read sample by sample with pread: picture bytes, captions, metadata.
+"""One dataset of shards, read sample by sample with pread: image bytes, captions, metadata.
 
 Only memory-mapped indexes and a few open files are kept; any sample costs one small read, in any order.
 """
@@ -61,21 +61,21 @@ class ShardedDataset:
         )  # an evicted file that is open still occupies disk space
 
     def captions(self, sample: int) -> list[str]:
-        """The captions of one sample, without reading its picture."""
+        """The captions of one sample, without reading its image."""
         return self._captions(sample, *self._entry(sample))
 
     def read(self, sample: int) -> Raw:
-        """Picture bytes and captions of one sample."""
+        """Image bytes and captions of one sample."""
         return Raw(self.picture(sample), self.captions(sample))
 
     def picture(self, sample: int) -> bytes:
-        """The picture of one sample alone, as it is stored."""
+        """The image of one sample alone, as it is stored."""
         shard, entry = self._entry(sample)
         if entry["image_size"] == 0:
-            raise Damaged("no picture")
+            raise Damaged("no image")
         image = self._read(shard, entry["image_offset"], entry["image_size"])
         if self.check_digests and entry["digest"] and xxhash.xxh3_64_intdigest(image) != entry["digest"]:
-            raise Damaged("picture bytes differ from the index")
+            raise Damaged("image bytes differ from the index")
         return image
 
     def metadata(self, sample: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class ShardedDataset:
         return self.dataset.tar_path(self._shard(sample))
 
     def key(self, sample: int) -> str:
-        """A sample's name in messages: TAR:KEY, read from the header before its picture."""
+        """A sample's name in messages: TAR:KEY, read from the header before its image."""
         shard, entry = self._entry(sample)
         try:
             key = read_key(self._file(shard).descriptor, entry)

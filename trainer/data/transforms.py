@@ -1,4 +1,4 @@
-"""Bytes of a picture -> uint8 pixels as the model wants them.
+"""Bytes of an image -> uint8 pixels as the model wants them.
 
 Decoding is that of data_tools, strict and with its limits (data_tools/samples/decoding.py). Resizing is torch's
 antialiased uint8 interpolation, which gives Pillow's pixels (mean difference 0.002 of 255, at most 1) in a sixth of the
@@ -21,7 +21,7 @@ from trainer.data.patches import grid_of, native_size, pack
 Pixels = NDArray[np.uint8]
 
 MAX_ASPECT = 16
-"""Pictures longer than this are cut to it before a centre crop: resizing 1 x 5000 by its shorter side would cost
+"""Images longer than this are cut to it before a centre crop: resizing 1 x 5000 by its shorter side would cost
 gigabytes."""
 
 
@@ -71,7 +71,7 @@ def _interpolate(planes: torch.Tensor, size: tuple[int, int], resample: str) -> 
 
 
 def fitted_size(shape: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
-    """(height, width) to which a picture of ``shape`` is resized before the centre is cut, with Hugging Face's
+    """(height, width) to which an image of ``shape`` is resized before the centre is cut, with Hugging Face's
     rounding."""
     (height, width), (to_height, to_width) = shape, preprocess.image_size
     if preprocess.resize == "squash":
@@ -91,7 +91,7 @@ def fit(pixels: Pixels, preprocess: Preprocess) -> torch.Tensor:
 
 
 def resized(pixels: Pixels, preprocess: Preprocess) -> torch.Tensor:
-    """``fit`` before a picture's patches are put side by side: [3, height, width] uint8, of whole patches for
+    """``fit`` before an image's patches are put side by side: [3, height, width] uint8, of whole patches for
     NaFlex."""
     if preprocess.resize == "crop":
         pixels = _cut_aspect(pixels)
@@ -113,6 +113,6 @@ def _cut_aspect(pixels: Pixels) -> Pixels:
 def least_size(scaling: float, preprocess: Preprocess) -> tuple[int, int]:
     """(height, width) below which a JPEG must not be decoded; (0, 0) asks for full size."""
     if preprocess.resize == "patches":
-        return 0, 0  # the size depends on the picture's own
+        return 0, 0  # the size depends on the image's own
     height, width = preprocess.image_size
     return (round(height * scaling), round(width * scaling)) if scaling else (0, 0)

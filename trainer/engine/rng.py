@@ -15,7 +15,7 @@ def seed_step(seed: int, samples_seen: int, rank: int) -> None:
     """Seeds torch (CPU and GPUs), numpy and python for one step: dropout and masks become a function of (seed,
     samples_seen, rank).
 
-    Call it before each step with the position before that step. A resumed run then draws the same numbers as an
+    Call it before each step with the ``samples_seen`` before that step. A resumed run then draws the same numbers as an
     uninterrupted one, without saved generator states. Each rank draws for its own rows, so another number of ranks
     draws different numbers of the same distribution; recipes without dropout and patch masking keep the same curve.
     """

@@ -1,6 +1,6 @@
 """Checks an evaluation before training starts: opens its data, labels, classes and templates.
 
-check(recipe.eval, recipe.data)  # raises UserError; no model, no pictures decoded: one sample of each dataset is read
+check(recipe.eval, recipe.data)  # raises UserError; no model, no images decoded: one sample of each dataset is read
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def asked_for(settings: EvalSettings, data: DataSettings) -> bool:
 
 
 def check(settings: EvalSettings, data: DataSettings) -> None:
-    """Raises the UserErrors that ``trainer.evals.evaluate`` would raise at its first picture."""
+    """Raises the UserErrors that ``trainer.evals.evaluate`` would raise at its first image."""
     if not asked_for(settings, data):
         return
     opened: dict[str, Pictures] = {}
@@ -68,7 +68,7 @@ def check(settings: EvalSettings, data: DataSettings) -> None:
 
 
 def _first(examples: Examples, settings: EvalSettings) -> Pictures:
-    """The first picture that would be evaluated, without features; none if all that were tried are damaged."""
+    """The first image that would be evaluated, without features; none if all that were tried are damaged."""
     seen = []
     for sample in chosen(examples, settings)[:TRIED]:
         try:

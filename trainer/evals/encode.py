@@ -25,7 +25,7 @@ from trainer.evals.settings import EvalSettings
 
 
 class Seen(NamedTuple):
-    """One picture, without its embedding."""
+    """One image, without its embedding."""
 
     sample: int
     look: str
@@ -41,11 +41,11 @@ class Pictures:
     examples: Examples
     seen: list[Seen]
     features: Tensor
-    """[len(seen), d] float32, L2-normalised; identical pictures have identical rows."""
+    """[len(seen), d] float32, L2-normalised; identical images have identical rows."""
     damaged: dict[str, int] = field(default_factory=dict)
     """Number of unusable samples by reason."""
     max_pixels: int = DataSettings().max_pixels
-    """The largest picture that was decoded."""
+    """The largest image that was decoded."""
 
 
 class Wrapped(Protocol):
@@ -162,7 +162,7 @@ class Encoder:
                     rows.append(first.setdefault(found.look, rank * share + row))
         if not seen:
             raise UserError(
-                f"{examples.path}: none of its {sum(damaged.values())} pictures can be used ({', '.join(damaged)})"
+                f"{examples.path}: none of its {sum(damaged.values())} images can be used ({', '.join(damaged)})"
             )
         return Pictures(examples, seen, features[torch.tensor(rows, device=features.device)], damaged, self.max_pixels)
 

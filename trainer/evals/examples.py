@@ -1,4 +1,4 @@
-"""Pictures to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark
+"""Images to evaluate on, by number: our shards (or any tars with captions), and the folders that CLIP_benchmark
 reads.
 
 CLIP_benchmark's layout (github.com/LAION-AI/CLIP_benchmark) is read as it is:
@@ -151,5 +151,5 @@ def _walk(path: Path) -> list[dict[str, tuple[int, int]]]:
                 if member.isreg() and stem:
                     samples.setdefault(f"{folder}/{stem}", {})[kind.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not readable as a tar ({error}); copy it anew") from None
+        raise UserError(f"{path}: not readable as a tar ({error}); copy it again") from None
     return list(samples.values())

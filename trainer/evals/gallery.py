@@ -45,7 +45,7 @@ def make_gallery(found: Evaluation, queries: int = 12, seed: int = 0, side: int 
 
 
 def thumbnail(pictures: Pictures, sample: int, side: int) -> str:
-    """A data URI: lossless PNG for a tiny picture, else JPEG."""
+    """A data URI: lossless PNG for a tiny image, else JPEG."""
     image = Image.fromarray(decode(pictures.examples.read(sample).image, pictures.max_pixels))
     small = max(image.size) <= 64
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

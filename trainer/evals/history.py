@@ -4,7 +4,7 @@
     history.add(samples_seen, metrics)
     history.below_base(metrics), history.improved, history.since_best
 
-It is read from log.jsonl, so that a run that goes on, on any ranks, judges as one that never stopped.
+It is read from log.jsonl, so that a resumed run, on any number of ranks, decides as one that never stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class History:
         self.names = tuple(names)
         self.records: list[tuple[int, dict[str, float]]] = []
         self.best: tuple[int, float] | None = None
-        """Position and score of the best so far; of equals the first."""
+        """``samples_seen`` and score of the best so far; of equal ones the first."""
         self.since_best = 0
         """Evaluations after it."""
         self.improved = False
@@ -55,7 +55,7 @@ class History:
         return sum(values) / len(values) if all(value == value for value in values) else float("-inf")
 
     def at(self, samples_seen: int) -> bool:
-        """Whether there is an evaluation at that position."""
+        """Whether there is an evaluation at that ``samples_seen``."""
         return any(place == samples_seen for place, _ in self.records)
 
     def below_base(self, metrics: dict[str, float]) -> list[str]:
@@ -69,7 +69,7 @@ class History:
 
 
 def read_history(run_dir: Path, samples_seen: int, names: Sequence[str] = ()) -> History:
-    """The evaluations in a run's log up to a position, on every rank."""
+    """The evaluations in a run's log up to ``samples_seen``, on every rank."""
 
     def read() -> dict[str, Any]:
         path = run_dir / LOG

@@ -114,7 +114,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def context_fields(templates: Sequence[str], label: str) -> list[str]:
-    """The metadata fields in the templates other than the class name; empty if all pictures share their prompts."""
+    """The metadata fields in the templates other than the class name; empty if all images share their prompts."""
     return sorted({field for template in templates for field in _fields(template)} - {"", "c", label})
 
 

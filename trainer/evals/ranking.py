@@ -2,7 +2,7 @@
 
 Answers with equal float32 scores count as randomly ordered: a query contributes its *probability* of having a right
 answer among the first k, computed exactly. A collapsed model, whose scores are all equal, therefore scores at chance,
-not 100% (as with `argmax`) or 0%; two copies of one picture share its hit. A NaN score never wins.
+not 100% (as with `argmax`) or 0%; two copies of one image share its hit. A NaN score never wins.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions, with any number of captions for each picture.
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions, with any number of captions for each image.
 
     metrics = recalls(*standings(image, text, owner))       # {"image_to_text_r1": 0.78, ...}
 
-The convention of Flickr30k and COCO (Karpathy and Fei-Fei, arXiv 1412.2306): a picture is right when *one* of its
-captions is among the first k of all captions; a caption is right when its picture is among the first k of all pictures.
+The convention of Flickr30k and COCO (Karpathy and Fei-Fei, arXiv 1412.2306): an image is right when *one* of its
+captions is among the first k of all captions; a caption is right when its image is among the first k of all images.
 Scores are made in tiles, once for both directions; nothing of size n x m is kept.
 """
 
@@ -21,23 +21,21 @@ DEPTHS = (1, 5, 10)
 def standings(
     image: Tensor, text: Tensor, owner: Tensor, *, tile: int = 1024, rank: int = 0, world: int = 1
 ) -> tuple[Standing, Standing]:
-    """(of pictures among captions, of captions among pictures).
+    """(of images among captions, of captions among images).
 
-    ``image`` [n, d] and ``text`` [m, d] are L2-normalised, ``owner`` [m] int64 is the picture of each caption; every
-    picture needs a caption. With ``world`` > 1 all ranks pass the same tensors and get the same answer, each having
-    scored its share of the pictures. Memory: about 20 tile^2 + O(n + m) bytes.
+    ``image`` [n, d] and ``text`` [m, d] are L2-normalised, ``owner`` [m] int64 is the image of each caption; every
+    image needs a caption. With ``world`` > 1 all ranks pass the same tensors and get the same answer, each having
+    scored its share of the images. Memory: about 20 tile^2 + O(n + m) bytes.
     """
     n, m = image.shape[0], text.shape[0]
     captions = torch.zeros(n, dtype=torch.int64, device=image.device).index_add_(0, owner, torch.ones_like(owner))
     if (captions == 0).any():
-        raise ValueError(
-            f"picture {int((captions == 0).nonzero()[0])} has no caption: retrieval needs at least one each"
-        )
+        raise ValueError(f"image {int((captions == 0).nonzero()[0])} has no caption: retrieval needs at least one each")
     of_text = torch.cat([own_score(text[at : at + tile], image[owner[at : at + tile]]) for at in range(0, m, tile)])
     of_image = torch.full((n,), -torch.inf, device=image.device).scatter_reduce_(0, owner, of_text, "amax")
     right = torch.zeros_like(captions).index_add_(0, owner, (of_text == of_image[owner]).long())
 
-    # Rows of one matrix, so that ranks exchange once: better and level of the pictures, then of the captions.
+    # Rows of one matrix, so that ranks exchange once: better and level of the images, then of the captions.
     counts = torch.zeros(2, n + m, dtype=torch.int64, device=image.device)
     share = -(-n // world)
     for row in range(share * rank, min(share * (rank + 1), n), tile):

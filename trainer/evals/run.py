@@ -39,7 +39,7 @@ class Retrieved:
     """[m, d] features of the captions."""
     captions: list[str]
     owner: Tensor
-    """[m] the picture of each caption."""
+    """[m] the image of each caption."""
     of_image: Standing
     of_text: Standing
 
@@ -56,7 +56,7 @@ class Retrieved:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """Recall at 1 of a perfect model, given that some pictures or captions are identical."""
+        """Recall at 1 of a perfect model, given that some images or captions are identical."""
         looks = [seen.look for seen in self.pictures.seen]
         found = retrieval_ceiling(looks, self.captions, self.owner.tolist())
         return {name.removesuffix("_ceiling"): value for name, value in found.items()}
@@ -69,7 +69,7 @@ class Evaluation:
     retrieved: dict[str, Retrieved] = field(default_factory=dict)
     named: dict[str, Named] = field(default_factory=dict)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By path: number of samples, of pictures used, of captions, and of damaged pictures left out."""
+    """By path: number of samples, of images used, of captions, and of damaged images left out."""
     means: dict[str, list[str]] = field(default_factory=dict)
     """Prefix of a mean -> the prefixes of ``retrieved`` that it is taken over."""
     scale: float = 1.0
@@ -172,7 +172,7 @@ def _retrieve(pictures: Pictures, encoder: Encoder) -> Retrieved:
     bare = next((seen for seen in pictures.seen if not seen.captions), None)
     if bare is not None:
         raise UserError(
-            f"{pictures.examples.path}: sample {bare.sample} has no caption: retrieval needs one for every picture"
+            f"{pictures.examples.path}: sample {bare.sample} has no caption: retrieval needs one for every image"
         )
     owner = torch.tensor(owners, device=pictures.features.device)
     text = encoder.texts(captions)
@@ -181,7 +181,7 @@ def _retrieve(pictures: Pictures, encoder: Encoder) -> Retrieved:
 
 
 def _by_value(whole: Retrieved, name: str, encoder: Encoder) -> dict[str, Retrieved]:
-    """Retrieval within each value of the metadata field ``name``: among its pictures and their captions."""
+    """Retrieval within each value of the metadata field ``name``: among its images and their captions."""
     rows_of: dict[str, list[int]] = {}
     for row, seen in enumerate(whole.pictures.seen):
         if name not in seen.metadata:

@@ -22,7 +22,7 @@ class ZeroShotSettings(Settings):
     """Prompts, with "{}" for the class and "{FIELD}" for metadata; or sets (openai_imagenet, ...), or files; default:
     the dataset's own, else {}."""
     accept: str = ""
-    """Field with all right class names of a sample ("a|b" or a list), if its picture does not tell which one it is."""
+    """Field with all right class names of a sample ("a|b" or a list), if its image does not tell which one it is."""
 
     @property
     def title(self) -> str:
@@ -46,12 +46,12 @@ class EvalSettings(Settings):
     patience: int = Field(default=0, ge=0)
     """End the run after this many evaluations in a row that do not improve checkpoint.best; 0: never."""
     limit: int = Field(default=1000, ge=0)
-    """Number of pictures per dataset, the first of a seeded permutation; 0: all. Recall falls as this grows, so compare
+    """Number of images per dataset, the first of a seeded permutation; 0: all. Recall falls as this grows, so compare
     only equal numbers."""
     seed: int = 0
-    """Seed of that permutation; the same pictures at every evaluation."""
+    """Seed of that permutation; the same images at every evaluation."""
     batch_size: int = Field(default=256, gt=0)
-    """Pictures, or captions, that each rank embeds at once."""
+    """Images, or captions, that each rank embeds at once."""
 
     @field_validator("data", mode="before")
     @classmethod

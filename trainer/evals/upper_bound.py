@@ -1,8 +1,8 @@
-"""The scores of a perfect model if some pictures, or some captions, are identical.
+"""The scores of a perfect model if some images, or some captions, are identical.
 
-A model sees pixels and words. Two pictures with the same pixels get the same embedding, so which of their captions
+A model sees pixels and words. Two images with the same pixels get the same embedding, so which of their captions
 ranks first is a coin toss; these functions return the expected recall at 1 with the best possible ranking of everything
-else. Only identical inputs count (after preprocessing, as the model sees them): telling similar pictures apart is the
+else. Only identical inputs count (after preprocessing, as the model sees them): telling similar images apart is the
 model's task.
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Hashable, Sequence
 def retrieval_ceiling(
     pictures: Sequence[Hashable], captions: Sequence[Hashable], owner: Sequence[int]
 ) -> dict[str, float]:
-    """The highest expected recall at 1 in each direction of any function of the picture and the caption.
+    """The highest expected recall at 1 in each direction of any function of the image and the caption.
 
     ``pictures`` [n] and ``captions`` [m] are keys (hashes of pixels, texts), equal exactly when the model cannot tell
     them apart.
     """
     copies_of_picture, copies_of_caption = Counter(pictures), Counter(captions)
-    # For each distinct picture: the hits from ranking one distinct caption first, summed over that picture's queries.
+    # For each distinct picture: the hits from ranking one distinct caption first, summed over that image's queries.
     first_caption: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     first_picture: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for caption, image in zip(captions, owner, strict=True):

@@ -1,7 +1,7 @@
-"""Zero-shot classification: the class whose prompts lie nearest to the picture (CLIP, arXiv 2103.00020, section 3.1).
+"""Zero-shot classification: the class whose prompts lie nearest to the image (CLIP, arXiv 2103.00020, section 3.1).
 
-A class is the normalised mean of the embeddings of its prompts (an ensemble of templates). If templates use a picture's
-metadata, each picture has its own class prompts: "{character}, {face}" asks for the face of a known character.
+A class is the normalised mean of the embeddings of its prompts (an ensemble of templates). If templates use an image's
+metadata, each image has its own class prompts: "{character}, {face}" asks for the face of a known character.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Named:
     """The result of one classification."""
 
     metrics: dict[str, float]
-    """TITLE_top1, TITLE_top5 and, if a picture may have several right names, TITLE_strict_top1 (only its label
+    """TITLE_top1, TITLE_top5 and, if an image may have several right names, TITLE_strict_top1 (only its label
     counts)."""
     ceilings: dict[str, float]
-    """For strict_top1: the score of a perfect model that guesses among the right names of a picture."""
+    """For strict_top1: the score of a perfect model that guesses among the right names of an image."""
     errors: dict[str, float]
-    """Standard errors of the shares of pictures."""
+    """Standard errors of the shares of images."""
     by_class: dict[str, float]
     """Top-1 share of each class."""
     names: list[str]
@@ -83,7 +83,7 @@ def check_naming(settings: ZeroShotSettings, pictures: Pictures) -> None:
 
 
 def _labels(settings: ZeroShotSettings, pictures: Pictures) -> tuple[list[str], list[int]]:
-    """(class names, the class of each picture)."""
+    """(class names, the class of each image)."""
     labels = [_field(settings.label, seen, pictures) for seen in pictures.seen]
     file = settings.classes or str(pictures.examples.beside(CLASSES) or "")
     if file:
@@ -124,7 +124,7 @@ def _templates(settings: ZeroShotSettings, pictures: Pictures) -> list[str]:
 
 
 def _classes(names: list[str], templates: list[str], settings: ZeroShotSettings, encoder: Encoder) -> Tensor:
-    """[c, d]: prompts shared by all pictures."""
+    """[c, d]: prompts shared by all images."""
     at_once = max(1, CHUNK // len(templates))
     parts = []
     for start in range(0, len(names), at_once):
@@ -142,7 +142,7 @@ def _own_classes(
     fields: list[str],
     encoder: Encoder,
 ) -> Tensor:
-    """[n, c, d]: prompts with each picture's metadata; pictures with equal metadata share them."""
+    """[n, c, d]: prompts with each image's metadata; images with equal metadata share them."""
     contexts: dict[tuple[str, ...], int] = {}
     context_of = []
     for seen in pictures.seen:
@@ -176,12 +176,12 @@ def ensemble(prompts: Tensor) -> Tensor:
 
 
 def classify(image: Tensor, classes: Tensor, right: Tensor, *, rows: int = 1024) -> Standing:
-    """The rank of the right class of each picture.
+    """The rank of the right class of each image.
 
-    ``image`` [n, d]; ``classes`` [c, d], or [n, c, d] if each picture has its own; ``right`` [n, c] bool, at least one
-    per picture (if several, the best-ranked counts).
+    ``image`` [n, d]; ``classes`` [c, d], or [n, c, d] if each image has its own; ``right`` [n, c] bool, at least one
+    per image (if several, the best-ranked counts).
     """
-    assert right.any(1).all(), "a picture without a right class"
+    assert right.any(1).all(), "an image without a right class"
     parts = []
     for start in range(0, image.shape[0], rows):
         part = slice(start, min(start + rows, image.shape[0]))
@@ -202,7 +202,7 @@ def accuracies(standing: Standing) -> dict[str, float]:
 
 
 def per_class(standing: Standing, label: Tensor, names: list[str]) -> dict[str, float]:
-    """Top-1 accuracy on the pictures of each class that has any; ``label`` [n] int64 is each picture's class."""
+    """Top-1 accuracy on the images of each class that has any; ``label`` [n] int64 is each image's class."""
     hits = standing.hits(1)
     wins = torch.zeros(len(names), dtype=torch.float64, device=hits.device).index_add_(0, label, hits)
     seen = torch.bincount(label, minlength=len(names))

@@ -1,9 +1,9 @@
 """Finetunes a model on your own pairs with one command, and reports whether it was worth it.
 
-    python -m trainer.finetune openai/clip-vit-base-patch32 pictures/                   # shards, a folder or a table
-    python -m trainer.finetune MODEL shards/train --general shards/coco                 # and what must not be forgotten
-    python -m trainer.finetune MODEL shards/train --for species                         # a field that holds the class
-    python -m trainer.finetune MODEL shards/train --dry-run                             # only the recipe, explained
+    python -m trainer.finetune openai/clip-vit-base-patch32 images/                     # shards, a folder or a table
+    python -m trainer.finetune MODEL shards/train --general shards/coco                 # measures forgetting on coco
+    python -m trainer.finetune MODEL shards/train --for species                         # classification by this field
+    python -m trainer.finetune MODEL shards/train --dry-run                             # only writes the recipe
 
 It looks at the model and the data, holds out validation pairs, chooses a recipe and explains the choice, tries learning
 rates in short runs, trains, and exports the best checkpoint; with --general it is interpolated with the base (WiSE-FT)
@@ -87,7 +87,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         prog="python -m trainer.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face CLIP or SigLIP: a directory or a hub name")
-    parser.add_argument("data", metavar="DATA", help="shards, a folder of pictures, or a table of pairs")
+    parser.add_argument("data", metavar="DATA", help="shards, a folder of images, or a table of pairs")
     parser.add_argument(
         "--for",
         dest="label",
@@ -95,22 +95,20 @@ def _options(argv: list[str]) -> argparse.Namespace:
         metavar="retrieval|FIELD",
         help="what the model is for: retrieval (default), or classification by a metadata field",
     )
-    parser.add_argument(
-        "--general", metavar="SHARDS", help="pairs that measure what must not be forgotten; not trained on"
-    )
-    parser.add_argument(
-        "--replay", metavar="SHARDS", help="pairs to mix in against forgetting: three in ten of each batch"
-    )
+    parser.add_argument("--general", metavar="SHARDS", help="pairs on which to measure forgetting; not trained on")
+    parser.add_argument("--replay", metavar="SHARDS", help="pairs to mix in against forgetting: 30%% of each batch")
     parser.add_argument("--validation", metavar="SHARDS", help="your own validation pairs, instead of holding some out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where all goes (default runs/finetune-MODEL)")
-    parser.add_argument("--train", choices=("whole", "lora"), help="whole towers or a LoRA adapter (default: chosen)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (default runs/finetune-MODEL)")
+    parser.add_argument(
+        "--train", choices=("whole", "lora"), help="whole towers or a LoRA adapter (default: chosen by model and data)"
+    )
     parser.add_argument("--minutes", type=float, metavar="N", help="shorten the run to about N minutes")
     parser.add_argument("--no-sweep", action="store_true", help="use the usual learning rate; try no others")
     parser.add_argument("--dry-run", action="store_true", help="write the recipe and stop")
     options = parser.parse_args(argv)
     options.label = None if options.label == "retrieval" else options.label
     if options.minutes is not None and options.minutes <= 0:
-        raise UserError(f"--minutes {options.minutes:g} is no time to train in; leave it out, or give more than 0")
+        raise UserError(f"--minutes {options.minutes:g} must be above 0, or left out")
     return options
 
 

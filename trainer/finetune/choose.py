@@ -1,4 +1,4 @@
-"""What `finetune` chooses, and why: a line each, which stand in the recipe too."""
+"""What `finetune` chooses, and why: one line per choice, which the recipe repeats as comments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BATCH = (32, 1024)
 
 @dataclass
 class Plan:
-    """A recipe in the making."""
+    """A recipe being built."""
 
     tree: dict[str, Any]
     reasons: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ def choose(
     if replay is not None:
         mixture = [{"path": data.train, "weight": 1 - REPLAY}, {"path": replay, "weight": REPLAY}]
         plan.tree["data"]["train"] = mixture
-        plan.reasons.append(f"data.train: {REPLAY:.0%} of the pairs from {replay} (so that they are not forgotten)")
+        plan.reasons.append(f"data.train: {REPLAY:.0%} of the pairs from {replay} (against forgetting)")
     batch = batch_size(data.samples, gpus)
     plan.set("batch.size", batch, f"about a sixteenth of {data.samples:,} pairs, a power of two from 32 to 1,024")
     plan.tree["batch"]["micro_batch"] = "auto"
@@ -92,7 +92,7 @@ def choose(
     )
     if whole:
         plan.reasons.append(f"model.lora: none ({why})")
-        plan.set("model.rates", {"layer_decay": 0.8}, "lower layers, which hold what is general, learn more slowly")
+        plan.set("model.rates", {"layer_decay": 0.8}, "lower layers, which hold general features, learn more slowly")
     else:
         plan.set("model.lora", {"rank": 16}, why)
     if model.family == "clip" and data.survey is not None and (data.survey.cut or 0) > CUT:
@@ -100,12 +100,10 @@ def choose(
             "model.num_tokens", LONG, f"{data.survey.cut:.0%} of captions are longer than {model.preprocess.num_tokens}"
         )
     plan.set("optim.lr", RATES["pretrained" if whole else "lora"], f"usual for {'whole towers' if whole else 'LoRA'}")
-    plan.set("optim.warmup", 0.1, "short runs from a checkpoint begin gently")
+    plan.set("optim.warmup", 0.1, "short runs from a checkpoint start at a low rate")
     if model.head.logit_bias is not None:
         was, bias = model.head.logit_bias.item(), round(calibrated_bias(model, data.train, batch), 2)
-        plan.set(
-            "model.bias", bias, f"where the sigmoid loss of a batch of {batch:,} is least; the base's is {was:.2f}"
-        )
+        plan.set("model.bias", bias, f"minimizes the sigmoid loss of a batch of {batch:,}; the base has {was:.2f}")
     _evaluation(plan, data, label, general, samples)
     return plan
 
@@ -143,10 +141,10 @@ def _evaluation(plan: Plan, data: Data, label: str | None, general: str | None, 
         plan.tree["eval"]["zeroshot"] = [{"label": label, "data": data.validation}]
     batch = plan.tree["batch"]["size"]
     every = max(1, samples // EVALUATIONS // batch) * batch
-    plan.set("eval.every", every, "ten evaluations on what is held out, and one before the first step")
+    plan.set("eval.every", every, "ten evaluations on the held-out pairs, and one before the first step")
     plan.tree["checkpoint"] = {"every": every, "keep": 1}
-    plan.set("checkpoint.best", list(plan.own), "exported is the checkpoint that is best, the base among them")
-    plan.set("eval.patience", 4, "the run ends when four evaluations in a row are no better")
+    plan.set("checkpoint.best", list(plan.own), "the best checkpoint is exported, which may be the base")
+    plan.set("eval.patience", 4, "the run ends after four evaluations in a row without a better one")
 
 
 def _words(value: Any) -> str:

@@ -70,7 +70,7 @@ def describe(data: Data, field: str | None) -> str:
 
 
 def as_shards(source: str, out: Path) -> str:
-    """``source``, or shards made of it in ``out`` where it is a folder of pictures or a table of pairs."""
+    """``source``, or shards made of it in ``out`` where it is a folder of images or a table of pairs."""
     path = Path(source).expanduser()
     if (
         "://" in source
@@ -80,13 +80,13 @@ def as_shards(source: str, out: Path) -> str:
     ):
         return source
     if not path.exists():
-        raise UserError(f"{source}: no such file or folder; name shards, a folder of pictures, or a table of pairs")
+        raise UserError(f"{source}: no such file or folder; name shards, a folder of images, or a table of pairs")
     if not (out / MANIFEST).is_file():
         command = [sys.executable, "-m", "data_tools", "shard", str(path), str(out), "--quiet"]
-        print(f"data: {source} has no shards: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+        print(f"data: {source} is not shards; running: python {' '.join(command[1:])}", file=sys.stderr, flush=True)
         if subprocess.run(command, check=False).returncode:
             raise UserError(
-                f"{source}: `{' '.join(['python', *command[1:]])}` failed, as said above; give it options yourself"
+                f"{source}: `{' '.join(['python', *command[1:]])}` failed (see above); run it with other options"
             )
     return str(out)
 
@@ -95,13 +95,13 @@ def split(shards: str, out: Path, field: str | None, told: list[str]) -> str:
     """Writes two views of ``shards`` to ``out``/train and ``out``/validation; the path of the first."""
     if not (out / "validation" / MANIFEST).is_file():
         if "://" in shards or not Path(shards, MANIFEST).is_file():
-            raise UserError(f"{shards}: held out can be of local shards with an index: give --validation SHARDS")
+            raise UserError(f"{shards}: pairs can be held out of local, indexed shards only: give --validation SHARDS")
         dataset = Dataset.open(shards)
         source = open_source(SourceSettings(path=shards), DataSettings())
         pictures = [
             [digest] for shard in range(dataset.num_shards) for digest in dataset.shard(shard)["digest"].tolist()
         ]
-        # Of classes, names repeat by nature: there equal pictures alone stay together.
+        # Of classes, names repeat by nature: there equal images alone stay together.
         keys = [pictures] if field else [pictures, [captions(source, sample) for sample in range(source.size)]]
         sides = same_side(*keys)
         held = hold_out(sides, labels(source, field) if field else None)
@@ -109,7 +109,7 @@ def split(shards: str, out: Path, field: str | None, told: list[str]) -> str:
         for name, keep in (("train", ~held), ("validation", held)):
             write_view(open_view(str(out / name), dataset), dataset, keep, {**made_by, "part": name})
         joined = len(sides) - len(np.unique(sides))
-        together = "pictures" if field else "pictures or captions"
+        together = "images" if field else "images or captions"
         told.append(
             f"held out: {int(held.sum()):,} pairs; {joined:,} with {together} equal to another's stay on its side"
         )

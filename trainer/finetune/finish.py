@@ -36,13 +36,13 @@ def finish(plan: Plan, path: str, recipe: Recipe, out: Path) -> int:
         write_atomic(folder / "evaluation.json", json.dumps(result, ensure_ascii=False, indent=1))
         write_atomic(folder / "gallery.json", json.dumps(make_gallery(after), ensure_ascii=False))
     report.write_report(recipe.run.directory, out / "report.html")
-    print(f"{out / 'model'}: for transformers; {out / 'report.html'}: what happened; recipe: {out / 'recipe.yaml'}")
+    print(f"{out / 'model'}: for transformers; {out / 'report.html'}: the report; recipe: {out / 'recipe.yaml'}")
     if record is not None and record["samples_seen"] == 0:
-        print(
-            "no evaluation was better than the base, which is what is exported: more data, or another --train, may help"
-        )
+        print("no evaluation was better than the base, so the base is exported; more data or another --train may help")
     if share < 1 and isinstance(plan.tree["data"]["train"], str):
-        print("all that was trained would lose more than a point there: --replay with such pairs lets more of it stay")
+        print(
+            "unmixed, the trained weights lose more than a point there; --replay with such pairs lets more of them stay"
+        )
     print(last_line(plan, start, found, share))
     return 0
 
@@ -52,7 +52,7 @@ def last_line(plan: Plan, before: Scores, after: Scores, share: float) -> str:
     what = plan.own[0].removesuffix("_top1") + " top-1" if plan.own[0].endswith("_top1") else "R@1"
     text = f"{what} {100 * before.own:.1f} -> {100 * after.own:.1f}"
     if before.general is None or after.general is None:
-        return f"{text} on held-out pairs (what was forgotten is unknown: give --general SHARDS)"
+        return f"{text} on held-out pairs (forgetting was not measured: give --general SHARDS)"
     mixed = f" (weights: {share:g} trained, {1 - share:g} base)" if share < 1 else ""
     return f"{text}; on your general set {100 * before.general:.1f} -> {100 * after.general:.1f}{mixed}"
 

@@ -66,7 +66,7 @@ def mix(
 
 
 def base_of(recipe: Recipe, path: str) -> DualEncoder:
-    """The model that the run began with, for pictures and captions of the run's sizes."""
+    """The model that the run began with, for images and captions of the run's sizes."""
     sizes = {key: getattr(recipe.model, key) for key in ("image_size", "num_patches", "num_tokens")}
     return build(ModelSettings(path=path, **sizes)).to(distributed.device()).eval()
 

@@ -1,4 +1,4 @@
-"""Holding out validation pairs: equal pictures, and equal captions, never lie on both sides.
+"""Holding out validation pairs: equal images, and equal captions, never lie on both sides.
 
 keep = hold_out(same_side(pictures, captions), wanted=500, seed=0)       # [n] bool, True: validation
 """
@@ -60,7 +60,7 @@ def hold_out(
             missing[label] -= len(rows)
     if held.sum() < min(FEWEST, wanted) or held.all():
         raise UserError(
-            f"only {int(held.sum())} of {count:,} pairs can be held out without parting equal pictures or captions: "
+            f"only {int(held.sum())} of {count:,} pairs can be held out without separating equal images or captions: "
             "give --validation SHARDS, or --for FIELD where captions are the names of classes"
         )
     return held

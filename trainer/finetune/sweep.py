@@ -49,7 +49,7 @@ def sweep(plan: Plan, path: str, out: Path, minutes: float | None, gpus: int) ->
             logger.info("base: " + before.words())
         logger.info(
             f"rate {rate:g}: {after.words()} after {samples:,} pairs"
-            + (f", {share:g} of it in the base" if share < 1 else "")
+            + (f", {share:g} of the way from the base" if share < 1 else "")
         )
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         if spoilt:
@@ -104,4 +104,4 @@ def train(recipe: Path, run: Path, gpus: int, quiet: bool = False) -> None:
         code = subprocess.run(command, stderr=output if quiet else None, check=False).returncode
     if code:
         where = f"see {run / 'output.txt'}" if quiet else "see above"
-        raise UserError(f"training ended with exit code {code}, {where}; the same command goes on from its checkpoints")
+        raise UserError(f"training ended with exit code {code}, {where}; the same command resumes from its checkpoints")

@@ -32,7 +32,8 @@ class PairSettings(Settings):
     renamed: ClassVar = {"rows": "tile_rows", "wire": "comm_dtype", "wire_gradient": "comm_gradient_dtype"}
 
     tile_rows: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
-    """Images per tile of logits. Memory grows with it; below a few hundred, matrix products become slow. null: 1024 on
+    """Images per tile, the block of logits that is computed at once. Memory grows with it; below a few hundred, matrix
+    products become slow. null: 1024 on
     CPUs and 2048 on GPUs, where the fused kernel of a fast sigmoid loss takes 16384."""
     exchange: Annotated[Exchange, OPERATIONAL] = "ring"
     """ring; bidirectional (both directions of each link); gather (all-gather and reduce-scatter: memory grows with

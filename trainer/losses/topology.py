@@ -10,7 +10,8 @@ their owner:
     gather          world                none: an all-gather and a reduce-scatter, slice by slice
     hierarchical    ranks of one host    hosts, one way
 
-A block (one rank's rows) is cut into S equal slices (``num_slices``). Tick n computes slice n % S of the block that is
+A block (one rank's rows) is cut into S equal slices (``num_slices``), what one message holds. The schedule advances in
+ticks: tick n computes slice n % S of the block that is
 n // S hops from home, while the transfers of tick n are under way (traversal.py): slice n goes on to the next node and
 arrives there as slice n + S; sums follow D ticks later. A receive buffer therefore holds S + 1 slices, and nothing
 grows with the number of ranks outside ``gather``.

@@ -125,7 +125,7 @@ class RunLog:
             )
 
     def note(self, samples_seen: int, values: dict[str, Any]) -> None:
-        """Logs other values, such as ``{"eval": {...}}``, at position ``samples_seen``."""
+        """Logs other values, such as ``{"eval": {...}}``, at ``samples_seen``."""
         if distributed.is_main():
             self._write({"samples_seen": samples_seen} | values)
 
@@ -187,8 +187,8 @@ class LineFile:
 
 
 def cut_back(path: Path, samples_seen: int) -> float:
-    """Removes lines after the position that a run resumes from (and a line truncated by a crash), so that a curve has
-    no duplicates; returns the training seconds up to there.
+    """Removes lines after the ``samples_seen`` that a run resumes from (and a line truncated by a crash), so that a
+    curve has no duplicates; returns the training seconds up to there.
     """
     if not path.is_file():
         return 0.0

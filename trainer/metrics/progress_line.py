@@ -28,7 +28,7 @@ class ProgressLine:
 
 
 def render(values: dict[str, Any], total_samples: int, width: int | None = None) -> str:
-    """The line: position, loss, speed, time left. The least important values are dropped if ``width`` is too small."""
+    """The line: samples seen, loss, speed, time left. The least important values are dropped if ``width`` is small."""
     parts = _parts(values, total_samples)
     for unimportant in ("bias", "scale", "grad", "data", "samples", "lr", "memory"):
         if width is None or len(" · ".join(parts.values())) <= width:

@@ -64,7 +64,7 @@ def _make(name: str, run_dir: Path, project: str, samples_seen: int) -> Any:
     from accelerate import tracking  # slow to import
 
     if name == "tensorboard":
-        # purge_step hides values after the position that the run resumes from.
+        # purge_step hides values after the ``samples_seen`` that the run resumes from.
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=samples_seen + 1)
     if name == "wandb":
         where = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[

@@ -8,8 +8,8 @@ Measured on at most SAMPLE pairs of the global batch (all of a smaller one), in 
 
 - ``logit_matched``, ``logit_other`` and their ``_std``: logits of matched pairs and of all others (SigLIP, arXiv
   2303.15343, figure 6); pairs of one caption are not "other"
-- ``image_to_text_r1``, ``text_to_image_r1``: share whose partner is ahead of all other captions (pictures)
-- ``cosine_other``, ``cosine_images``, ``cosine_texts``: mean cosine of unmatched pairs, of pictures, of captions; near
+- ``image_to_text_r1``, ``text_to_image_r1``: share whose partner is ahead of all other captions (images)
+- ``cosine_other``, ``cosine_images``, ``cosine_texts``: mean cosine of unmatched pairs, of images, of captions; near
   1 the embeddings have collapsed to a point
 - ``dims_images``, ``dims_texts``: effective number of dimensions (participation ratio of the covariance)
 - ``repeated``: share of the global batch whose caption is also another pair's (false negatives)

@@ -226,7 +226,7 @@ def measured_table(evaluation: Mapping[str, Any]) -> str:
         rows.append(row)
     table = "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
     sizes = "; ".join(
-        f"{path}: {size['pictures']:,} pictures, {size['captions']:,} captions"
+        f"{path}: {size['pictures']:,} images, {size['captions']:,} captions"
         for path, size in evaluation["datasets"].items()
     )
     return f"\n## Measured\n\n{table}\n\nOn {sizes}. `{evaluation['command']}`\n"

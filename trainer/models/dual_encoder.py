@@ -1,4 +1,4 @@
-"""The dual encoder: two towers, a temperature and a bias. Maps pictures and captions to embeddings."""
+"""The dual encoder: two towers, a temperature and a bias. Maps images and captions to embeddings."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class DualEncoder(nn.Module):
 
     @contextmanager
     def with_every_tower(self) -> Iterator[None]:
-        """Within the block, a precomputed tower is loaded onto the device: evaluation embeds pictures that have no
+        """Within the block, a precomputed tower is loaded onto the device: evaluation embeds images that have no
         stored embeddings."""
         if self._absent is None:
             yield
@@ -283,7 +283,7 @@ def build(settings: ModelSettings, weights: bool = True) -> DualEncoder:
     model = DualEncoder(towers, head, preprocess, settings, base)
     if model.batch_norms and weights:
         logger.info(
-            f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics, so that pictures are "
+            f"{len(model.batch_norms)} batch-norm layers keep their pretrained statistics, so that images are "
             "embedded "
             f"independently"
         )

@@ -2,7 +2,7 @@
 
     transformers            AutoModel.from_pretrained(OUT), AutoProcessor.from_pretrained(OUT)
     open_clip               open_clip.create_model("local-dir:OUT"), open_clip.get_tokenizer("local-dir:OUT")
-    sentence-transformers   SentenceTransformer(OUT).encode(captions or pictures)
+    sentence-transformers   SentenceTransformer(OUT).encode(captions or images)
     onnx                    onnxruntime.InferenceSession("OUT/image.onnx"), "OUT/text.onnx"
 
 Every format holds the whole model; an adapter is merged.
@@ -47,10 +47,10 @@ def save_open_clip(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -
 
 
 def save_sentence_transformers(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> None:
-    """A directory that sentence-transformers (5.4 and later) loads: captions and pictures in, embeddings of length 1
+    """A directory that sentence-transformers (5.4 and later) loads: captions and images in, embeddings of length 1
     out. Plain transformers loads it as well."""
     if model.family == NAFLEX or (pooling := other_pooling(model.towers.config)) is not None:
-        why = "NaFlex reads the shape of each picture" if model.family == NAFLEX else f"this pair pools by {pooling}"
+        why = "NaFlex reads the shape of each image" if model.family == NAFLEX else f"this pair pools by {pooling}"
         raise UserError(f"sentence-transformers has no module for this model ({why}): export without --format")
     save_pretrained(model, folder, state)
     kinds = ("Transformer", ""), ("Normalize", "1_Normalize")
@@ -83,7 +83,7 @@ def save_onnx(model: DualEncoder, folder: Path, state: dict[str, Tensor]) -> Non
     if missing:
         raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install 'ringlip[onnx]'")
     if model.family == NAFLEX:
-        raise UserError("--format onnx: a NaFlex model reads the shape of each picture, which no graph here expresses")
+        raise UserError("--format onnx: a NaFlex model reads the shape of each image, which no graph here expresses")
     save_pretrained(model, folder, state)
     plain = DualEncoder.from_pretrained(folder).eval()
     for weights in folder.glob("model*.safetensors*"):

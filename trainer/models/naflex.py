@@ -3,9 +3,9 @@ resolution.
 
     model: {path: google/siglip2-base-patch16-naflex, num_patches: 256}
 
-Pictures come as strips of patches (trainer/data/patches.py): each has at most ``model.num_patches`` in its own aspect;
+Images come as strips of patches (trainer/data/patches.py): each has at most ``model.num_patches`` in its own aspect;
 padding is masked. A batch is a fixed number of pairs, as for every other model, so the order of samples stays exact;
-the cost is that of ``num_patches`` per picture, padding included.
+the cost is that of ``num_patches`` per image, padding included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def unpack(strips: Tensor) -> tuple[Tensor, Tensor]:
     budget = width // patch - 1
     patches = strips[..., : budget * patch].reshape(rows, channels, patch, budget, patch).transpose(2, 3)
     high_low = strips[:, 0, 0, budget * patch : budget * patch + 4].long().reshape(rows, 2, 2)
-    return patches, (256 * high_low[..., 0] + high_low[..., 1]).clamp(min=1)  # a blank strip is a picture of one patch
+    return patches, (256 * high_low[..., 0] + high_low[..., 1]).clamp(min=1)  # a blank strip is an image of one patch
 
 
 def patch_inputs(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
@@ -38,6 +38,6 @@ def patch_inputs(patches: Tensor, grids: Tensor) -> dict[str, Tensor]:
 
 
 def budget_of(processor: Any, config: Any, wanted: int | None) -> int:
-    """Largest number of patches per picture: from the recipe, else from the checkpoint's image processor, else the
+    """Largest number of patches per image: from the recipe, else from the checkpoint's image processor, else the
     number of positions."""
     return int(wanted or getattr(processor, "max_num_patches", None) or config.vision_config.num_patches)

@@ -30,7 +30,7 @@ class RateSettings(Settings):
     projection: float = Field(default=1.0, gt=0)
     "Factor on the rate of a tower pair's projections, which are new even if its towers are pretrained."
     positions: float = Field(default=1.0, gt=0)
-    "Factor on the rate of text position embeddings that train whole beside an adapter (model.num_tokens)."
+    "Factor on the rate of text position embeddings that are trained in full beside a LoRA adapter (model.num_tokens)."
     head: float = Field(default=1.0, gt=0)
     """Factor on the rate of the scale and the bias; above 1 for short runs, in which they would barely change."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)

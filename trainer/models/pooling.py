@@ -1,4 +1,4 @@
-"""Pools a tower's output to one vector per picture or caption: ``model.image.pooling`` and ``model.text.pooling``.
+"""Pools a tower's output to one vector per image or caption: ``model.image.pooling`` and ``model.text.pooling``.
 
     model:
       image: {path: facebook/dinov2-base}

@@ -43,7 +43,7 @@ class PrecomputedSettings(Settings):
     """Column of image embeddings that `python -m trainer.embed` has written; needs model.lock.image. null: run the
     tower."""
     text: str | None = None
-    "The same for the text tower; needs model.lock.text and one caption a picture."
+    "The same for the text tower; needs model.lock.text and one caption an image."
 
     @field_validator("image", "text")
     @classmethod

@@ -62,7 +62,7 @@ def save_adapter_of(model: DualEncoder, folder: Path, state: dict[str, Tensor]) 
         raise UserError("model.lora is not set: there is no adapter to save; export the whole model")
     if model.trains_positions:
         raise UserError(
-            "model.num_tokens stretched the text positions, which an adapter of the base does not hold: add --merge"
+            "model.num_tokens stretched the text position embeddings, which an adapter does not contain: add --merge"
         )
     scale, bias = state["head.logit_scale"], state.get("head.logit_bias")
     head = {"logit_scale": float(scale), "logit_bias": None if bias is None else float(bias)}

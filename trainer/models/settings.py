@@ -28,9 +28,9 @@ class ModelSettings(Settings):
     """A new model instead: the fields of Hugging Face's config.json (model_type: siglip or clip, vision_config,
     text_config, ...)."""
     image: TowerSettings | None = None
-    "Two separate towers instead (a tower pair): any Hugging Face vision model ..."
+    "Image tower of a tower pair (two separate models, joined by new projections): any Hugging Face vision model."
     text: TowerSettings | None = None
-    "... with any text model, and new projections."
+    "Text tower of a tower pair: any Hugging Face text model."
     embed_dim: int = Field(default=512, gt=0)
     "Width of the embeddings of a tower pair (model.image with model.text)."
     tokenizer: str | None = None
@@ -40,9 +40,9 @@ class ModelSettings(Settings):
     """Width of the token embedding table of a new text tower, before a projection to the full width: for large
     vocabularies (mSigLIP). null: full width."""
     image_size: int | None = Field(default=None, gt=0)
-    "Side of the square pictures in pixels; null: what the model says. Pretrained position embeddings are resampled."
+    "Side of the square images in pixels; null: what the model says. Pretrained position embeddings are resampled."
     num_patches: int | None = Field(default=None, gt=0, lt=65536)
-    """NaFlex models: maximum patches per picture, which keeps its aspect ratio (SigLIP 2: 128 to 1024); null: that of
+    """NaFlex models: maximum patches per image, which keeps its aspect ratio (SigLIP 2: 128 to 1024); null: that of
     the checkpoint's processor."""
     num_tokens: int | None = Field(default=None, gt=0)
     """Context length in tokens; null: the model's own. If it exceeds that of a pretrained CLIP or SigLIP, the text
@@ -130,7 +130,7 @@ class ModelSettings(Settings):
             )
         if side == "image" and self.mask.drop:
             raise ValueError(
-                "precomputed.image: patches cannot be dropped from pictures that are not read; remove model.mask.drop"
+                "precomputed.image: patches cannot be dropped from images that are not read; remove model.mask.drop"
             )
         if side == "text" and self.mask.tokens:
             raise ValueError(

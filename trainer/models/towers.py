@@ -67,7 +67,7 @@ def make_config(settings: ModelSettings, tokenizer: Any) -> PretrainedConfig:
         )
     if config.model_type == NAFLEX and settings.image_size:
         raise UserError(
-            "model.image_size is for square pictures, a NaFlex model keeps their aspect: set model.num_patches instead"
+            "model.image_size is for square images, a NaFlex model keeps their aspect: set model.num_patches instead"
         )
     if config.model_type != NAFLEX and settings.num_patches:
         raise UserError(

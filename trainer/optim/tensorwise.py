@@ -147,7 +147,7 @@ class Lamb(FormattedOptimizer):
 
 
 def _lamb_update(piece: Piece, state: dict[str, Any], group: dict[str, Any], first: int, end: int) -> Tensor:
-    """From the moments as they are kept: whoever asks twice gets the same."""
+    """Computed from the stored (rounded) moments, so that both calls return the same."""
     (beta1, beta2), step = group["betas"], state["step"]
     m, v = (state[kind].read(first, end).float() for kind in ("exp_avg", "exp_avg_sq"))
     update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt_().add_(group["eps"]))

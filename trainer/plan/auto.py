@@ -62,5 +62,5 @@ def micro_batch(recipe: Recipe) -> int | None:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         rows = int(smallest.item())
     rows = min(rows, recipe.batch.size // distributed.world_size())
-    logger.info(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB a rank)")
+    logger.info(f"batch.micro_batch auto: {rows} (by the planner, for {memory / 2**30:.1f} GiB per rank)")
     return rows

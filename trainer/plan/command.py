@@ -4,8 +4,8 @@
     python -m trainer.plan RECIPE batch.size=32768 --gpu-memory 24GiB --gpus 16 --nodes 2 --link 25Gbit \\
         --card rtx4090 --out plan.svg
 
-The model is built on the meta device and one micro-batch traced under fake tensors: no weights, no GPU, no network for
-well-known models.
+The model is built on the meta device, without weights, and one micro-batch is traced with fake tensors. Models in the
+planner's own table need no network.
 """
 
 from __future__ import annotations
@@ -199,20 +199,30 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("recipe", type=Path, help="a YAML file, or the name of a shipped recipe (trainer/recipes/)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override the recipe, as for training"
+    )
     parser.add_argument("--gpu-memory", required=True, help="memory of one GPU: 16GiB, 24GB, ...")
-    parser.add_argument("--gpus", type=int, default=1, help="cards in all nodes together")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--link", default="", help="bandwidth between nodes, per second: 25Gbit, 100Gbit, ...")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, over all nodes (default 1)")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="number of nodes that the GPUs are spread over evenly (default 1)"
+    )
+    parser.add_argument(
+        "--link", default="", help="bandwidth between nodes, per second: 25Gbit, 100Gbit, ... (with several nodes)"
+    )
     parser.add_argument(
         "--card", choices=sorted(CARDS), help="GPU (default: a common one of that memory size; 15GiB: t4, 16GiB: v100)"
     )
-    parser.add_argument("--tflops", type=float, help="matrix TFLOP/s that a card attains, where you have measured it")
-    parser.add_argument("--global-batch", type=int, help="the same as batch.size=...")
-    parser.add_argument("--reserve", default="1GiB", help="memory to leave for the CUDA context, cuBLAS and NCCL")
     parser.add_argument(
-        "--out", type=Path, help="write the table as stacked bars into this SVG; the report shows RUN/plan.svg"
+        "--tflops", type=float, help="TFLOP/s that a GPU reaches in matrix products, if you have measured it"
+    )
+    parser.add_argument("--global-batch", type=int, help="the same as batch.size=...")
+    parser.add_argument(
+        "--reserve", default="1GiB", help="memory per GPU to leave for the CUDA context, cuBLAS and NCCL (default 1GiB)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also draw the table as stacked bars in this SVG file; the report shows RUN/plan.svg"
     )
     options_, rest = parser.parse_known_args(argv)
     overrides = [*options_.overrides, *rest]

@@ -56,7 +56,7 @@ def as_on(device: Device) -> Iterator[Parking]:
         rows = F.interpolate(weights.permute(2, 0, 1)[None], size=(1, max_length), mode="bilinear")
         return rows.reshape(-1, max_length).T.expand(len(shapes), -1, -1).clone()
 
-    # NaFlex reads the shape of each picture's grid, which a fake tensor does not have: the budget is taken to be full.
+    # NaFlex reads the shape of each image's grid, which a fake tensor does not have: the budget is taken to be full.
     own_grids = Siglip2VisionEmbeddings.resize_positional_embeddings
     setattr(Siglip2VisionEmbeddings, "resize_positional_embeddings", staticmethod(full_grids))  # noqa: B010 (mypy knows it as a method)
     if device == "cuda":

@@ -150,7 +150,8 @@ def _phases(survey: Survey, states: _States, job: Job) -> Iterator[Peak]:
 
 
 def loss_bytes(width: int, job: Job, device: Device) -> float:
-    """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/tiles.py)."""
+    """Bytes of the exchange and of one tile of logits, beyond the embeddings (see trainer/losses/tiles.py). A slice
+    is the part of a rank's texts that one message holds."""
     settings = job.loss or PairSettings()
     rows = job.local_batch
     lanes = {"gather": job.ranks, "hierarchical": min(job.node_ranks, job.ranks)}.get(settings.exchange, 1)

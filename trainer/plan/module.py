@@ -29,7 +29,7 @@ def survey_module(model: nn.Module, inputs: Sequence[Tensor], precision: str, de
 
     Args:
         model: on any device, meta included; in training mode or not, as it will be trained.
-        inputs: examples with a row for each pair; only shapes and dtypes count. The first is taken for the picture.
+        inputs: examples with a row for each pair; only shapes and dtypes count. The first is taken for the image.
         precision: bf16 or fp16 (autocast), or fp32.
 
     Raises:
@@ -97,7 +97,7 @@ def _trace(
                 del total
     except DataDependentOutputException as error:
         raise UserError(
-            f"plan: forward looks at the values of its inputs ({error}), which a forecast has not"
+            f"plan: forward depends on the values of its inputs ({error}), which a forecast does not have"
         ) from None
     for weight in weights.values():
         weight.grad = None

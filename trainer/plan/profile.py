@@ -108,7 +108,7 @@ class Survey:
     buffers: int
     embed_dim: int
     image_bytes: int
-    """What the loader gives of one picture: uint8 pixels, or its stored embedding."""
+    """What the loader gives of one image: uint8 pixels, or its stored embedding."""
     token_bytes: int
     """And of its caption: tokens and their mask, or its stored embedding."""
     towers_trained: tuple[bool, bool]

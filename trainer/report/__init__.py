@@ -1,4 +1,4 @@
-"""Writes one self-contained HTML page about a run: its results, its curves, and example pictures with captions. For
+"""Writes one self-contained HTML page about a run: its results, its curves, and example images with captions. For
 several runs: overlaid curves, results side by side and the differences of their recipes.
 
     python -m trainer.report runs/quickstart                # -> runs/quickstart/report.html

@@ -1,4 +1,4 @@
-"""A line chart as inline SVG. Lines stretch with the page, letters do not: ticks are HTML beside a picture without an
+"""A line chart as inline SVG. Lines stretch with the page, letters do not: ticks are HTML beside an image without an
 aspect of its own."""
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class MetricCurve:
 
     @property
     def finite(self) -> list[float]:
-        """All that has to fit into a picture of it."""
+        """All that has to fit into an image of it."""
         values = [*self.y, *(self.low or []), *(self.high or [])]
         return [value for value in values if value is not None]
 

@@ -1,4 +1,4 @@
-"""The part of the page with real pictures: queries with their best answers, right and wrong, in both directions."""
+"""The part of the page with example images: queries with their best answers, right and wrong, in both directions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def gallery_html(gallery: dict[str, Any]) -> str:
         return ""
     probability = gallery["bias"] != 0
     said = (
-        "the model's probability that picture and caption belong together"
+        "the model's probability that image and caption belong together"
         if probability
-        else "the cosine of picture and caption"
+        else "the cosine of image and caption"
     )
     parts = [
-        "<h2>Pictures and captions</h2><p>Held-out queries, drawn at random among those that are answered right and "
+        "<h2>Images and captions</h2><p>Held-out queries, drawn at random among those that are answered right and "
         f"those that are not, with their five best answers. Numbers are {said}; green marks what belongs together.</p>"
     ]
     for dataset in gallery["datasets"]:
         if len(gallery["datasets"]) > 1:
             parts.append(f"<h3>{escape(dataset['name'])}</h3>")
         for direction, title in (
-            ("image_to_text", "From a picture to its caption"),
-            ("text_to_image", "From a caption to its picture"),
+            ("image_to_text", "From an image to its caption"),
+            ("text_to_image", "From a caption to its image"),
         ):
             for right in (True, False):
                 queries = [query for query in dataset[direction] if (query["place"] == 1) == right]
@@ -86,8 +86,8 @@ def _cell(picture: int, score: str, own: bool, thumbnails: dict[str, str], missi
 
 def _image(picture: int, thumbnails: dict[str, str]) -> str:
     source = thumbnails.get(str(picture), "")
-    assert source.startswith("data:image/"), "a page that asks for nothing else holds its pictures itself"
-    # PNG is what tiny pictures are kept in: they are shown as large squares instead of a blur.
+    assert source.startswith("data:image/"), "a page that asks for nothing else holds its images itself"
+    # PNG is what tiny images are kept in: they are shown as large squares instead of a blur.
     tiny = ' class="tiny"' if source.startswith("data:image/png") else ""
     return f'<img{tiny} src="{escape(source)}" alt="" loading="lazy">'
 

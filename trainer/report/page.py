@@ -1,4 +1,4 @@
-"""The page: what was reached, how it got there, pictures, and all that is needed to do it again."""
+"""The page: what was reached, how it got there, images, and all that is needed to do it again."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _results(facts: Facts) -> str:
 def _size(path: str, size: dict[str, int]) -> str:
     of = f" of {size['samples']:,}" if size["pictures"] + size["damaged"] < size["samples"] else ""
     captions = f", {size['captions']:,} captions" if size["captions"] else ""
-    return f"{path}: {size['pictures']:,}{of} pictures{captions}" + (
+    return f"{path}: {size['pictures']:,}{of} images{captions}" + (
         f", {size['damaged']:,} damaged left out" if size["damaged"] else ""
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def plan_html(svg: str) -> str:
-    """The planner's picture of a run; nothing where none was drawn. As an image, so that nothing in the file can run or
+    """The planner's image of a run; nothing where none was drawn. As an image, so that nothing in the file can run or
     load."""
     if not svg:
         return ""

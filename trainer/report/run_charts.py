@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from trainer.report.chart import line_chart
 from trainer.report.curves import Log
 
-DIRECTIONS = {"image_to_text": "picture to caption", "text_to_image": "caption to picture"}
+DIRECTIONS = {"image_to_text": "image to caption", "text_to_image": "caption to image"}
 METRIC = re.compile(r"(?P<data>.*/)?(?P<way>image_to_text|text_to_image)_r(?P<k>\d+)")
 DIMENSIONS = "participation ratio: how many directions the embeddings use"
 AVERAGED = "of the running average of the weights"
 
 
 def words(metric: str) -> str:
-    """image_to_text_r1 -> picture to caption R@1; face_top1 -> face top-1."""
+    """image_to_text_r1 -> image to caption R@1; face_top1 -> face top-1."""
     found = METRIC.fullmatch(metric)
     if found:
         return f"{found['data'] or ''} {DIRECTIONS[found['way']]} R@{found['k']}".strip()
@@ -51,7 +51,7 @@ def run_charts(logs: dict[str, Log], averaged: bool = False) -> str:
         ),
         _over_pairs("Logit of matched pairs", logs, "vitals.logit_matched", own="mean"),
         _over_pairs("Logit of other pairs", logs, "vitals.logit_other", own="mean"),
-        _over_pairs("Dimensions of the pictures", logs, "vitals.dims_images", own="number", about=DIMENSIONS),
+        _over_pairs("Dimensions of the images", logs, "vitals.dims_images", own="number", about=DIMENSIONS),
     ]
     last = max((log.last.get("seconds", 0.0) for log in logs.values()), default=0.0)
     unit, length = ("hours", 3600) if last > 2 * 3600 else ("minutes", 60) if last > 180 else ("seconds", 1)

@@ -111,4 +111,4 @@ def _evaluation(folder: Path) -> dict[str, float]:
         found = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         return {str(name): float(value) for name, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not readable ({error}); make it anew with `python -m trainer.evaluate`") from None
+        raise UserError(f"{path}: not readable ({error}); rewrite it with `python -m trainer.evaluate`") from None

@@ -1,11 +1,11 @@
-"""Serves a local web page for searching your pictures: type words or drag in a picture to see the nearest pictures
+"""Serves a local web page for searching your images: type words or drag in an image to see the nearest images
 and captions.
 
     python -m trainer.search runs/quickstart/export demo/shards/test      # then open the address it prints
     python -m trainer.search MODEL OTHER_MODEL SHARDS                     # two models side by side
     python -m trainer.search MODEL SHARDS --forget-others                 # deletes the embeddings of other models
 
-MODEL is a run, one of its checkpoints, a Hugging Face directory or a hub name. The first start embeds every picture and
+MODEL is a run, one of its checkpoints, a Hugging Face directory or a hub name. The first start embeds every image and
 its first caption and stores them beside the shards (columns/search-KEY-image.npy and -text.npy, float16; KEY identifies
 the model's weights). An interrupted start resumes when the same command is run again. Search is exact, not approximate.
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def open_library(models: list[str], shards: str, options: argparse.Namespace) -> Library:
     """Opens the dataset and the models; computes the embeddings that are missing."""
     if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least one sample at once")
+        raise UserError(f"--batch-size {options.batch_size}: must be 1 or more")
     recipe = find_recipe(None, models[0])
     data = recipe.data if recipe else DataSettings()
     settings = SourceSettings(path=sharded(shards), caption=options.caption)

@@ -60,7 +60,7 @@ class Library:
     def search(
         self, query: Query, model: int, kind: Kind, count: int, filters: tuple[tuple[str, str], ...] = ()
     ) -> dict[str, Any]:
-        """The nearest pictures or captions with their cosines; for a picture and a text, by a model with a bias, also
+        """The nearest images or captions with their cosines; for an image and a text, by a model with a bias, also
         the probability that they match."""
         among: NDArray[np.bool_] | None = None
         for name, value in filters:
@@ -95,10 +95,10 @@ class Library:
         }
 
     def labels(self, query: Query, model: int, labels: list[str], template: str) -> list[dict[str, Any]]:
-        """Zero-shot classification of a picture: cosine and probabilities of each label, best first."""
+        """Zero-shot classification of an image: cosine and probabilities of each label, best first."""
         vector = self._vector(query, model)
         if vector is None or query.text:
-            raise UserError("labels are for a picture: drop one or click one")
+            raise UserError("labels are for an image: drop one or click one")
         chosen = self.models[model]
         texts = [template.replace("{}", label) if "{}" in template else f"{template}{label}" for label in labels]
         cosines = chosen.texts(texts) @ vector
@@ -110,7 +110,7 @@ class Library:
         return sorted(rows, key=lambda row: -row["score"])
 
     def _thumbnail(self, sample: int, side: int) -> tuple[bytes, str]:
-        """A picture of at most ``side`` pixels per side and its media type. It is encoded again: the browser never gets
+        """An image of at most ``side`` pixels per side and its media type. It is encoded again: the browser never gets
         stored bytes. Raises Damaged."""
         self._check(sample)
         image = Image.fromarray(decode(self.source.picture(sample), self.models[0].max_pixels, (side, side)))
@@ -126,7 +126,7 @@ class Library:
             self._check(query.sample)
             row = chosen.pictures.row(query.sample)
             if not row.any():
-                raise UserError(f"sample {query.sample}: its picture could not be decoded, so it has no embedding")
+                raise UserError(f"sample {query.sample}: its image could not be decoded, so it has no embedding")
             return row
         if query.picture:
             return chosen.picture(query.picture)

@@ -107,10 +107,10 @@ class SearchModel:
                 0
             ]
 
-        return self._cached(f"picture {xxhash.xxh3_128_hexdigest(data)}", run)
+        return self._cached(f"image {xxhash.xxh3_128_hexdigest(data)}", run)
 
     def probabilities(self, cosines: Vector) -> dict[str, list[float]]:
-        """From the cosines [k] of one picture with k labels: softmax over the labels and, for a model with a bias, the
+        """From the cosines [k] of one image with k labels: softmax over the labels and, for a model with a bias, the
         sigmoid of each."""
         logits = torch.from_numpy(cosines) * self.scale + self.bias
         found = {"softmax": logits.softmax(0).tolist()}

@@ -7,7 +7,7 @@ let data = null;       // what /api/about says of the dataset
 let asked = { text: "", sample: null, picture: null, filters: [] };
 let count = 0, turn = 0, stopping = null;
 const timers = {};
-let last = null;       // the last dropped picture, for the "back" button
+let last = null;       // the last dropped image, for the "back" button
 
 const first = () => models.length > 1 && (asked.text || asked.picture || asked.sample !== null) ? FIRST_OF_TWO : FIRST;
 
@@ -72,7 +72,7 @@ async function search() {
   $("clear").hidden = !visual && !asked.text;
   $("asked").hidden = !visual;
   if (visual) $("asked").src = asked.picture ? asked.picture.url : `/picture?sample=${asked.sample}&side=96`;
-  $("words").placeholder = visual ? "Type words to search with them instead" : "Type words, or drop or paste a picture";
+  $("words").placeholder = visual ? "Type words to search with them instead" : "Type words, or drop or paste an image";
   $("naming").hidden = !visual;
   const one = (model, kind, wanted) =>
     call("/api/search?" + params({ model, kind, count: wanted }), asked.picture ? asked.picture.blob : "", signal);
@@ -81,11 +81,11 @@ async function search() {
   try {
     const found = await Promise.all((any ? numbers : [0]).map(model => one(model, "pictures", count)));
     if (mine !== turn) return;
-    drawPictures($("results"), found, any ? "No picture matches the filter." : "No pictures.");
+    drawPictures($("results"), found, any ? "No image matches the filter." : "No images.");
     const of = found[0].total === data.samples ? "" : ` that match the filter`;
     const shown = found[0].results.length, total = number(found[0].total);
-    say(any ? `${number(shown)} nearest of ${total} pictures${of} · ${Math.round(performance.now() - started)} ms`
-      : `${number(shown)} of ${total} pictures${of}: type words or click one`);
+    say(any ? `${number(shown)} nearest of ${total} images${of} · ${Math.round(performance.now() - started)} ms`
+      : `${number(shown)} of ${total} images${of}: type words or click one`);
     $("more").hidden = shown < count || shown >= MOST;
     if (!any) return;
     const lines = await Promise.all(numbers.map(model => one(model, "captions", LINES)));
@@ -123,7 +123,7 @@ async function open(sample, list) {
     const facts = make("dl", {}, ...flat({ ...found.metadata, file: found.key }).flatMap(([key, value]) =>
       [make("dt", { textContent: key }), make("dd", { dir: "auto", textContent: typeof value === "string" ? value : JSON.stringify(value) })]));
     const go = (title, change) => make("button", { type: "button", textContent: title, onclick: () => { dialog.close(); ask(change); scrollTo(0, 0); } });
-    const acts = make("div", { className: "acts" }, go("search with this picture", { sample, text: "", picture: null }));
+    const acts = make("div", { className: "acts" }, go("search with this image", { sample, text: "", picture: null }));
     if (captions.length) acts.append(go("search with its caption", { text: captions[0], sample: null, picture: null }));
     const near = make("div", { className: "wide columns" }), fits = make("div", { className: "wide columns" });
     dialog.replaceChildren(close, make("div", { className: "detail" }, ((image) => (image.className = "large", image.loading = "eager", image))(picture(sample, 1024, captions[0] || "")),
@@ -138,7 +138,7 @@ async function open(sample, list) {
     if (!current()) return;
     near.classList.toggle("two", neighbours.length > 1);
     near.replaceChildren(...neighbours.map((model, which) => make("div", {},
-      make("h3", { textContent: "Nearest pictures" + (neighbours.length > 1 ? `, ${models[which].name}` : "") }),
+      make("h3", { textContent: "Nearest images" + (neighbours.length > 1 ? `, ${models[which].name}` : "") }),
       make("div", { className: "hits" }, ...model.results.filter(hit => hit.sample !== sample).slice(0, 12).map(hit => card(hit))))));
     const named = await namedBy({ sample }, "");
     if (current()) fits.replaceChildren(...named);
@@ -192,7 +192,7 @@ function neighbour(from, [right, down]) {
   return best;
 }
 
-// words, pictures, filters
+// words, images, filters
 $("words").addEventListener("input", () => {
   later("words", 120, () => ask({ text: $("words").value.trim(), sample: null, picture: null }, false));
 });
@@ -226,7 +226,7 @@ document.addEventListener("drop", event => {
   const sample = event.dataTransfer.getData("application/x-sample"), file = event.dataTransfer.files[0];
   if (sample) ask({ sample: Number(sample), text: "", picture: null });
   else if (file) take(file);
-  else say("not a picture file: save it first, or copy and paste it", true);
+  else say("not an image file: save it first, or copy and paste it", true);
 });
 function drawFilters() {
   const rows = [...asked.filters, ["", ""]];
@@ -273,6 +273,6 @@ call("/api/about").then(found => {
   const name = data.name.replace(/\/+$/, "").split("/").slice(-2).join("/");
   document.title = `${name}: search`;
   $("title").textContent = name;
-  $("lead").textContent = `${number(data.samples)} pictures · ${models.map(model => model.name).join(" against ")}`;
+  $("lead").textContent = `${number(data.samples)} images · ${models.map(model => model.name).join(" against ")}`;
   recall();
 }).catch(fail);

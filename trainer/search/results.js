@@ -44,7 +44,7 @@ function score(hit) {
   const found = make("b", { textContent: hit.score.toFixed(3), title: "cosine" });
   if (hit.probability !== undefined) {
     found.append(make("i", { textContent: ` · ${percent(hit.probability)}` }));
-    found.title = "cosine · the model's probability that picture and text match";
+    found.title = "cosine · the model's probability that image and text match";
   }
   return found;
 }

@@ -4,11 +4,11 @@
     GET  /api/about              models, dataset, names of fields
     GET  /api/field?name=        its most frequent values
     GET  /api/sample?sample=     metadata and captions of a sample
-    POST /api/search?model=&kind=pictures|captions&count=&text= | sample= [&field=&value= ...]  body: a picture or empty
-    POST /api/labels?model=&sample=&template=&label= ...                                        body: a picture or empty
+    POST /api/search?model=&kind=pictures|captions&count=&text= | sample= [&field=&value= ...]  body: an image or empty
+    POST /api/labels?model=&sample=&template=&label= ...                                        body: an image or empty
     GET  /picture?sample=&side=  a thumbnail
 
-Other sites must not read the pictures. Without a token, a request is accepted only if its Host header names this
+Other sites must not read the images. Without a token, a request is accepted only if its Host header names this
 machine (DNS rebinding). Origin and Sec-Fetch-Site must not name another site; other origins may not embed responses.
 """
 
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         if not length.isdigit() or "Transfer-Encoding" in self.headers:
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "no Content-Length")
         if int(length) > MOST_BYTES:
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the picture is larger than {MOST_BYTES // 2**20} MiB")
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the image is larger than {MOST_BYTES // 2**20} MiB")
         return self.rfile.read(int(length))
 
     def _model(self) -> int:

@@ -5,8 +5,8 @@ statistics.
       image: {path: google/efficientnet-b0}
       text: {path: google-bert/bert-base-uncased}
 
-With batch statistics an embedding would depend on the other pictures of its micro-batch and rank: the second pass of a
-step would not repeat the first, and the micro-batch would change what is learned. With fixed statistics every picture
+With batch statistics an embedding would depend on the other images of its micro-batch and rank: the second pass of a
+step would not repeat the first, and the micro-batch would change what is learned. With fixed statistics every image
 is embedded independently, and the step is exact. The layers' scale and shift are trained.
 """
 

@@ -125,9 +125,9 @@ def _unknown(target: str, linear: list[str]) -> UserError:
 
 
 def add_lora(towers: PreTrainedModel, settings: LoraSettings, stretched: bool = False) -> Targets:
-    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen, but for text positions that
-    were ``stretched``, where the text tower is adapted. Names of parameters grow ``base_layer``, ``lora_A.default``,
-    ``lora_B.default``.
+    """Injects a fresh adapter, which changes nothing yet; all else of ``towers`` is frozen, except text position
+    embeddings that were ``stretched``, where the text tower is adapted. Names of parameters grow ``base_layer``,
+    ``lora_A.default``, ``lora_B.default``.
     """
     targets = choose_targets(towers, settings)
     names = {part for name, _ in towers.named_modules() for part in (name, name.rsplit(".", 1)[-1])}

@@ -1,4 +1,4 @@
-"""FLIP (arXiv 2212.00794): the image tower sees a random part of each picture's patches, and a step costs that much
+"""FLIP (arXiv 2212.00794): the image tower sees a random part of each image's patches, and a step costs that much
 less.
 
 CLIPA (arXiv 2305.07017) does the same to captions: the text tower sees a few of their tokens.
@@ -18,10 +18,10 @@ from trainer.core.types import UserError
 
 
 class MaskSettings(Settings):
-    """Patches and tokens left out in training; evaluation always sees whole pictures and captions."""
+    """Patches and tokens left out in training; evaluation always sees whole images and captions."""
 
     drop: float = Field(default=0.0, ge=0, lt=1)
-    "Fraction of patches to drop, drawn for each picture; FLIP: 0.5. 0 is off."
+    "Fraction of patches to drop, drawn for each image; FLIP: 0.5. 0 is off."
     tokens: int | None = Field(default=None, ge=2)
     "Maximum tokens of a caption, end token included; longer ones are shortened (CLIPA: 16 or 8). null: all."
     tokens_kept: Literal["first", "random", "block"] = "first"
@@ -31,7 +31,7 @@ class MaskSettings(Settings):
 
 
 class PatchDrop:
-    """A forward hook on the vision tower's embeddings that keeps a random subset of each picture's patches, in order.
+    """A forward hook on the vision tower's embeddings that keeps a random subset of each image's patches, in order.
 
     It uses torch's default generator only, so that restoring the random state repeats the choice: the second pass of a
     step sees the same patches as the first.

@@ -1,10 +1,10 @@
-"""Position embeddings for other sizes than a model was trained with: larger pictures (``model.image_size``), longer
+"""Position embeddings for other sizes than a model was trained with: larger images (``model.image_size``), longer
 captions (``model.num_tokens``).
 
-    model: {path: openai/clip-vit-base-patch32, num_tokens: 248}      # 77 positions become 248
+    model: {path: openai/clip-vit-base-patch32, num_tokens: 248}      # 77 position embeddings become 248
 
-Captions as in Long-CLIP (arXiv 2403.15378, section 3.2): the first 20 positions, which are well trained, stay, the rest
-is interpolated. CLIP, being causal, then embeds captions of up to 20 tokens as before.
+Captions as in Long-CLIP (arXiv 2403.15378, section 3.2): the first 20 position embeddings, which are well trained,
+stay, the rest is interpolated. CLIP, being causal, then embeds captions of up to 20 tokens as before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT = 20
-"""Positions that stay (Long-CLIP), of a table of at least twice as many; else half of it."""
+"""Position embeddings that stay (Long-CLIP), if the table has at least twice as many; else half of it."""
 TEXT_POSITIONS = "text_model.embeddings.position_embedding"
 
 
@@ -36,16 +36,18 @@ def check_num_tokens(config: PretrainedConfig, settings: ModelSettings) -> None:
         return
     if settings.path is None and settings.config is not None:
         raise UserError(
-            f"model.num_tokens is {wanted}, model.config.text_config has {positions} positions; raise its "
+            f"model.num_tokens is {wanted}, model.config.text_config has {positions} position embeddings; raise its "
             "max_position_embeddings, or lower num_tokens"
         )
     if config.model_type not in ("clip", *SIGLIP):
         raise UserError(
             f"model.num_tokens is {wanted}, the text tower ({config.text_config.model_type}) has {positions} "
-            "positions; those of CLIP and SigLIP alone are stretched: lower it"
+            "position embeddings, and only those of CLIP and SigLIP can be stretched: lower it"
         )
     if settings.text is None and positions < 4:
-        raise UserError(f"model.num_tokens is {wanted}: {positions} positions are too few to stretch; lower it")
+        raise UserError(
+            f"model.num_tokens is {wanted}: {positions} position embeddings are too few to stretch; lower it"
+        )
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def stretch_texts(towers: PreTrainedModel, num_tokens: int, quiet: bool = False)
 
 
 def kept(positions: int) -> int:
-    """How many of so many positions stay as they are."""
+    """How many of so many position embeddings stay as they are."""
     return min(KEPT, positions // 2)
 
 
@@ -93,7 +95,7 @@ def stretched(weight: Tensor, size: int, keep_last: bool) -> Tensor:
 
 @torch.no_grad()
 def resize_images(towers: PreTrainedModel, size: int) -> None:
-    """Makes the vision tower read ``size`` x ``size`` pictures: its position embeddings are resampled (bicubic, as
+    """Makes the vision tower read ``size`` x ``size`` images: its position embeddings are resampled (bicubic, as
     FlexiViT's baseline)."""
     config = towers.config.vision_config
     if size % config.patch_size:
