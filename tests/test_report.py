@@ -236,7 +236,10 @@ def test_what_steps_say_of_the_model_is_drawn(tmp_path: Path) -> None:
     write_log(
         tmp_path, 3, vitals={"image_to_text_r1": 0.25, "logit_matched": 1.0, "logit_other": -4.0, "dims_images": 7}
     )
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"samples_seen": 24, "advice": "this run learns nothing: t < 1"}\n' * 2)
     found = page(tmp_path)
+    assert found.text.count("Advice: this run learns nothing: t < 1") == 1
     assert found.count("figure") == 9 + 4
     for title in (
         "Retrieved in the batch",

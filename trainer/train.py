@@ -26,6 +26,7 @@ from trainer.core.collectives import on_main
 from trainer.data import Loader, SkippedSamples, build_loader
 from trainer.data.gather import gather_sample_ids
 from trainer.metrics import RunLog
+from trainer.metrics.advice import Advisor, Situation
 from trainer.run import Hook, Run, build, check_tower, describe, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
 from trainer.runtime.watchdog import Watchdog
@@ -86,9 +87,9 @@ def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
         "evaluating", recipe.eval.every, lambda run: run.evaluate_and_keep(loader), at_start=run.owes_evaluation
     )
     run.hooks = [saving, *([evaluating] if run.evaluates else []), *hooks]
-    log = RunLog(
-        run.directory, recipe.log, run.total, recipe=recipe.model_dump(mode="json"), samples_seen=run.samples_seen
-    )
+    tree = recipe.model_dump(mode="json")
+    advisor = Advisor(Situation.of(tree))
+    log = RunLog(run.directory, recipe.log, run.total, tree, run.samples_seen, advisor)
     try:
         with StopSignals() as signals:
             return loop(run, loader, log, signals, watch)

@@ -13,8 +13,8 @@
 ``step_seconds``, ``seconds`` (training time since the run began, without stops), ``memory_bytes`` and ``data_wait``
 (share of time, both of the worst rank); with several ranks also ``rank_seconds`` (time of a step until ranks first wait
 for each other: least, median, most) and the ``slowest_rank``; ``vitals``, what the model
-looks like in that step (vitals.py); and the values passed to ``note``. NaN and infinity are written as null, with a
-warning.
+looks like in that step (vitals.py); ``advice`` (advice.py); and the values passed to ``note``. NaN and infinity are
+written as null, with a warning.
 """
 
 from trainer.metrics.environment import write_environment

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from data_tools.io.files import write_atomic
 from trainer.core import distributed
 from trainer.core.settings import Settings
+from trainer.metrics.advice import Advisor
 from trainer.metrics.environment import write_environment
 from trainer.metrics.meters import Meter
 from trainer.metrics.progress_line import ProgressLine
@@ -58,10 +59,12 @@ class RunLog:
         total_samples: int,
         recipe: dict[str, Any] | None = None,
         samples_seen: int = 0,
+        advisor: Advisor | None = None,
     ) -> None:
         check_installed(settings.trackers)
         self._every = settings.every
         self._total, self._seen = total_samples, samples_seen
+        self._advisor = advisor
         self._meter = Meter()
         self._latest: dict[str, Any] = {}
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,9 @@ class RunLog:
             self._latest = measured
             if distributed.is_main():
                 self._write(position | values | measured)
+                for text in self._advisor.hear(position | values) if self._advisor else []:
+                    logger.warning(text)
+                    self.note(samples_seen, {"advice": text})
         if distributed.is_main():
             rate = {} if self._latest else {"pairs_per_second": self._meter.pairs_per_second()}
             self._line.show(

@@ -40,6 +40,8 @@ class Log:
     """The newest finite value of each key."""
     odd: dict[str, int] = field(default_factory=dict)
     """How often a key had no finite value."""
+    advice: list[str] = field(default_factory=list)
+    """What the run said is wrong (trainer/metrics/advice.py)."""
     damaged: int = 0
     """Lines that could not be read."""
 
@@ -76,6 +78,7 @@ def read_log(path: Path) -> Log:
             except (ValueError, KeyError, TypeError, AttributeError):
                 log.damaged += 1
                 continue
+            log.advice += [str(record["advice"])] if "advice" in record else []
             for key, value in record.items():
                 if isinstance(value, bool) or not isinstance(value, int | float | None):
                     continue

@@ -146,6 +146,7 @@ def _missing(facts: Facts) -> str:
         notes.append(f"The loss was not finite at {facts.log.odd['loss']:,} logged steps; the curve has gaps there.")
     if facts.log.damaged:
         notes.append(f"{facts.log.damaged:,} lines of log.jsonl could not be read and were left out.")
+    notes += [escape(f"Advice: {text}") for text in dict.fromkeys(facts.log.advice)]
     return "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
