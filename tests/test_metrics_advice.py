@@ -33,6 +33,7 @@ CAUSES = {
     "rate that grows too high": "the rate is too high",
     "17 captions as negatives": "equal captions are negatives: set loss.same_group=positive",
     "hardest negatives": "loss.negatives keeps the hardest alone",
+    "easiest negatives": "loss.negatives keeps the easiest alone",
     "hardest negatives, triplet": "loss.name=triplet",
     "temperature's rate too high": "the temperature's own rate is too high: lower model.rates.head (50)",
 }

@@ -61,7 +61,9 @@ class Situation:
         """From a recipe in which nothing is `auto` any more, as nested dicts."""
         batch, total, loss, optim = recipe["batch"]["size"], recipe["run"]["samples"], recipe["loss"], recipe["optim"]
         negatives = loss.get("negatives") or {}
-        plain = not recipe.get("distill") and not negatives.get("warmup")
+        kept = negatives["keep"] if negatives.get("ratio") and negatives["keep"] != "random" else ""
+        # Easy negatives cost little though nothing is learned; a growing ratio moves the loss by itself.
+        plain = not recipe.get("distill") and not negatives.get("warmup") and not kept
         warmup = optim["warmup"] * total if optim["warmup"] < 1 else optim["warmup"]
         return cls(
             batch=batch,
@@ -70,7 +72,7 @@ class Situation:
             loss=loss["name"],
             chance=chance_of(loss["name"], batch, negatives) if plain else None,
             same_group=loss.get("same_group", ""),
-            kept=negatives["keep"] if negatives.get("ratio") and negatives["keep"] != "random" else "",
+            kept=kept,
             head=recipe["model"]["rates"]["head"],
             noise=max(recipe["data"]["noise"].values()),
         )
