@@ -150,17 +150,17 @@ def test_random_captions_have_groups_of_their_own_and_differ(shards: Path) -> No
 
 def test_noise_of_a_picture_is_uniform_and_new_every_time() -> None:
     noise = Noise(NoiseSettings(image=1), prep(), seed=3, batch_size=8, start=0)
-    first, second = (noise.picture(position, np.zeros((3, 64, 64), np.uint8)) for position in (5, 6))
+    first, second = (noise.image(position, np.zeros((3, 64, 64), np.uint8)) for position in (5, 6))
     counts = np.bincount(first.ravel(), minlength=256)
     assert ((counts - 48) ** 2 / 48).sum() < 350, "chi-squared of 255 degrees of freedom"
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.04
-    assert np.array_equal(first, noise.picture(5, np.ones((3, 64, 64), np.uint8)))
+    assert np.array_equal(first, noise.image(5, np.ones((3, 64, 64), np.uint8)))
 
 
 def test_a_strip_of_patches_keeps_its_grid() -> None:
     noise = Noise(NoiseSettings(image=1), prep("patches"), seed=3, batch_size=8, start=0)
     strip = pack(torch.full((3, 8, 4), 200, dtype=torch.uint8), 4, 6).numpy()  # two patches of six
-    made = noise.picture(0, strip)
+    made = noise.image(0, strip)
     assert grid_size(made, 4, 6) == (2, 1)
     assert not made[:, :, 2 * 4 : 6 * 4].any() and len(np.unique(made[:, :, : 2 * 4])) > 40
 

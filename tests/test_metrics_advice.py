@@ -25,9 +25,9 @@ VITALS = (
     "cosine_texts", "repeated", "update_image", "update_text",
 )  # fmt: skip
 CAUSES = {
-    "shuffled table": "captions do not belong to their pictures",
-    "shuffled table, softmax": "captions do not belong to their pictures",
-    "blank pictures": "captions do not belong to their pictures, or these are blank",
+    "shuffled table": "captions do not belong to their images",
+    "shuffled table, softmax": "captions do not belong to their images",
+    "blank images": "captions do not belong to their images, or these are blank",
     "rate too low": "the towers hardly move (1e-06 of their weights in a step): raise optim.lr",
     "rate too high": "the rate is too high, a step moves a tower by 11.0% of its weights: lower optim.lr",
     "rate that grows too high": "the rate is too high",
@@ -68,7 +68,7 @@ def test_a_broken_run_is_told_what_is_wrong_and_the_true_cause_first(run: dict[s
 
 
 def test_what_was_learnt_and_is_gone_is_divergence() -> None:
-    sound, wrong = (next(run for run in RECORDED if run["name"] == name) for name in ("softmax", "blank pictures"))
+    sound, wrong = (next(run for run in RECORDED if run["name"] == name) for name in ("softmax", "blank images"))
     lines = list(records(sound)) + [
         record | {"step": 500 + record["step"], "samples_seen": 50_000, "loss": 4.85} for record in records(wrong)
     ]

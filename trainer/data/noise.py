@@ -71,7 +71,7 @@ class Noise:
         rows[chosen] = np.roll(chosen, -1)
         return rows
 
-    def picture(self, position: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def image(self, position: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Uniform noise in the shape of ``pixels`` [3, h, w]; a strip of patches keeps its grid and padding."""
         words = -(-pixels.size // 8)
         counter = np.arange(words, dtype=np.uint64) + np.uint64(derive_key(self.seed, "noise pixels", position))

@@ -149,7 +149,7 @@ class Reader:
         if (which := np.flatnonzero(noise.noisy("text", positions))).size:
             rows.tokens[which], rows.token_mask[which], rows.groups[which] = noise.captions(positions[which])
         for row in np.flatnonzero(noise.noisy("image", positions)).tolist():
-            rows.pixels[row] = noise.picture(int(positions[row]), rows.pixels[row])
+            rows.pixels[row] = noise.image(int(positions[row]), rows.pixels[row])
 
     def _write_captions_of(self, positions: Ints, where: Ints, rows: Rows) -> None:
         """Writes the captions drawn at ``positions`` into the rows ``where``, without reading images."""

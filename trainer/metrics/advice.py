@@ -31,7 +31,7 @@ NOTHING, LEARNT = 0.1, 0.5
 """Distance of matched from other pairs, in standard deviations of the latter, below which nothing and above which
 something has been learnt."""
 POINT = 0.97
-"""Mean cosine of pictures (captions) from which they are a point."""
+"""Mean cosine of images (captions) from which they are a point."""
 REPEATED = 0.3
 """Share of pairs with another one's caption from which negatives among them are worth a line."""
 
@@ -169,7 +169,7 @@ class Advisor:
         )
 
     def _collapses(self, now: dict[str, float]) -> str:
-        sides = [name for key, name in (("images", "pictures"), ("texts", "captions")) if now[f"cosine_{key}"] > POINT]
+        sides = [name for key, name in (("images", "images"), ("texts", "captions")) if now[f"cosine_{key}"] > POINT]
         if now["apart"] > LEARNT or not sides:
             return ""
         return f"the embeddings of all {' and '.join(sides)} are nearly equal"
@@ -199,7 +199,7 @@ class Advisor:
             yield "equal captions are negatives: set loss.same_group=positive, or name richer captions in data.caption"
         if kind != "contradicts itself" and self._fastest >= SLOW:
             yield (
-                "captions do not belong to their pictures, or these are blank: look at some pairs, check data.caption "
+                "captions do not belong to their images, or these are blank: look at some pairs, check data.caption "
                 "and the table that was sharded"
             )
         if kind in ("learns nothing", "collapses"):
