@@ -32,7 +32,7 @@ def ratios(run: Path, tower: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("elements", "off"), [(motion.ELEMENTS, 0.05), (10**9, 1e-3)])
-@pytest.mark.parametrize(("world", "ds_config"), [(1, "zero0"), (2, "zero1"), (2, "zero3")])
+@pytest.mark.parametrize(("world", "ds_config"), [(1, "zero0"), (2, "zero0"), (2, "zero1"), (2, "zero3")])
 def test_it_is_the_norm_of_the_update_over_that_of_the_weights(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, ds_config: str, elements: int, off: float
 ) -> None:
