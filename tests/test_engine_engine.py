@@ -121,7 +121,7 @@ def norms_of_a_step(stage: int) -> tuple[int, int, float, float]:
     return norms.count, len(gradients), result.grad_norm, after
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_norm_is_taken_once_and_of_all_gradients_together(stage: int) -> None:
     """DeepSpeed takes it parameter by parameter, up to three times a step."""
     count, parameters, before, after = run_ranks(norms_of_a_step, 1, stage)[0]

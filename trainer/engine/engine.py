@@ -72,8 +72,8 @@ class Engine:
         self._each = False
         self._scale: list[Fragment] | None = None
         self._motion: Motion | None = None
-        self._known_norm = torch.zeros(())
-        """Of the gradients that ``finish_gradients`` made, as ``step`` clips by it; not at ZeRO-3."""
+        self._known_norm: Any = torch.zeros(())
+        """Of the gradients that ``finish_gradients`` made, as DeepSpeed found it; ``step`` clips by it."""
 
     @property
     def module(self) -> Any:
@@ -186,16 +186,13 @@ class Engine:
         optimizer = self.ds_engine.optimizer
         limit = min((value for value in (self._clip, clip or 0.0) if value > 0), default=0.0)
         self.ds_engine.set_gradient_accumulation_boundary(True)
-        if not isinstance(optimizer, ZeROOptimizer):
+        if isinstance(optimizer, ZeROOptimizer):
+            optimizer.clip_grad = limit
+            with known_norm(optimizer, self._known_norm):
+                self.ds_engine.step()
+        else:
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, self._known_norm)
-            self.ds_engine.step()
-            return
-        optimizer.clip_grad = limit
-        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            self.ds_engine.step()
-            return
-        with known_norm(optimizer, self._known_norm):
             self.ds_engine.step()
 
     def discard_gradients(self) -> None:
@@ -224,7 +221,8 @@ class Engine:
     def _norm(self) -> float:
         optimizer = self.ds_engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            groups = [float(norm) for norm in optimizer._get_norm_groups()]
+            self._known_norm = optimizer._get_norm_groups()
+            groups = [float(norm) for norm in self._known_norm]
             norm = -1.0 if min(groups) < 0 else sum(value**2 for value in groups) ** 0.5
         elif isinstance(optimizer, ZeROOptimizer):
             self._known_norm = optimizer.scaled_global_norm()
