@@ -78,10 +78,10 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], seen: Path, ou
     )
     step, write = train.Run.step, tensor_file.DigestFile.write
 
-    def noted(self: train.Run, batch: Batch) -> Any:
+    def noted(self: train.Run, batch: Batch, **keys: Any) -> Any:
         with (seen / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps([self.samples_seen, rank, world, batch.ids.tolist()]) + "\n")
-        return step(self, batch)
+        return step(self, batch, **keys)
 
     def slow(self: Any, data: Any) -> None:
         time.sleep(0.002)  # else a fault would hardly ever meet a checkpoint that is being written
