@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from tests.support.dense_step import Case, Pieces, captured, global_batch, reference, relative_errors, seed_rank
 from tests.support.forked_ranks import run_ranks
@@ -23,11 +24,13 @@ CASES = [
     (Case(stage=1, compile=True), Pieces(6)),  # 6, 6 and 4 rows
     (Case(stage=2, compile=True, recompute="all"), Pieces(6)),
     (Case(stage=1, compile=True, lora=True), Pieces(6)),
+    (Case(stage=1, compile=True, lora=True, recompute="all"), Pieces(6)),
     (Case(stage=1, compile=True, kind="clip"), Pieces(6)),
 ]
 
 
 def gradients(case: Case, pieces: Pieces, backend: str) -> tuple[float, dict[str, Tensor]]:
+    dynamo_config.fail_on_recompile_limit_hit = True  # else layers would run as without compilation, and be exact
     with patch.object(compiled, "BACKEND", backend):
         engine = case.engine()
     seed_rank(0)
@@ -80,12 +83,59 @@ def test_layers_share_what_is_compiled() -> None:
     assert run_ranks(shared, 1) == [(4, 2, True)]
 
 
+def graphs_of_a_run(case: Case) -> list[int]:
+    dynamo_config.fail_on_recompile_limit_hit = True
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model, batch, counts = case.model(), global_batch(case.rows, 0), []
+    with patch.object(compiled, "BACKEND", backend):
+        engine = case.engine(model=model)
+    for micro_batch in (6, 5, 3, 6, 5):  # 6, 6, 4 rows; 5, 5, 5, 1; ...
+        train_step(engine, batch, SigmoidLoss(), micro_batch)
+        counts.append(len(graphs))
+    model.eval()
+    for rows in (16, 7):
+        part = batch.split(rows)[0]
+        with torch.no_grad():
+            model(part.pixels, part.tokens, part.token_mask)
+        counts.append(len(graphs))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(compile=True),
+        Case(compile=True, lora=True, recompute=2),
+        Case(compile=True, locked="towers.vision_model.encoder.layers.0"),
+    ],
+    ids=str,
+)
+def test_a_run_stays_compiled(case: Case) -> None:
+    """Uneven and smaller micro-batches, locked layers, adapters, evaluation: no layer falls back, no size compiles
+    twice."""
+    first, second, *others, evaluated, again = run_ranks(graphs_of_a_run, 1, case)[0]
+    assert 0 < first <= second < evaluated == again
+    assert set(others) == {second}
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine\.compile: ZeRO-3 .* ZeRO 0 to 2"):
         compile_layers(nn.Linear(2, 2), 3)
     with pytest.raises(UserError, match=r"engine\.compile: Linear has no list of layers"):
         compile_layers(nn.Linear(2, 2), 0)
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"engine\.compile: .* no Python\.h"):
+        compile_layers(nn.Linear(2, 2), 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "clang++").touch(0o755)  # which torch does not look for
+    with pytest.raises(UserError, match=r"engine\.compile: .* C\+\+ compiler"):
+        compile_layers(nn.Linear(2, 2), 0)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"engine\.compile: .* C\+\+ compiler"):
         compile_layers(nn.Linear(2, 2), 0)

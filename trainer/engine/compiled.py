@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ BACKEND = "inductor"
 OPTIONS = {"fallback_random": True}
 """Random numbers drawn as without compilation: pass 2 of a step and recomputation must drop what the first forward pass
 dropped."""
+RECOMPILE_LIMIT = 64
+"""Both towers' layers are often one function, which torch compiles anew for each tower, pass 1 and pass 2, training and
+evaluation, locked layers, adapters, a second size of micro-batch: 12 to 18 times in a run. From the 9th on, torch's
+default, layers would run as without compilation."""
 
 
 def compile_layers(model: nn.Module, zero_stage: int) -> int:
@@ -40,6 +46,9 @@ def compile_layers(model: nn.Module, zero_stage: int) -> int:
     layers = _layers(model)
     if not layers:
         raise UserError(f"engine.compile: {type(model).__name__} has no list of layers; set engine.compile=false")
+    from torch._dynamo import config as dynamo_config  # takes most of a second to import
+
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, RECOMPILE_LIMIT)
     options: dict[str, Any] = {"options": OPTIONS} if BACKEND == "inductor" else {}
     for layer in layers:
         holder: Any = layer
@@ -61,8 +70,15 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _require_compiler() -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise UserError("engine.compile: torch.compile needs a C++ compiler on every node (apt-get install g++)")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "engine.compile: torch.compile needs a C++ compiler on every node (apt-get install g++, or set CXX)"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise UserError(
+            f"engine.compile: torch.compile needs Python's headers, and {headers} has no Python.h "
+            "(apt-get install python3-dev)"
+        )
     if distributed.device().type == "cuda" and not has_triton():
         raise UserError("engine.compile: torch.compile needs Triton and a GPU since Volta; set engine.compile=false")
