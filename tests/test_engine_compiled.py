@@ -128,8 +128,13 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         compile_layers(nn.Linear(2, 2), 3)
     with pytest.raises(UserError, match=r"engine\.compile: Linear has no list of layers"):
         compile_layers(nn.Linear(2, 2), 0)
+    headers = compiled.sysconfig.get_path("include")
     monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("CPATH", raising=False)
     with pytest.raises(UserError, match=r"engine\.compile: .* no Python\.h"):
+        compile_layers(nn.Linear(2, 2), 0)
+    monkeypatch.setenv("CPATH", headers)
+    with pytest.raises(UserError, match="Linear has no list of layers"):  # the headers are found
         compile_layers(nn.Linear(2, 2), 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -74,11 +74,12 @@ def _require_compiler() -> None:
         raise UserError(
             "engine.compile: torch.compile needs a C++ compiler on every node (apt-get install g++, or set CXX)"
         )
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
+    headers = sysconfig.get_path("include")
+    searched = [headers, *os.environ.get("CPATH", "").split(os.pathsep)]  # compilers look in CPATH too
+    if not any((Path(folder) / "Python.h").exists() for folder in searched if folder):
         raise UserError(
             f"engine.compile: torch.compile needs Python's headers, and {headers} has no Python.h "
-            "(apt-get install python3-dev)"
+            "(apt-get install python3-dev, or set CPATH to its folder)"
         )
     if distributed.device().type == "cuda" and not has_triton():
         raise UserError("engine.compile: torch.compile needs Triton and a GPU since Volta; set engine.compile=false")
