@@ -55,14 +55,14 @@ def norm_of_all_at_once(ds_engine: Any) -> None:
     optimizer = ds_engine.optimizer
     if not hasattr(optimizer, "get_grad_norm_direct"):
         return
+    partitions = getattr(optimizer, "_get_param_partition_group", None)  # ZeRO-3's
 
     def norm(gradients: Sequence[Tensor], params: Sequence[Any], norm_type: float = 2) -> Tensor:
         assert norm_type == 2
         parts = torch._foreach_norm([g for g in gradients if not getattr(g, "_zero_padding", False)])
         squares = torch.stack(parts).double().square_().sum() if parts else torch.zeros(()).double()
         squares = squares.to(optimizer.device)
-        partitions = getattr(optimizer, "_get_param_partition_group", lambda parameter: optimizer.dp_process_group)
-        dist.all_reduce(squares, group=partitions(params[0]))
+        dist.all_reduce(squares, group=partitions(params[0]) if partitions else optimizer.dp_process_group)
         total = squares.sqrt_().float()
         return torch.where(total.isfinite(), total, -1.0)  # what DeepSpeed says of a norm that is not finite
 
