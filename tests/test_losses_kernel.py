@@ -1,5 +1,5 @@
 """The Triton kernel by Triton's interpreter: the tile against float64, and the whole loss no further from it than with
-embeddings rounded to bfloat16. And what it takes of cards that are not here."""
+embeddings rounded to bfloat16. And its resources on cards that are not here."""
 
 import os
 import subprocess

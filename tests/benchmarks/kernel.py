@@ -1,4 +1,5 @@
-"""What the loss's kernel takes of each card, compiled without one: registers, spills, shared memory, instructions.
+"""Resources of the loss's kernel on each card, from compiling it (no card needed): registers, spills, shared memory,
+instructions.
 
 python -m tests.benchmarks.kernel
 """
@@ -44,7 +45,7 @@ class Resources(NamedTuple):
 
 
 def compiled(capability: int, even: bool) -> Resources:
-    """The kernel for a card, where blocks fill the tile (``even``) or stand out of it."""
+    """The kernel for a card, for a batch that is a multiple of the block size (``even``) or not."""
     block = kernel.blocks_of(capability // 10)
     assert block is not None
     constants: dict[str, Any] = {"R": block.rows, "C": block.columns, "D": block.width, "BAND": block.band}
@@ -81,14 +82,14 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def main() -> None:
-    print("| card | blocks | registers | spilled, bytes | shared memory | tensor-core instructions | others a pair |")
+    print("| card | blocks | registers | spilled, bytes | shared memory | tensor-core instructions | other instructions per pair |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for capability, (card, limit) in CARDS.items():
         block = kernel.blocks_of(capability // 10)
         assert block is not None
         for even in (True, False):
             found = compiled(capability, even)
-            shape = f"{block.rows} x {block.columns} x {block.width}{'' if even else ', standing out'}"
+            shape = f"{block.rows} x {block.columns} x {block.width}{'' if even else ', batch not a multiple'}"
             print(
                 f"| {card}, sm_{capability} | {shape} | {found.registers} | {found.spilled} | "
                 f"{found.shared / 1024:.0f} of {limit} KiB | {found.products} | {found.others:.0f} |"
