@@ -82,7 +82,9 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def main() -> None:
-    print("| card | blocks | registers | spilled, bytes | shared memory | tensor-core instructions | other instructions per pair |")
+    print(
+        "| card | blocks | registers | spilled, bytes | shared memory | tensor-core instructions | other instructions per pair |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|")
     for capability, (card, limit) in CARDS.items():
         block = kernel.blocks_of(capability // 10)
