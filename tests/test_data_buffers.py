@@ -20,6 +20,7 @@ SHAPES: list[tuple[tuple[int, ...], type[Any]]] = [
     ((3, 9), np.bool_),
     ((3,), np.int64),
     ((3,), np.int64),
+    ((3, 8), np.float16),
 ]
 
 
@@ -29,7 +30,8 @@ def address(batch: Any) -> int:
 
 def test_a_batch_has_the_types_of_a_batch_and_shares_its_memory_with_the_rows() -> None:
     batch, rows = BatchBuffers(SHAPES, 1, None).take()
-    assert [t.dtype for t in batch] == [torch.uint8, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert [t.dtype for t in batch[:5]] == [torch.uint8, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert batch.taught.dtype == torch.float16
     assert [tuple(t.shape) for t in batch] == [shape for shape, _ in SHAPES]
     assert all(t.data_ptr() % ALIGNMENT == 0 for t in batch)
     for number, (tensor, row) in enumerate(zip(batch, rows, strict=True)):

@@ -30,8 +30,8 @@ from tests.support.tiny_models import PRETRAINED, tiny_captions, tiny_config, ti
 from trainer.core.types import Batch, PrecomputedTower, Preprocess, UserError
 from trainer.data.noise import Noise
 from trainer.data.patches import grid_size, pack
-from trainer.data.reader import hash_caption
 from trainer.data.settings import NoiseSettings
+from trainer.data.sharded_dataset import hash_caption
 
 ALL = {"image": 0.4, "text": 0.3, "pairing": 0.5}
 BATCH, STEPS = 12, 4

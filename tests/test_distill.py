@@ -35,6 +35,7 @@ from tests.support.tiny_models import letter_tokenizer, tiny_batch, tiny_model, 
 from trainer import config
 from trainer.core import distributed
 from trainer.core.types import Embeddings, UserError
+from trainer.data import DataSettings
 from trainer.distill import DistillSettings, TeacherModel, build_teacher, check_inputs
 from trainer.losses import PairLoss, SigmoidLoss, SigmoidSettings, SoftmaxLoss, TaughtLoss
 from trainer.losses.distill import AffinityLoss
@@ -248,7 +249,7 @@ def test_a_teacher_that_joins_or_leaves_does_not_hide_the_queue(
     [
         (["distill.teacher=/nowhere/teacher"], "distill.teacher '/nowhere/teacher'"),
         (["distill.teacher=TEACHERS/one", "distill.weight=0"], "'distill.weight'"),
-        (["distill.weight=2"], "'distill.teacher' is required"),
+        (["distill.weight=2"], "teacher: name one"),
         (["distill.teacher=TEACHERS/clip"], "needs images resized by crop, but the student's are squash"),
         (["distill.teacher=TEACHERS/one", "model.num_tokens=6"], "set model.num_tokens=8"),
         (["distill.teacher=TEACHERS/one", "model.image_size=24"], "set model.image_size=16"),
@@ -268,7 +269,7 @@ def test_a_teacher_sees_what_the_student_sees(teachers: Path) -> None:
     check_inputs("teacher", student, dataclasses.replace(student, mean=(0.1, 0.2, 0.3)))
     batch = tiny_batch(5)
     truth = build(DistillSettings(teacher=str(teachers / "one")).model).eval()
-    taught = build_teacher(DistillSettings(teacher=str(teachers / "one")), student, precision="fp32")(batch, 2)
+    taught = build_teacher(DistillSettings(teacher=str(teachers / "one")), student, "fp32", DataSettings())(batch, 2)
     torch.testing.assert_close(taught.image, normalize(truth.embed_images(batch.pixels)).detach(), rtol=0, atol=1e-6)
 
 

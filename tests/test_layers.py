@@ -11,7 +11,7 @@ LAYERS = [
     {"core"},
     {"engine", "optim", "metrics", "models", "losses", "data", "runtime"},
     {"gradient", "two_pass", "checkpoint", "evals", "distill"},
-    {"step"},
+    {"step", "reinforce"},
     {"config"},
     {"plan", "defaults", "blend"},
     {"run"},

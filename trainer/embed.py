@@ -1,15 +1,18 @@
-"""Writes a locked tower's embeddings beside the shards, once: training then never runs that tower (SigLiT, arXiv
-2303.15343, section 4.2).
+"""Writes embeddings beside the shards, once: training then never runs what made them. They are a locked tower's
+(SigLiT, arXiv 2303.15343, section 4.2), or of a teacher's views and captions (MobileCLIP, arXiv 2311.17049).
 
     python -m trainer.embed RECIPE                                  # the columns of model.precomputed, for data.train
     python -m trainer.embed RECIPE model.precomputed.image=vit_b16 --storage int8
+    python -m trainer.embed RECIPE distill.teacher=PATH distill.stored=vitl --views 8     # a teacher, or several [A,B]
     torchrun --nproc-per-node 8 -m trainer.embed RECIPE             # each rank embeds its share (or deepspeed --module)
     deepspeed --module trainer.train RECIPE                         # reads them
 
 The column is stored beside the tars (columns/NAME.npy, with the tower's fingerprint in the manifest), like those of
 `python -m data_tools join`. To continue a killed run, give the same command again; the manifest is written last. fp16
 takes 2 bytes per number, int8 one and a factor per row. Rank 0 joins the parts at the end: raise run.timeout if that
-takes more than ten minutes. Exit codes: 0 written (or already there), 2 a mistake in the recipe or the data.
+takes more than ten minutes. Of a teacher, --views augmentations of every image (data.augment of the recipe; training
+draws one of them) and all captions are embedded, as fp16 or fp32. Exit codes: 0 written (or already there), 2 a mistake
+in the recipe or the data.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import Tensor
 from data_tools.io.errors import run_command
 from data_tools.io.progress import Progress
 from trainer import config
+from trainer.config import Recipe
 from trainer.core import collectives, distributed
 from trainer.core.collectives import on_main
 from trainer.core.help import describe
@@ -40,9 +44,11 @@ from trainer.data.open import open_source
 from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
+from trainer.distill import DistillSettings
 from trainer.engine.precision import DTYPES, Precision
 from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
+from trainer.reinforce import TeacherEmbedder, Views
 
 logger = logging.getLogger(__name__)
 
@@ -52,30 +58,43 @@ def main(argv: list[str]) -> int:
     recipe = config.load(options.recipe, options.overrides)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: must be 1 or more")
-    if recipe.model.precomputed.side is None:
+    distill, precision = recipe.distill, options.precision or recipe.engine.computes_in
+    of_teacher = distill is not None and distill.stored is not None
+    if recipe.model.precomputed.side is None and not of_teacher:
         raise UserError(
             "model.precomputed is empty: name the column to write, for example model.precomputed.image=vit_b16 (with "
-            "model.lock.image)"
+            "model.lock.image); of a teacher, distill.teacher and distill.stored"
         )
     with distributed.process_group(recipe.run.timeout) if "RANK" in os.environ else nullcontext():
-        model = build(recipe.model.without_precomputed_tower)
-        precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
-        precision = options.precision or recipe.engine.computes_in
-        model = model.to(distributed.device()).eval()
-        embedder = Embedder(model, precomputed, recipe.data, options.batch_size, precision, tower_path(recipe.model))
+        embedder: Embedder | TeacherEmbedder
+        if distill is not None and of_teacher:
+            if not distill.teachers:
+                raise UserError("distill.teacher is empty: name the model whose embeddings are to be written")
+            views = Views(options.views, recipe.run.seed)
+            embedder = TeacherEmbedder(distill, recipe.data, views, options.batch_size, precision, options.storage)
+        else:
+            embedder = tower_embedder(recipe, options.batch_size, precision, options.storage)
         for settings in (
             [SourceSettings(path=sharded(path)) for path in options.data] if options.data else recipe.data.sources
         ):
-            embed(embedder, open_source(settings, recipe.data), options.storage)
+            embed(embedder, open_source(settings, recipe.data))
     return 0
 
 
+def tower_embedder(recipe: Recipe, batch_size: int, precision: str, storage: Storage) -> Embedder:
+    """Embeds with the locked tower of ``model.precomputed``."""
+    model = build(recipe.model.without_precomputed_tower)
+    precomputed = precomputed_tower(model.towers, model.preprocess, recipe.model.precomputed)
+    model = model.to(distributed.device()).eval()
+    return Embedder(model, precomputed, recipe.data, batch_size, precision, tower_path(recipe.model), storage)
+
+
 @torch.inference_mode()
-def embed(embedder: Embedder, source: ShardedDataset, storage: Storage) -> None:
-    """Writes the column of one dataset; every rank calls it."""
-    writer = ColumnWriter(source.dataset, embedder.precomputed, storage, embedder.facts(source))
+def embed(embedder: Embedder | TeacherEmbedder, source: ShardedDataset) -> None:
+    """Writes the columns of one dataset; every rank calls it."""
+    writer = embedder.writer(source)
     if on_main(lambda: {"there": writer.finished()})["there"]:
-        logger.info(f"{source.dataset.root}: {embedder.precomputed.column!r} is already there, written by this tower")
+        logger.info(f"{source.dataset.root}: {writer.name!r} is already there, written by the same model")
         return
     with ExitStack() as lock:
         missing = on_main(lambda: {"parts": lock.enter_context(writer.locked())})["parts"]
@@ -88,15 +107,12 @@ def embed(embedder: Embedder, source: ShardedDataset, storage: Storage) -> None:
                 batches = []
                 for batch in embedder.rows(source, writer.samples(part)):
                     batches.append(batch)
-                    progress.add(len(batch) * distributed.world_size())  # assumes that the other ranks are as fast
-                writer.write(part, np.concatenate(batches))
+                    progress.add(len(batch[0]) * distributed.world_size())  # assumes that the other ranks are as fast
+                writer.write(part, *map(np.concatenate, zip(*batches, strict=True)))
         collectives.barrier()
         empty = on_main(lambda: {"empty": writer.finish()})["empty"]
     left = f", {empty:,} samples could not be used" if empty else ""
-    logger.info(
-        f"{source.dataset.root}: {source.size:,} embeddings of {embedder.precomputed.width} numbers as "
-        f"{embedder.precomputed.column!r}{left}"
-    )
+    logger.info(f"{source.dataset.root}: {source.size:,} samples, {embedder.title}{left}")
 
 
 class Embedder:
@@ -110,18 +126,29 @@ class Embedder:
         batch_size: int,
         precision: str,
         origin: str,
+        storage: Storage = "fp16",
     ) -> None:
         self.model, self.precomputed, self.data, self.origin = model, precomputed, data, origin
+        self.storage = storage
         self.batch_size, self.precision = batch_size, precision
         self.device = distributed.device()
         self.threads = distributed.cores()
+
+    @property
+    def title(self) -> str:
+        """For the log."""
+        return f"an embedding of {self.precomputed.width} numbers each, as {self.precomputed.column!r}"
+
+    def writer(self, source: ShardedDataset) -> ColumnWriter:
+        """Writes the column of one dataset."""
+        return ColumnWriter(source.dataset, self.precomputed, self.storage, self.facts(source))
 
     def facts(self, source: ShardedDataset) -> dict[str, object]:
         """The column's entry in the manifest, besides the tower."""
         texts = {"captions": source.fields} if self.precomputed.side == "text" else {}
         return {"model": self.origin, "precision": self.precision, **texts}
 
-    def rows(self, source: ShardedDataset, samples: range) -> Iterator[Half]:
+    def rows(self, source: ShardedDataset, samples: range) -> Iterator[tuple[Half]]:
         """Yields [b, k] float16 for each batch of ``samples`` in order, with zeros for unusable ones. Reads ahead of
         the tower."""
         starts = range(samples.start, samples.stop, self.batch_size)
@@ -132,7 +159,7 @@ class Embedder:
                 if index < len(batches):
                     ahead.append([pool.submit(self._read, source, sample) for sample in batches[index]])
                 if index:
-                    yield self._embed([future.result() for future in ahead.pop(0)])
+                    yield (self._embed([future.result() for future in ahead.pop(0)]),)
 
     def _read(self, source: ShardedDataset, sample: int) -> Tensor | str | None:
         """The tower's input: uint8 [3, h, w], or a caption; None if the sample cannot be used."""
@@ -185,7 +212,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.embed",
         description=__doc__,
-        epilog=describe(PrecomputedSettings, "model.precomputed."),
+        epilog=describe(PrecomputedSettings, "model.precomputed.") + "\n" + describe(DistillSettings, "distill."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe that will train on them")
@@ -194,6 +221,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--data", action="append", metavar="SHARDS", help="embed these instead of data.train; may be repeated"
     )
     parser.add_argument("--storage", choices=get_args(Storage), default="fp16", help="storage format (default fp16)")
+    parser.add_argument(
+        "--views", type=int, default=1, metavar="K", help="of a teacher: augmentations of each image (default 1)"
+    )
     parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="samples per forward pass (default 256)"
     )

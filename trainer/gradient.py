@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trainer.engine import Engine
 
 GradReduction = Literal["auto", "per_step", "per_micro_batch"]
-Teacher = Callable[[Batch, int], Embeddings]
+Teacher = Callable[[Batch, int], Embeddings | list[Embeddings]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Attempt:
     ) -> None:
         self.engine, self.batch, self.loss, self.rows, self.teacher = engine, batch, loss, rows, teacher
         self.reduces_early = grad_reduction == "per_micro_batch" or (grad_reduction == "auto" and engine.reduces_early)
-        self.taught: Embeddings | None = None
+        self.taught: Embeddings | list[Embeddings] | None = None
         self.trouble = OutOfMemory()
         self.clock = Stopwatch(engine.device)
         self.num_kept = sample

@@ -27,7 +27,7 @@ from trainer.core.types import Batch, UserError
 from trainer.data import Loader
 from trainer.data.gather import gather_skipped
 from trainer.defaults import decide, look_at_captions
-from trainer.distill import TeacherModel, build_teacher
+from trainer.distill import StoredTeacher, TeacherModel, build_teacher
 from trainer.engine import Engine, build_engine
 from trainer.losses import PairLoss, TaughtLoss
 from trainer.metrics import vitals
@@ -75,7 +75,7 @@ class Run:
     model: DualEncoder
     engine: Engine
     loss: PairLoss | TaughtLoss
-    teacher: TeacherModel | None
+    teacher: TeacherModel | StoredTeacher | None
     guard: Guard
     checkpointer: Checkpointer
     ceiling: float | None
@@ -213,7 +213,7 @@ def build(recipe: Recipe) -> Run:
     recipe, decisions = decide(recipe, model, look_at_captions(recipe, model))
     main, teacher = losses.build(recipe.loss), None
     if recipe.distill is not None:
-        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.computes_in)
+        teacher = build_teacher(recipe.distill, model.preprocess, recipe.engine.computes_in, recipe.data)
     loss = main if recipe.distill is None else TaughtLoss(main, recipe.distill.weight, recipe.loss)
     if world > 1:
         loss.connect(distributed.device())

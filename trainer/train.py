@@ -78,6 +78,7 @@ def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
         distributed.world_size(),
         recipe.run.seed,
         run.samples_seen,
+        recipe.distill.stored if recipe.distill else None,
     )
     if resumed is not None and distributed.is_main():
         loader.skipped = SkippedSamples(**resumed.extra["skipped"])

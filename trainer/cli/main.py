@@ -26,7 +26,7 @@ TRAINER: Groups = {
         "finetune": "finetune a model on your pairs with one command: chooses a recipe, trains, measures forgetting",
         "plan": "forecast memory and time per GPU; choose ds_config and micro-batch",
         "doctor": "check this machine or a cluster before a run",
-        "embed": "store the embeddings of a locked tower beside the shards (SigLiT)",
+        "embed": "store the embeddings of a locked tower (SigLiT) or of teachers beside the shards",
     },
     "Models": {
         "evaluate": "retrieval and zero-shot scores of a run, an export or a Hugging Face model",

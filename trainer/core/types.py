@@ -46,7 +46,9 @@ class Batch(NamedTuple):
     ``pixels`` [b, 3, h, w] uint8 (normalised on the device, inside the model), ``tokens`` [b, n] int64, ``token_mask``
     [b, n] bool (True on real tokens), ``ids`` [b] int64 (the sample's number in its dataset: names it in logs),
     ``groups`` [b] int64 (a hash of the caption: pairs of one group are never each other's negatives when the loss is
-    told so). Of a tower whose embeddings are stored, ``pixels`` or ``tokens`` are those, [b, k] float16.
+    told so). Of a tower whose embeddings are stored, ``pixels`` or ``tokens`` are those, [b, k] float16. ``taught``
+    [b, 2 d] float16 or float32 are a stored teacher's embeddings of this view of the image and, after them, of this
+    caption (``distill.stored``); without one it is empty.
     """
 
     pixels: Tensor
@@ -54,6 +56,7 @@ class Batch(NamedTuple):
     token_mask: Tensor
     ids: Tensor
     groups: Tensor
+    taught: Tensor = torch.empty(0)
 
     @property
     def rows(self) -> int:
@@ -75,8 +78,8 @@ class Embeddings(NamedTuple):
     ``image`` [b, d] and ``text`` [b, d] are L2-normalised (a tower that was not run gives [0, d]); ``scale`` is the
     factor on cosine similarities *after* the exponential (SigLIP's t = exp(t')) and ``bias`` is added to the logits:
     both one element. ``groups`` [b] int64, where given, marks pairs that must not be each other's negatives.
-    ``teacher``, where given, has a teacher's embeddings of the same pairs, of its own width and without gradient
-    (distillation).
+    ``teacher``, where given, has a teacher's embeddings of the same pairs, of its own width and without gradient, or
+    those of several teachers (distillation).
     """
 
     image: Tensor
@@ -84,7 +87,7 @@ class Embeddings(NamedTuple):
     scale: Tensor
     bias: Tensor
     groups: Tensor | None = None
-    teacher: Embeddings | None = None
+    teacher: Embeddings | list[Embeddings] | None = None
 
 
 class Loss(Protocol):

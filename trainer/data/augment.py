@@ -15,14 +15,26 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from trainer.core.types import Preprocess
 from trainer.data.patches import grid_of, pack
-from trainer.data.settings import AugmentSettings
-from trainer.data.transforms import Pixels, fitted_size, resize, resized
+from trainer.data.settings import AugmentSettings, DataSettings
+from trainer.data.transforms import Pixels, decode, fit, fitted_size, least_size, resize, resized
 
 NUM_DRAWS = 16
 """Uniform numbers a sample may use: 0 the caption, 1 to 4 the crop, 5 the flip, from 6 two for each colour
-operation."""
+operation, 14 the view of a stored teacher."""
+VIEW = 14
 
 OPERATIONS = ("brightness", "contrast", "saturation", "sharpness", "autocontrast", "posterize")
+
+
+def picture(image: bytes, settings: DataSettings, preprocess: Preprocess, draws: NDArray[np.float64]) -> torch.Tensor:
+    """Encoded bytes -> uint8 pixels as ``fit`` shapes them, augmented as ``settings`` and the sample's [NUM_DRAWS]
+    numbers say. Raises Damaged."""
+    if settings.augment.active:
+        # a crop is resized from fewer pixels than the whole image
+        scaling = settings.jpeg_scaling / settings.augment.crop_scale[0] ** 0.5
+        pixels = decode(image, settings.max_pixels, least_size(scaling, preprocess))
+        return augment(pixels, settings.augment, preprocess, draws)
+    return fit(decode(image, settings.max_pixels, least_size(settings.jpeg_scaling, preprocess)), preprocess)
 
 
 def augment(

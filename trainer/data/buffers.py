@@ -24,6 +24,7 @@ from trainer.data.reader import Rows
 BATCH_TYPES = {
     np.uint8: torch.uint8,
     np.float16: torch.float16,
+    np.float32: torch.float32,
     np.int32: torch.int64,
     np.bool_: torch.bool,
     np.int64: torch.int64,

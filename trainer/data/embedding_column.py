@@ -30,7 +30,7 @@ from data_tools.io.lock import FileLock
 from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.transforms import Damaged
 
-Storage = Literal["fp16", "int8"]
+Storage = Literal["fp16", "int8", "fp32"]
 Half = NDArray[np.float16]
 ROWS = 8192
 """Samples per part; a killed run loses at most one part on each rank."""
@@ -102,15 +102,12 @@ def to_int8(rows: Half) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     return np.rint(values / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
 
 
-class ColumnWriter:
-    """Writes a column: parts in ``.embed``, each written atomically, and the manifest last, by one rank.
-
-    A run that finds parts of the same tower and dataset continues from them.
+class PartWriter:
+    """Writes the columns of one embedding run: parts in ``.embed``, each written atomically, and the manifest last, by
+    one rank. A run that finds parts of the same dataset and ``identity`` continues from them.
     """
 
-    def __init__(
-        self, dataset: Dataset, precomputed: PrecomputedTower, storage: Storage, facts: dict[str, Any]
-    ) -> None:
+    def __init__(self, dataset: Dataset, name: str, identity: list[Any]) -> None:
         if dataset.is_remote or not Path(dataset.root, MANIFEST).is_file():
             remedy = (
                 "copy it to a local folder"
@@ -118,34 +115,28 @@ class ColumnWriter:
                 else f"`python -m data_tools index {dataset.root}` makes a manifest"
             )
             raise UserError(f"{dataset.root}: columns are written beside a local manifest: {remedy}")
-        self.dataset, self.precomputed, self.storage, self.facts = dataset, precomputed, storage, facts
-        state = [
-            precomputed.fingerprint,
-            precomputed.column,
-            facts,
-            [[e["name"], e["samples"]] for e in dataset.manifest["shards"]],
-        ]
+        self.dataset, self.name = dataset, name
+        state = [*identity, [[e["name"], e["samples"]] for e in dataset.manifest["shards"]]]
         key = xxhash.xxh3_64_hexdigest(json.dumps([state, dataset.manifest.get("plan")], sort_keys=True).encode())
         self.scratch = Path(dataset.root, ".embed")  # not data_tools' .parts, which `merge`, `index` and `join` clear
-        self.folder = self.scratch / f"{precomputed.column}-{key}"
+        self.folder = self.scratch / f"{name}-{key}"
+
+    @property
+    def rows(self) -> int:
+        """Samples per part."""
+        return ROWS
 
     @property
     def num_parts(self) -> int:
-        return -(-self.dataset.num_samples // ROWS)
+        return -(-self.dataset.num_samples // self.rows)
 
     def finished(self) -> bool:
-        """Whether the column exists already. Raises UserError if another column has its name."""
-        entry = self.dataset.manifest.get("columns", {}).get(self.precomputed.column)
-        if entry is None:
-            return False
-        PrecomputedColumn(self.dataset, self.precomputed, self.facts.get("captions", []))
-        storage = "int8" if entry["dtype"] == "int8" else "fp16"
-        if storage != self.storage:
-            raise UserError(
-                f"{self.dataset.root}: the column {self.precomputed.column!r} is there as {storage}; give the "
-                f"{self.storage} another name"
-            )
-        return True
+        """Whether the columns exist already. Raises UserError if others have their name."""
+        raise NotImplementedError
+
+    def joined(self, empty: int) -> dict[str, dict[str, Any]]:
+        """Writes the columns' files from their parts; returns their entries for the manifest."""
+        raise NotImplementedError
 
     @contextmanager
     def locked(self) -> Iterator[list[int]]:
@@ -158,40 +149,82 @@ class ColumnWriter:
             yield [part for part in range(self.num_parts) if not self._path(part).is_file()]
 
     def samples(self, part: int) -> range:
-        return range(part * ROWS, min((part + 1) * ROWS, self.dataset.num_samples))
+        return range(part * self.rows, min((part + 1) * self.rows, self.dataset.num_samples))
 
-    def write(self, part: int, rows: Half) -> None:
-        """Writes one part [n, k] atomically. Raises UserError if a number is too large for float16."""
-        if not np.isfinite(rows).all():
-            raise UserError(
-                "the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be stored"
-            )
-        _save(self._path(part), [rows], rows.shape, rows.dtype)
+    def write(self, part: int, *arrays: NDArray[Any]) -> None:
+        """Writes one part, arrays [n, ...] in sample order; the first is written last, since its file says that the
+        part is there. Raises UserError if a number is too large for float16."""
+        for number, rows in reversed(list(enumerate(arrays))):
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    "the tower's outputs do not fit float16 (not finite): its weights are damaged, or it cannot be "
+                    "stored"
+                )
+            save(self._path(part, number), [rows], rows.shape, rows.dtype)
 
     def finish(self) -> int:
-        """Joins the parts, adds the column to the manifest and removes the parts; returns the number of samples without
-        an embedding."""
-        empty = sum(int((~self._read(part).any(axis=1)).sum()) for part in range(self.num_parts))
+        """Joins the parts, adds the columns to the manifest and removes the parts; returns the number of samples
+        without an embedding, whose rows are zeros in the first column."""
+        empty = sum(
+            int((~rows.reshape(len(rows), -1).any(axis=1)).sum()) for rows in map(self.part, range(self.num_parts))
+        )
         with amended_columns(self.dataset) as entries:
-            for left_over in Path(self.dataset.root, "columns").glob(
-                f".{self.precomputed.column}.*.tmp"
-            ):  # left by a killed run
+            for left_over in Path(self.dataset.root, "columns").glob(f".{self.name}.*.tmp"):  # left by a killed run
                 left_over.unlink()
-            entries |= self._join(empty)
+            entries |= self.joined(empty)
         shutil.rmtree(self.folder)
         return empty
 
-    def _join(self, empty: int) -> dict[str, dict[str, Any]]:
-        """Writes the column's file from its parts; returns its entries for the manifest."""
-        columns, name, parts = Path(self.dataset.root, "columns"), self.precomputed.column, range(self.num_parts)
+    def part(self, part: int, number: int = 0) -> NDArray[Any]:
+        """An array of a part as it was written, memory-mapped. Raises UserError if its file is not whole."""
+        path = self._path(part, number)
+        try:
+            rows = load_array(str(path))
+        except ValueError as error:
+            raise UserError(f"{path}: incomplete ({error}); remove it and run again to rewrite it") from None
+        assert len(rows) == len(self.samples(part)), path
+        return rows
+
+    def _path(self, part: int, number: int = 0) -> Path:
+        return self.folder / (f"{part:08d}.{number}.npy" if number else f"{part:08d}.npy")
+
+
+class ColumnWriter(PartWriter):
+    """Writes the column of a locked tower."""
+
+    def __init__(
+        self, dataset: Dataset, precomputed: PrecomputedTower, storage: Storage, facts: dict[str, Any]
+    ) -> None:
+        if storage == "fp32":
+            raise UserError("--storage fp32: a locked tower's embeddings are stored as fp16 or int8")
+        super().__init__(dataset, precomputed.column, [precomputed.fingerprint, precomputed.column, facts])
+        self.precomputed, self.storage, self.facts = precomputed, storage, facts
+
+    def finished(self) -> bool:
+        """As PartWriter."""
+        entry = self.dataset.manifest.get("columns", {}).get(self.name)
+        if entry is None:
+            return False
+        PrecomputedColumn(self.dataset, self.precomputed, self.facts.get("captions", []))
+        storage = "int8" if entry["dtype"] == "int8" else "fp16"
+        if storage != self.storage:
+            raise UserError(
+                f"{self.dataset.root}: the column {self.name!r} is there as {storage}; give the {self.storage} "
+                "another name"
+            )
+        return True
+
+    def joined(self, empty: int) -> dict[str, dict[str, Any]]:
+        """As PartWriter."""
+        columns, name, parts = Path(self.dataset.root, "columns"), self.name, range(self.num_parts)
         count, width = self.dataset.num_samples, self.precomputed.width
         entries: dict[str, dict[str, Any]] = {}
         if self.storage == "int8":
-            _save(columns / f"{name}.npy", (to_int8(self._read(part))[0] for part in parts), (count, width), np.int8)
-            _save(columns / f"{name}.scale.npy", (to_int8(self._read(part))[1] for part in parts), (count,), np.float32)
+            save(columns / f"{name}.npy", (to_int8(self.part(part))[0] for part in parts), (count, width), np.int8)
+            save(columns / f"{name}.scale.npy", (to_int8(self.part(part))[1] for part in parts), (count,), np.float32)
             entries[f"{name}.scale"] = {"file": f"columns/{name}.scale.npy", "dtype": "float32", "shape": [count]}
         else:
-            _save(columns / f"{name}.npy", map(self._read, parts), (count, width), np.float16)
+            save(columns / f"{name}.npy", map(self.part, parts), (count, width), np.float16)
         entries[name] = {
             "file": f"columns/{name}.npy",
             "dtype": "int8" if self.storage == "int8" else "float16",
@@ -203,21 +236,8 @@ class ColumnWriter:
         }
         return entries
 
-    def _path(self, part: int) -> Path:
-        return self.folder / f"{part:08d}.npy"
 
-    def _read(self, part: int) -> Half:
-        try:
-            rows: Half = load_array(str(self._path(part)))
-        except ValueError as error:
-            raise UserError(
-                f"{self._path(part)}: incomplete ({error}); remove it and run again to rewrite it"
-            ) from None
-        assert rows.shape == (len(self.samples(part)), self.precomputed.width), self._path(part)
-        return rows
-
-
-def _save(path: Path, pieces: Any, shape: tuple[int, ...], dtype: Any) -> None:
+def save(path: Path, pieces: Any, shape: tuple[int, ...], dtype: Any) -> None:
     """Writes a .npy file from consecutive pieces."""
 
     def chunks() -> Iterator[bytes]:

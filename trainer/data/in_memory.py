@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.core.types import Preprocess
+from trainer.data.augment import picture
 from trainer.data.noise import Noise
 from trainer.data.order import Ints, uniforms
-from trainer.data.reader import Reader, Rows, Skip, hash_caption
+from trainer.data.reader import Reader, Rows, Skip
 from trainer.data.settings import DataSettings
-from trainer.data.sharded_dataset import ShardedDataset
+from trainer.data.sharded_dataset import ShardedDataset, hash_caption
+from trainer.data.stored_teacher import StoredViews
 from trainer.data.transforms import Damaged
 
 UNREAD, WHOLE, DAMAGED = 0, 1, 2
@@ -44,8 +46,9 @@ class MemoryReader(Reader):
         preprocess: Preprocess,
         seed: int,
         noise: Noise | None = None,
+        stored: Sequence[StoredViews] = (),
     ):
-        super().__init__(sources, settings, preprocess, seed, noise)
+        super().__init__(sources, settings, preprocess, seed, noise, stored)
         count = int(self.first_ids[-1])
         self.state = np.zeros(count, np.uint8)
         shape, dtype = Rows.shapes(count, preprocess)[0]
@@ -68,8 +71,18 @@ class MemoryReader(Reader):
         np.take(self.pixels, ids, axis=0, out=rows.pixels, mode="clip")  # "raise" would go through a buffer
         self.texts.take(self.first_caption[ids] + choice, rows)
         rows.ids[:] = ids
+        self._write_taught(rows)
         self.spoil(positions, rows)
         return skips
+
+    def _write_taught(self, rows: Rows) -> None:
+        """The teacher's embeddings of the only view of each image, and of the caption drawn."""
+        if not self.stored:
+            return
+        sources = np.searchsorted(self.first_ids, rows.ids, side="right") - 1
+        samples = rows.ids - self.first_ids[sources]
+        for row, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True)):
+            rows.taught[row] = self.stored[source].read(sample, 0, int(rows.groups[row]))
 
     def _replace(self, source: int, number: int, position: int, skips: list[Skip]) -> int:
         attempt = 0
@@ -96,7 +109,9 @@ class MemoryReader(Reader):
                     found = self.sources[source].captions(sample)
                 else:
                     image, found = self.sources[source].read(sample)
-                    self.pixels[number] = self._picture(image, NO_DRAWS)
+                    self.pixels[number] = picture(image, self.settings, self.preprocess, NO_DRAWS).numpy()
+                    if self.stored:
+                        self.stored[source].check(sample)
             except Damaged as error:
                 self.state[number] = DAMAGED
                 self.reasons[number] = Skip(self.sources[source].key(sample), str(error))

@@ -34,6 +34,7 @@ from trainer.data.open import open_source
 from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
 from trainer.data.remote import FetchAhead
 from trainer.data.settings import DataSettings
+from trainer.data.stored_teacher import open_stored
 from trainer.data.workers import Pool, shared_array, stalled
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,17 @@ class Chunk(NamedTuple):
 
 
 def build_loader(
-    settings: DataSettings, preprocess: Preprocess, batch_size: int, rank: int, world: int, seed: int, samples_seen: int
+    settings: DataSettings,
+    preprocess: Preprocess,
+    batch_size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    samples_seen: int,
+    stored: str | None = None,
 ) -> Loader:
     """The batches of rank ``rank`` of ``world`` from sample position ``samples_seen`` on; ``batch_size`` is global.
+    ``stored`` names the columns of a stored teacher (``distill.stored``), whose views are then drawn.
 
     Raises UserError if the batch does not divide evenly among the ranks, a dataset or shard is missing, or a mixture
     cannot be drawn.
@@ -63,10 +72,11 @@ def build_loader(
     if not settings.sources:
         raise UserError("data.train: an empty list; name at least one dataset")
     sources = [open_source(source, settings) for source in settings.sources]
-    in_memory = fits_memory(sources, settings, preprocess)
+    views = open_stored(sources, stored, settings, preprocess) if stored else []
+    in_memory = fits_memory(sources, settings, preprocess) and all(one.whole_images for one in views)
     noise = Noise(settings.noise, preprocess, seed, batch_size, samples_seen)
     reader = (MemoryReader if in_memory else Reader)(
-        sources, settings, preprocess, seed, noise if noise.active else None
+        sources, settings, preprocess, seed, noise if noise.active else None, views
     )
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
@@ -136,7 +146,7 @@ class _Feed:
         self.ahead = max(self.chunks_a_batch * settings.prefetch, 2 * workers)
         self.pool: Pool | None = None
         if workers:
-            shapes = Rows.shapes(self.chunk, reader.preprocess)
+            shapes = reader.shapes(self.chunk)
             self.shared = [shared_array((self.ahead + 1, *shape), dtype) for shape, dtype in shapes]
             self.pool = Pool(
                 self._work, workers, settings.stall_seconds, self._describe
@@ -145,7 +155,7 @@ class _Feed:
         # The current device is per thread: without this, every rank's pinned memory would open a context on GPU 0.
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
         # The batches in the queue, the one being filled, and the one in use.
-        self.buffers = BatchBuffers(Rows.shapes(self.rows, reader.preprocess), settings.prefetch + 2, self.device)
+        self.buffers = BatchBuffers(reader.shapes(self.rows), settings.prefetch + 2, self.device)
         self.batches: Queue[Made | BaseException] = Queue(settings.prefetch)
         self.ended = Event()
         self.thread = Thread(target=self._run, name="loader", daemon=True)

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from trainer.core.types import Preprocess, UserError
-from trainer.data.augment import NUM_DRAWS, augment
+from trainer.data.augment import NUM_DRAWS, VIEW, picture
 from trainer.data.embedding_column import PrecomputedColumn
 from trainer.data.noise import Noise
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
 from trainer.data.settings import DataSettings
-from trainer.data.sharded_dataset import ShardedDataset
-from trainer.data.transforms import Damaged, decode, fit, least_size
+from trainer.data.sharded_dataset import ShardedDataset, hash_caption
+from trainer.data.stored_teacher import StoredViews
+from trainer.data.transforms import Damaged
 
 ATTEMPTS = 100
 """Replacements to try for one damaged sample before the run ends."""
@@ -43,9 +43,13 @@ class Rows(NamedTuple):
     """[b] number of the sample over all sources, in their order."""
     groups: Ints
     """[b] xxh3_64 of the caption."""
+    taught: NDArray[Any]
+    """[b, 2 d] a stored teacher's embeddings of the view and of the caption; [b, 0] without."""
 
     @classmethod
-    def shapes(cls, rows: int, preprocess: Preprocess) -> list[tuple[tuple[int, ...], type[Any]]]:
+    def shapes(
+        cls, rows: int, preprocess: Preprocess, stored: Sequence[StoredViews] = ()
+    ) -> list[tuple[tuple[int, ...], type[Any]]]:
         """Shape and dtype of each array."""
         tokens, precomputed = (rows, preprocess.num_tokens), preprocess.precomputed
         side = precomputed.side if precomputed else None
@@ -56,6 +60,7 @@ class Rows(NamedTuple):
             (tokens, np.bool_),
             ((rows,), np.int64),
             ((rows,), np.int64),
+            ((rows, 2 * sum(stored[0].widths)), stored[0].dtype) if stored else ((rows, 0), np.float16),
         ]
 
 
@@ -97,8 +102,9 @@ class Reader:
         preprocess: Preprocess,
         seed: int,
         noise: Noise | None = None,
+        stored: Sequence[StoredViews] = (),
     ):
-        self.noise = noise
+        self.noise, self.stored = noise, stored
         self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
         self.order = make_order(self.sources, settings, seed)
         self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
@@ -114,6 +120,10 @@ class Reader:
             if self.precomputed
             else []
         )
+
+    def shapes(self, rows: int) -> list[tuple[tuple[int, ...], type[Any]]]:
+        """Shape and dtype of each array of ``rows`` rows."""
+        return Rows.shapes(rows, self.preprocess, self.stored)
 
     def fill(self, positions: Ints, rows: Rows) -> list[Skip]:
         """Writes the samples at ``positions`` [b] into ``rows``; returns the damaged ones that were replaced. Raises
@@ -181,19 +191,16 @@ class Reader:
             captions = self.sources[source].captions(sample)
         else:
             raw = self.sources[source].read(sample)
-            rows.pixels[row] = self._picture(raw.image, draws)
             captions = raw.captions
-        return captions[int(draws[0] * len(captions))]
-
-    def _picture(self, image: bytes, draws: NDArray[np.float64]) -> NDArray[np.uint8]:
-        settings, preprocess = self.settings, self.preprocess
-        if settings.augment.active:
-            # a crop is resized from fewer pixels than the whole image
-            scaling = settings.jpeg_scaling / settings.augment.crop_scale[0] ** 0.5
-            pixels = decode(image, settings.max_pixels, least_size(scaling, preprocess))
-            return augment(pixels, settings.augment, preprocess, draws).numpy()
-        pixels = decode(image, settings.max_pixels, least_size(settings.jpeg_scaling, preprocess))
-        return fit(pixels, preprocess).numpy()
+        caption = captions[int(draws[0] * len(captions))]
+        if self.stored:
+            stored = self.stored[source]
+            view = int(draws[VIEW] * stored.views)
+            rows.taught[row] = stored.read(sample, view, hash_caption(caption))
+            rows.pixels[row] = stored.picture(raw.image, sample, view, self.preprocess).numpy()
+        elif side != "image":
+            rows.pixels[row] = picture(raw.image, self.settings, self.preprocess, draws).numpy()
+        return caption
 
     def write_text(self, captions: list[str], rows: Rows) -> None:
         """Writes tokens, mask and groups of ``captions`` into the first rows."""
@@ -274,9 +281,3 @@ def check_window(sources: Sequence[ShardedDataset], settings: DataSettings) -> N
             f"data.cache_limit: {settings.cache_limit:g} GiB is less than two windows of {settings.window} shards "
             f"({need / 2**30:.2f} GiB); raise it, or lower data.window"
         )
-
-
-def hash_caption(caption: str) -> int:
-    """xxh3_64 of a caption as a signed 64-bit integer: equal captions are one group."""
-    value = xxhash.xxh3_64_intdigest(caption.encode("utf-8", "replace"))
-    return value - (1 << 64) if value >> 63 else value

@@ -83,6 +83,10 @@ class ShardedDataset:
         shard, entry = self._entry(sample)
         return self._json(shard, entry)
 
+    def key_hash(self, sample: int) -> int:
+        """xxh3_64 of a sample's key: stays with it in a view or a merged dataset."""
+        return int(self._entry(sample)[1]["key_hash"])
+
     def shard_name(self, sample: int) -> str:
         """Path or URL of a sample's tar."""
         return self.dataset.tar_path(self._shard(sample))
@@ -200,3 +204,9 @@ def _strings(values: list[Any]) -> list[str]:
     for value in values:
         found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
     return found
+
+
+def hash_caption(caption: str) -> int:
+    """xxh3_64 of a caption as a signed 64-bit integer: equal captions are one group."""
+    value = xxhash.xxh3_64_intdigest(caption.encode("utf-8", "replace"))
+    return value - (1 << 64) if value >> 63 else value

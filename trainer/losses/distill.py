@@ -66,7 +66,8 @@ class AffinityLoss(PairLoss):
 
 
 class TaughtLoss(nn.Module):
-    """``main`` + ``weight`` x AffinityLoss: each exact over the global batch, and so is their sum.
+    """``main`` + ``weight`` x the mean over teachers of AffinityLoss (MobileCLIP, arXiv 2311.17049, equation 3): each
+    exact over the global batch, and so is their sum.
 
     ``exchange`` are the recipe's loss settings: both traverse the global batch alike.
     """
@@ -77,8 +78,11 @@ class TaughtLoss(nn.Module):
         self.affinity = AffinityLoss(**{key: getattr(exchange, key) for key in PairSettings.model_fields})
 
     def forward(self, z: Embeddings) -> Tensor:
-        """As PairLoss; ``z.teacher`` has the teacher's embeddings of the same pairs."""
-        loss: Tensor = self.main(z) + self.weight * self.affinity(z)
+        """As PairLoss; ``z.teacher`` has the teachers' embeddings of the same pairs."""
+        teachers = z.teacher if isinstance(z.teacher, list) else [z.teacher]
+        loss: Tensor = self.main(z._replace(teacher=None))
+        for teacher in teachers:
+            loss = loss + self.weight / len(teachers) * self.affinity(z._replace(teacher=teacher))
         return loss
 
     def progress(self, samples_seen: int, total_samples: int) -> None:
@@ -96,7 +100,7 @@ class TaughtLoss(nn.Module):
 
 def _teacher_of(pairs: Pairs) -> Embeddings:
     teacher = pairs.teacher
-    if teacher is None:
+    if not isinstance(teacher, Embeddings):
         raise UserError("loss: distillation needs Embeddings.teacher, the teacher's embeddings of the same pairs")
     if teacher.image.shape != teacher.text.shape or teacher.image.shape[0] != pairs.image.shape[0]:
         shapes = f"{list(teacher.image.shape)} images and {list(teacher.text.shape)} texts"

@@ -98,7 +98,7 @@ class Pairs:
         groups: Tensor | None,
         ring: Ring,
         tile_rows: int | None,
-        teacher: Embeddings | None = None,
+        teacher: Embeddings | list[Embeddings] | None = None,
         fast: bool = False,
     ) -> None:
         self.image, self.text, self.scale, self.bias, self.groups, self.ring = image, text, scale, bias, groups, ring

@@ -30,8 +30,10 @@ def job_of(recipe: Recipe, gpus: int, nodes: int) -> Job:
 
 
 def teacher_of(recipe: Recipe, precision: str, device: Device = "cuda") -> Survey | None:
-    """The survey of the recipe's teacher; None if there is none."""
-    return look(recipe.distill.model, precision, device, held=True) if recipe.distill is not None else None
+    """The survey of the teacher that the recipe runs; None if there is none."""
+    if recipe.distill is None or recipe.distill.stored is not None:
+        return None
+    return look(recipe.distill.model, precision, device, held=True)
 
 
 def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device: Device = "cuda") -> int:

@@ -137,7 +137,7 @@ def _column(
     made_by = fingerprint(model.towers, model.preprocess, side, projected=True)
     column = f"search-{made_by[:12]}-{side}"
     tower = PrecomputedTower(side, column, made_by, model.embed_dim)
-    embed(WholeEmbedder(model, tower, data, batch_size, "fp32", origin), source, "fp16")
+    embed(WholeEmbedder(model, tower, data, batch_size, "fp32", origin), source)
     return column
 
 
