@@ -17,6 +17,7 @@ LAYERS = [
     {"run"},
     {"train", "evaluate", "embed", "export", "report", "doctor"},
     {"api", "search", "runs", "finetune"},
+    {"study"},
     {"cli"},
     {"__main__"},
 ]

@@ -24,6 +24,7 @@ TRAINER: Groups = {
     "Training": {
         "train": "train or finetune as a recipe describes; resumes a run",
         "finetune": "finetune a model on your pairs with one command: chooses a recipe, trains, measures forgetting",
+        "study": "repeat a paper's finding as a grid of short runs; your own data and recipe too",
         "plan": "forecast memory and time per GPU; choose ds_config and micro-batch",
         "doctor": "check this machine or a cluster before a run",
         "embed": "store the embeddings of a locked tower (SigLiT) or of teachers beside the shards",

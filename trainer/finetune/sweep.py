@@ -97,11 +97,15 @@ def _fit_time(plan: Plan, run: Path, minutes: float) -> None:
 
 def train(recipe: Path, run: Path, gpus: int, quiet: bool = False) -> None:
     """The training command on all GPUs of this machine, in processes of its own. Raises UserError where it fails."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *ranks, "-m", "trainer.train", str(recipe)]
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.txt").open("w") as output:
-        code = subprocess.run(command, stderr=output if quiet else None, check=False).returncode
+        code = subprocess.run(command(recipe, gpus), stderr=output if quiet else None, check=False).returncode
     if code:
         where = f"see {run / 'output.txt'}" if quiet else "see above"
         raise UserError(f"training ended with exit code {code}, {where}; the same command resumes from its checkpoints")
+
+
+def command(recipe: Path, gpus: int) -> list[str]:
+    """The command line that trains ``recipe``, a rank a GPU."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    return [sys.executable, *ranks, "-m", "trainer.train", str(recipe)]

@@ -1,0 +1,1 @@
+"""``python -m trainer.study``: see __main__.py."""
