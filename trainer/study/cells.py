@@ -127,7 +127,7 @@ class Bench:
 def slots(jobs: int | None) -> list[str | None]:
     """Where runs go side by side: numbers of GPUs, or None for a core each."""
     gpus = torch.cuda.device_count()
-    places: list[str | None] = [str(number) for number in range(gpus)][:jobs]
+    places: list[str | None] = [str(number) for number in range(gpus)[:jobs]]
     return places or [None] * (jobs or cores())
 
 
