@@ -43,7 +43,9 @@ class DistillSettings(Settings):
     tokenizers of their own."""
     stored: str | None = None
     """Read the teacher's embeddings from these columns, which `python -m trainer.embed` has written: training draws one
-    of the views that they are of, and never loads the teacher (MobileCLIP, arXiv 2311.17049)."""
+    of the views that they are of, and never loads the teacher (MobileCLIP, arXiv 2311.17049). `npz`: what
+    the tars of DataCompDR hold themselves, two teachers at temperature 100; data.caption=[txt,syn_text] then draws
+    synthetic captions too."""
     weight: float = Field(default=1.0, gt=0)
     "Weight of the divergence from the teacher, relative to the recipe's loss."
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer.core import distributed
 from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import picture
+from trainer.data.datacompdr import STORED
 from trainer.data.embedding_column import Storage
 from trainer.data.settings import DataSettings
 from trainer.data.sharded_dataset import ShardedDataset, hash_caption
@@ -59,6 +60,8 @@ class TeacherEmbedder:
                 "data.augment.crop_scale=[0.4,1]"
             )
         assert settings.stored is not None
+        if settings.stored == STORED:
+            raise UserError(f"distill.stored={STORED} is what DataCompDR's tars hold: give the columns another name")
         self.name, self.data, self.views, self.storage = settings.stored, data, views, storage
         self.batch_size, self.precision = batch_size, precision
         self.device, self.threads = distributed.device(), distributed.cores()

@@ -17,6 +17,8 @@ from data_tools.format.tar_reader import BLOCK, Member, TarProblem, names_before
 
 _MAX_MEMBER = 2**32 - 1
 _KINDS = {**dict.fromkeys(IMAGE_FORMATS, "image"), "txt": "text", "json": "json"}
+_BESIDE = (".syn", ".paug", ".url")
+"""Ends of KEY in KEY.json and KEY.txt that belong to the sample without them."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -58,10 +60,12 @@ def scan_samples(path: str | Path, problems: list[TarProblem]) -> list[tuple[str
             sample = open_samples[key] = {}
         sample[kind] = member
     closed.extend(open_samples.items())
-    whole = []
+    whole, keys = [], {key for key, sample in closed if "image" in sample}
     for key, sample in closed:
         if "image" in sample and len(sample) > 1:
             whole.append((key, sample))
+        elif key.endswith(_BESIDE) and key.rpartition(".")[0] in keys:
+            continue  # DataCompDR's, which trainer/data/datacompdr.py reads
         else:
             offset = min(member.offset for member in sample.values())
             problems.append(TarProblem(offset, "missing_text" if "image" in sample else "missing_image", key))

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from data_tools.format.index import Dataset, Strings
 from data_tools.format.scan import read_key
 from trainer.core.types import UserError
+from trainer.data import datacompdr
 from trainer.data.remote import ShardCache
 from trainer.data.settings import DataSettings
 from trainer.data.transforms import Damaged
@@ -50,6 +52,7 @@ class ShardedDataset:
 
     def __init__(self, dataset: Dataset, fields: list[str], settings: DataSettings, cache: ShardCache | None):
         self.dataset, self.cache, self.check_digests = dataset, cache, settings.check_digests
+        self.cache_dir, self.members = settings.cache_dir, dict[int, NDArray[np.void]]()
         self.size = dataset.num_samples
         self.fields = ["captions"] if fields == ["txt"] and dataset.max_captions > 1 else fields
         self.fields = [] if self.fields == ["txt"] else self.fields
@@ -77,6 +80,18 @@ class ShardedDataset:
         if self.check_digests and entry["digest"] and xxhash.xxh3_64_intdigest(image) != entry["digest"]:
             raise Damaged("image bytes differ from the index")
         return image
+
+    def member(self, sample: int, kind: str) -> bytes:
+        """A member beside the sample's own, one of datacompdr.KINDS. Raises Damaged if it has none."""
+        return self._member(*self._entry(sample), kind)
+
+    def texts_with_synthetic(self, sample: int, group: int) -> int:
+        """The number of the caption with this hash, where the .txt is 0 and synthetic ones follow."""
+        shard, entry = self._entry(sample)
+        if hash_caption(self._text(shard, entry).strip()) == group:
+            return 0
+        texts = datacompdr.synthetic_captions(self._member(shard, entry, "syn.json"))
+        return 1 + [hash_caption(text.strip()) for text in texts].index(group)
 
     def metadata(self, sample: int) -> dict[str, Any]:
         """The sample's .json member; empty if it has none."""
@@ -129,8 +144,16 @@ class ShardedDataset:
         if field == "txt":
             return self._text(shard, entry)
         value = self._json(shard, entry).get(field)
+        if value is None and field == datacompdr.SYNTHETIC:
+            return datacompdr.synthetic_captions(self._member(shard, entry, "syn.json"))
         # if only other samples have several captions, this one has its caption in .txt only
         return self._text(shard, entry) if value is None and field == "captions" else value
+
+    def _member(self, shard: int, entry: np.void, kind: str) -> bytes:
+        if shard not in self.members:
+            self.members[shard] = datacompdr.places(self._local(shard), self.cache_dir)
+        offset, size = datacompdr.place_of(self.members[shard], int(entry["key_hash"]), kind)
+        return self._read(shard, offset, size)
 
     def _text(self, shard: int, entry: np.void) -> str:
         return self._read(shard, entry["text_offset"], entry["text_size"]).decode("utf-8", "replace")
@@ -144,7 +167,7 @@ class ShardedDataset:
             raise Damaged(f"its .json is not valid JSON ({error})") from error
         return tree if isinstance(tree, dict) else {}
 
-    def _read(self, shard: int, offset: np.unsignedinteger, size: np.unsignedinteger) -> bytes:
+    def _read(self, shard: int, offset: np.unsignedinteger | int, size: np.unsignedinteger | int) -> bytes:
         length, tar = int(size), self._file(shard)
         if int(offset) + length > tar.length:  # before memory is allocated for the size in a damaged index
             raise Damaged("the tar ends before this sample: it was cut off")

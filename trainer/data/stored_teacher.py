@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from data_tools.format.index import Dataset, Strings
 from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import NUM_DRAWS, picture
+from trainer.data.datacompdr import STORED, NpzViews
 from trainer.data.embedding_column import PartWriter, Storage, save
 from trainer.data.order import derive_key, uniforms
 from trainer.data.settings import DataSettings
@@ -164,7 +165,10 @@ def open_stored(
     """The stored views of every dataset. Raises UserError where one does not fit, or they are of several teachers."""
     if settings.noise != type(settings.noise)():
         raise UserError("data.noise: a stored teacher has not seen spoiled pairs; remove data.noise or distill.stored")
-    found: list[StoredViews] = [TeacherColumns(source, name, settings, preprocess) for source in sources]
+    found: list[StoredViews] = [
+        NpzViews(source, settings, preprocess) if name == STORED else TeacherColumns(source, name, settings, preprocess)
+        for source in sources
+    ]
     for source, one in zip(sources, found, strict=True):
         if one.teachers != found[0].teachers or one.dtype != found[0].dtype:
             raise UserError(
