@@ -41,7 +41,7 @@ from trainer.checkpoint.tensor_file import DTYPES, Entry, TensorReader, TensorWr
 from trainer.core.distributed import rank, world_size
 from trainer.core.types import RunFailed, UserError
 from trainer.engine import EngineSettings, build_engine, state
-from trainer.losses import QueueLoss
+from trainer.losses import GlobalLoss, PairLoss, QueueLoss
 from trainer.optim import AdamWSettings, Guard, build_optimizer
 from trainer.step import train_step
 
@@ -202,7 +202,9 @@ class Run:
     """A training run in small: what train.py does, with the real engine, step, loss with a queue, guard and
     schedule."""
 
-    def __init__(self, run_dir: Path, stage: int, micro_batch: int, dropout: float, seed: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, stage: int, micro_batch: int, dropout: float, remembers: str = "queue", seed: int = 0
+    ) -> None:
         # eps is large: AdamW at 1e-8 divides rounding by rounding where a gradient is mathematically zero (key biases).
         optim = AdamWSettings(lr=3e-3, eps=1e-4, warmup=0)
         model = tiny_model("clip", seed=seed, layers=1, dropout=dropout)
@@ -213,7 +215,8 @@ class Run:
         self.engine = build_engine(
             model, build_optimizer(model, optim), EngineSettings(ds_config=str(config), precision="fp32")
         )
-        self.loss, self.guard = QueueLoss(width=32, size=40), Guard(optim)
+        self.loss: PairLoss = QueueLoss(width=32, size=40) if remembers == "queue" else GlobalLoss(gamma_decay=0)
+        self.guard = Guard(optim)
         self.micro_batch, self.samples_seen = micro_batch, 0
         self.keeper = Checkpointer(run_dir, CheckpointSettings(every=SIZE))
 
@@ -229,6 +232,7 @@ class Run:
         for _ in range(steps):
             rows = SIZE // world_size()
             batch = tiny_batch(SIZE, seed=self.samples_seen).split(rows)[rank()]
+            batch = batch._replace(ids=batch.ids % 23)  # samples come again
             seed_step(0, self.samples_seen, rank())
             result = train_step(self.engine, batch, self.loss, self.micro_batch, guard=self.guard)
             self.samples_seen += SIZE
@@ -252,20 +256,22 @@ def run_again(run_dir: Path, *options: Any) -> tuple[list[tuple[float, float]], 
     return run.train(3), run.guard.state_dict()
 
 
+@pytest.mark.parametrize("remembers", ["queue", "global"])
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_real_run_goes_on_with_the_same_numbers(tmp_path: Path, stage: int) -> None:
+def test_a_real_run_goes_on_with_the_same_numbers(tmp_path: Path, stage: int, remembers: str) -> None:
     """Dropout, a queue, micro-batches and the guard included, to the last bit."""
-    straight = run_ranks(run_and_stop, 2, tmp_path, stage, 3, 0.1)[0]
-    resumed, guard = run_ranks(run_again, 2, tmp_path, stage, 3, 0.1)[0]
+    straight = run_ranks(run_and_stop, 2, tmp_path, stage, 3, 0.1, remembers)[0]
+    resumed, guard = run_ranks(run_again, 2, tmp_path, stage, 3, 0.1, remembers)[0]
     assert resumed == straight and len(set(straight)) == 3
     assert guard["norms"][3:] == [norm for _, norm in straight]
 
 
+@pytest.mark.parametrize("remembers", ["queue", "global"])
 @pytest.mark.parametrize(("ranks", "stage", "micro_batch"), [(1, 0, 16), pytest.param(4, 3, 2, marks=pytest.mark.slow)])
-def test_a_real_run_goes_on_elsewhere(tmp_path: Path, ranks: int, stage: int, micro_batch: int) -> None:
+def test_a_real_run_goes_on_elsewhere(remembers: str, tmp_path: Path, ranks: int, stage: int, micro_batch: int) -> None:
     """Other ranks, another stage, another micro-batch: the same curve but for rounding."""
-    straight = run_ranks(run_and_stop, 2, tmp_path, 2, 3, 0.0)[0]
-    resumed, _ = run_ranks(run_again, ranks, tmp_path, stage, micro_batch, 0.0)[0]
+    straight = run_ranks(run_and_stop, 2, tmp_path, 2, 3, 0.0, remembers)[0]
+    resumed, _ = run_ranks(run_again, ranks, tmp_path, stage, micro_batch, 0.0, remembers)[0]
     assert torch.tensor(resumed).flatten().tolist() == pytest.approx(
         torch.tensor(straight).flatten().tolist(), rel=1e-5
     )

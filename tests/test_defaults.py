@@ -104,6 +104,7 @@ def survey(copies: dict[int, int], cut: float | None = 0.0) -> CaptionSurvey:
         ({}, {1: 10_000}, "negative"),
         ({}, {1: 9_990, 10: 1}, "negative"),
         ({"name": "triplet"}, {100: 100}, "mask"),
+        ({"name": "global"}, {100: 100}, "mask"),
         ({"same_group": "negative"}, {100: 100}, "negative"),
         ({"same_group": "mask"}, {1: 10_000}, "mask"),
     ],

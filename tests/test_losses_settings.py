@@ -1,12 +1,14 @@
 """Every loss from a recipe's section: the union by name, its keys, and what its mistakes say."""
 
 import pytest
+import torch
 
 from tests.support import dense_losses
 from trainer.core.settings import Settings, parse, warn_renamed
 from trainer.core.types import UserError
 from trainer.losses import (
     LOSSES,
+    GlobalLoss,
     LossSettings,
     QueueLoss,
     SigmoidLoss,
@@ -35,6 +37,7 @@ RECIPES = [
     ({"name": "sigmoid", "negatives": {"weight": 0.1}, "same_group": "mask"}, SigmoidLoss),
     ({"name": "softmax", "label_smoothing": 0.1}, SoftmaxLoss),
     ({"name": "softmax", "same_group": "positive"}, SoftmaxLoss),
+    ({"name": "global", "temperature": "fixed", "gamma": 0.5}, GlobalLoss),
     ({"name": "queue", "width": 32, "size": 16}, QueueLoss),
     ({"name": "sinkhorn", "mix": 0.3}, SinkhornLoss),
     ({"name": "triplet", "margin": 0.1}, TripletLoss),
@@ -46,7 +49,7 @@ def test_a_recipes_section_makes_a_loss_that_trains(section, kind):
     loss = build(parse(Recipe, {"loss": section}, "recipe.yaml").loss)
     assert type(loss) is kind
     loss.progress(10, 100)
-    z = dense_losses.take(dense_losses.batch(9, near=0.35), [9], 0)
+    z = dense_losses.take(dense_losses.batch(9, near=0.35)._replace(ids=torch.arange(9)), [9], 0)
     loss(z).backward()
     assert z.image.grad.norm() > 0 and z.text.grad.norm() > 0
     assert all(leaf.grad.shape == leaf.shape for leaf in z[:4])

@@ -209,7 +209,8 @@ class Attempt:
         value: Tensor | None = None
         taught, self.taught = self.taught, None
         with self.trouble.during("in the loss", communicates=distributed.world_size() > 1):
-            value = self.loss(z._replace(groups=self.batch.groups.to(self.engine.device), teacher=taught))
+            groups, ids = (field.to(self.engine.device) for field in (self.batch.groups, self.batch.ids))
+            value = self.loss(z._replace(groups=groups, ids=ids, teacher=taught))
         mine = 0.0 if value is None else value.item()
         mean, failed = collectives.mean_over_ranks([mine, float(self.trouble.here)])
         if failed and self.rows < self.batch.rows:  # no activations are allocated: a smaller micro-batch does not help

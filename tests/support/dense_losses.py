@@ -70,7 +70,8 @@ def take(z: Embeddings, sizes: list[int], rank: int) -> Embeddings:
     first = sum(sizes[:rank])
     part = slice(first, first + sizes[rank])
     leaves = [value.clone().requires_grad_() for value in (z.image[part], z.text[part], z.scale, z.bias)]
-    return Embeddings(*leaves, None if z.groups is None else z.groups[part])
+    groups, ids = (None if extra is None else extra[part] for extra in (z.groups, z.ids))
+    return Embeddings(*leaves, groups, ids=ids)
 
 
 def on_ranks(
@@ -96,7 +97,7 @@ def errors(
     ranks = run_ranks(on_ranks, len(sizes), make, batches, sizes)
     world, found = len(sizes), []
     for number, z in enumerate(batches):
-        truth = Embeddings(*[value.double().requires_grad_() for value in z[:4]], z.groups)
+        truth = Embeddings(*[value.double().requires_grad_() for value in z[:4]], z.groups, ids=z.ids)
         loss = dense(truth)
         gradients = torch.autograd.grad(loss, truth[:4], materialize_grads=True)
         parts = [rank[number] for rank in ranks]

@@ -2,8 +2,8 @@
 
 ``model.safetensors`` holds weights and buffers in fp32 by the names of ``DualEncoder``, ``optimizer.safetensors`` the
 moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` (and ``NAME.ema``, where the run averages its weights),
-``loss.safetensors`` the buffers of a loss that has any (a queue), ``state.json`` samples_seen, the optimizer's step
-counts and what the training loop adds. Only rank 0 uses the disk.
+``loss.safetensors`` the buffers of a loss that has any (a queue) and the chunks of its SampleTable, ``state.json``
+samples_seen, the optimizer's step counts and what the training loop adds. Only rank 0 uses the disk.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trainer.core import distributed
 from trainer.core.collectives import on_main, share
 from trainer.core.types import UserError
 from trainer.engine.state_names import AVERAGE, WEIGHT
+from trainer.losses.sample_table import CHUNK, PREFIX, SampleTable
 from trainer.models import DualEncoder, ModelSettings, build_to_load
 
 MODEL, OPTIMIZER, LOSS, STATE = "model.safetensors", "optimizer.safetensors", "loss.safetensors", "state.json"
@@ -75,8 +76,10 @@ def contents(engine: Any, samples_seen: int, extra: dict[str, Any], loss: nn.Mod
             if kind != WEIGHT
         ],
     }
-    if loss_state:
-        entries[LOSS] = [_entry(name, tensor) for name, tensor in loss_state.items()]
+    table = _table(loss)
+    chunks = [Entry(name, torch.float32, (CHUNK, table.width)) for name in table.names] if table else []
+    if loss_state or chunks:
+        entries[LOSS] = [_entry(name, tensor) for name, tensor in loss_state.items()] + chunks
     facts = {
         "samples_seen": samples_seen,
         "extra": extra,
@@ -95,6 +98,10 @@ def pieces(engine: Any, loss: nn.Module | None) -> Iterator[Piece]:
         for name, tensor in _buffers(engine.module).items():
             yield MODEL, name, tensor
         for name, tensor in _loss_state(loss).items():
+            yield LOSS, name, tensor
+    table = _table(loss)
+    if table is not None:
+        for name, tensor in table.pieces():
             yield LOSS, name, tensor
     for name, kind, tensor in state.read_state(engine.ds_engine):
         yield (MODEL, name, tensor) if kind == WEIGHT else (OPTIMIZER, f"{name}.{kind}", tensor)
@@ -170,7 +177,8 @@ def restore(folder: Path, engine: Any, loss: nn.Module | None = None) -> Resumed
     from trainer.engine import state
 
     readers: dict[str, TensorReader] = {}
-    facts = on_main(lambda: _open(folder, engine.module, _shapes(engine, state), _loss_state(loss), readers))
+    table = _table(loss)
+    facts = on_main(lambda: _open(folder, engine.module, _shapes(engine, state), _loss_state(loss), table, readers))
 
     def read(name: str, kind: str) -> Tensor:
         return readers[MODEL].read(name) if kind == WEIGHT else readers[OPTIMIZER].read(f"{name}.{kind}")
@@ -179,6 +187,8 @@ def restore(folder: Path, engine: Any, loss: nn.Module | None = None) -> Resumed
     for file, targets in ((MODEL, _buffers(engine.module)), (LOSS, _loss_state(loss))):
         for name, target in targets.items():
             _broadcast_into(target, readers[file].read(name) if distributed.is_main() else None)
+    if table is not None:
+        table.load(facts["chunks"], lambda name: readers[LOSS].read(name))
     return Resumed(facts["samples_seen"], facts["extra"], folder)
 
 
@@ -187,6 +197,7 @@ def _open(
     module: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     loss_state: dict[str, Tensor],
+    table: SampleTable | None,
     readers: dict[str, TensorReader],
 ) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / STATE).read_bytes())
@@ -196,6 +207,8 @@ def _open(
     wanted = shapes | {name: tuple(tensor.shape) for name, tensor in _buffers(module).items()}
     _same(folder, "model", readers[MODEL].shapes(), wanted)
     saved_loss = readers[LOSS].shapes() if LOSS in readers else {}
+    facts["chunks"] = [name for name in saved_loss if table is not None and name.startswith(PREFIX)]
+    saved_loss = {name: shape for name, shape in saved_loss.items() if name not in facts["chunks"]}
     _same(folder, "loss", saved_loss, {name: tuple(tensor.shape) for name, tensor in loss_state.items()})
     return facts
 
@@ -297,6 +310,12 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _loss_state(loss: nn.Module | None) -> dict[str, Tensor]:
     return _buffers(loss) if loss is not None else {}
+
+
+def _table(loss: nn.Module | None) -> SampleTable | None:
+    """What the loss remembers of each sample, which is divided over the ranks."""
+    table: SampleTable | None = getattr(loss, "table", None)
+    return table
 
 
 def _broadcast_into(target: Tensor, value: Tensor | None) -> None:

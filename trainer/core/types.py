@@ -79,7 +79,8 @@ class Embeddings(NamedTuple):
     factor on cosine similarities *after* the exponential (SigLIP's t = exp(t')) and ``bias`` is added to the logits:
     both one element. ``groups`` [b] int64, where given, marks pairs that must not be each other's negatives.
     ``teacher``, where given, has a teacher's embeddings of the same pairs, of its own width and without gradient, or
-    those of several teachers (distillation).
+    those of several teachers (distillation). ``ids`` [b] int64, where given, are the samples' numbers (``Batch.ids``),
+    for a loss that remembers something of each sample.
     """
 
     image: Tensor
@@ -88,6 +89,7 @@ class Embeddings(NamedTuple):
     bias: Tensor
     groups: Tensor | None = None
     teacher: Embeddings | list[Embeddings] | None = None
+    ids: Tensor | None = None
 
 
 class Loss(Protocol):

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from trainer.losses.base import PairLoss
 from trainer.losses.distill import AffinityLoss, TaughtLoss
+from trainer.losses.global_contrastive import GlobalLoss, GlobalSettings
 from trainer.losses.negatives import NegativeSettings, matched_samples
 from trainer.losses.queue import QueueLoss, QueueSettings
 from trainer.losses.sigmoid import AutoSettings, SigmoidLoss, SigmoidSettings
@@ -23,13 +24,20 @@ from trainer.losses.topology import PeerLost
 from trainer.losses.triplet import TripletLoss, TripletSettings
 
 LossSettings = Annotated[
-    AutoSettings | SigmoidSettings | SoftmaxSettings | QueueSettings | SinkhornSettings | TripletSettings,
+    AutoSettings
+    | SigmoidSettings
+    | SoftmaxSettings
+    | GlobalSettings
+    | QueueSettings
+    | SinkhornSettings
+    | TripletSettings,
     Field(discriminator="name"),
 ]
 LOSSES: dict[type, type[PairLoss]] = {
     AutoSettings: SigmoidLoss,
     SigmoidSettings: SigmoidLoss,
     SoftmaxSettings: SoftmaxLoss,
+    GlobalSettings: GlobalLoss,
     QueueSettings: QueueLoss,
     SinkhornSettings: SinkhornLoss,
     TripletSettings: TripletLoss,
@@ -45,6 +53,8 @@ __all__ = [
     "LOSSES",
     "AffinityLoss",
     "AutoSettings",
+    "GlobalLoss",
+    "GlobalSettings",
     "LossSettings",
     "NegativeSettings",
     "PairLoss",

@@ -133,7 +133,8 @@ class PairLoss(nn.Module):
         once.
         """
         _check(z)
-        loss: Tensor = _Exact.apply(*z[:4], self, {"groups": z.groups, "teacher": z.teacher}, torch.is_grad_enabled())
+        constants = {"groups": z.groups, "teacher": z.teacher, "ids": z.ids}
+        loss: Tensor = _Exact.apply(*z[:4], self, constants, torch.is_grad_enabled())
         return loss
 
     def connect(self, device: torch.device) -> None:
@@ -176,6 +177,7 @@ class PairLoss(nn.Module):
         ring = Ring(image.shape[0], signature, self.exchange, self.node_size, self.group, image.device, self.traffic)
         groups = None if z.groups is None else z.groups.contiguous()
         pairs = Pairs(image, text, scale, bias, groups, ring, self.tile_rows, z.teacher, fast)
+        pairs.ids = z.ids
         share = ring.world / ring.total_rows
         value = (self.objective(pairs, with_image, needs[1]) * share).to(dtype)
         return value, self._gradients(z, pairs, needs, share) if any(needs) else [None] * 4

@@ -85,12 +85,10 @@ class SoftmaxLoss(PairLoss):
             # softplus(LSE of the negatives - z_ii) and its sigmoid: no difference of nearly equal numbers, however
             # small the loss.
             matched = pairs.matched_logits()
-            hinges = rows - matched, columns - matched
-            total = (
-                torch.nn.functional.softplus(torch.stack(hinges), threshold=700).sum(0) / 2
-                + self.label_smoothing * matched
-            ).sum()
-            row_share, column_share = hinges[0].sigmoid(), hinges[1].sigmoid()
+            losses, row_share, column_share = self._weigh(
+                pairs, (rows - matched, columns - matched), image_gradient or text_gradient
+            )
+            total = (losses + self.label_smoothing * matched).sum()
         total = total - smoothing * every_logit
         if image_gradient or text_gradient:
             target = (
@@ -107,6 +105,12 @@ class SoftmaxLoss(PairLoss):
             travelling = torch.stack([columns, column_share], 1)
             pairs.sweep(visit, [*riders, travelling], (), image_gradient, text_gradient, self.comm_gradient_dtype)
         return total
+
+    def _weigh(self, pairs: Pairs, hinges: tuple[Tensor, Tensor], learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """From log sum over negatives of exp(z_ij - z_ii), by row and by column, [b] each: the loss of each pair, and
+        the sum of its row's and of its column's gradients over negatives."""
+        losses = torch.nn.functional.softplus(torch.stack(hinges), threshold=700).sum(0) / 2
+        return losses, hinges[0].sigmoid(), hinges[1].sigmoid()
 
     def _leave_out(self, pairs: Pairs, tile: Tile) -> None:
         """Drops masked pairs from the tile, and matched ones where they are dealt with in float64."""
