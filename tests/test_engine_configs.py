@@ -123,3 +123,17 @@ def test_bf16_rounds_in_the_towers_alone() -> None:
     for stage in (1, 2):
         assert distance(found[stage][0], found[0][0]) < 1e-6
     assert rounding[3] < 1.1 * rounding[0]  # DeepSpeed's own linear layer adds the bias after rounding
+
+
+def stage(name: str) -> int:
+    model = tiny_model(layers=1)
+    return build_engine(
+        model, build_optimizer(model, OPTIM), EngineSettings(ds_config=name, precision="fp32")
+    ).zero_stage
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "wanted_stage"), [("auto", 1, 0), ("auto", 2, 1), ("zero1", 1, 1), ("zero2", 2, 2)]
+)
+def test_auto_partitions_only_where_there_is_another_rank(name: str, ranks: int, wanted_stage: int) -> None:
+    assert run_ranks(stage, ranks, name) == [wanted_stage] * ranks

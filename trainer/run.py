@@ -256,7 +256,7 @@ def describe(run: Run) -> None:
     logger.info(
         f"{run.directory}: {count(trained)} parameters to train, {count(locked)} locked; "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch.size:,} pairs on {distributed.world_size()} rank(s), "
-        f"{run.recipe.engine.ds_config}, {run.recipe.engine.computes_in}, "
+        f"{run.recipe.engine.ds_config_on(distributed.world_size())}, {run.recipe.engine.computes_in}, "
         f"micro-batch {run.micro_batch or 'whole'}; {run.decisions[0]}"
     )
     for line in run.decisions[1:]:

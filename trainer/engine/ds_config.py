@@ -26,9 +26,9 @@ FOLDER = shipped("ds_configs")
 class EngineSettings(Settings):
     """How DeepSpeed holds the model."""
 
-    ds_config: Annotated[str, OPERATIONAL] = "zero1"
+    ds_config: Annotated[str, OPERATIONAL] = "auto"
     """A file in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, ...) or the path of a JSON file; decides where
-    tensors live."""
+    tensors live. auto: zero0 on one rank, where there is nothing to partition, else zero1."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16 and fp16 run the towers under torch autocast; weights, gradients, optimizer and loss stay float32. fp16
     scales the loss dynamically: a step whose gradient overflows is repeated at half the scale, so no batch is lost.
@@ -41,6 +41,12 @@ class EngineSettings(Settings):
     """The layers of the towers go through torch.compile (ZeRO 0 to 2), some seconds to a minute at the start of a run,
     of an evaluation and of a new micro-batch. Results differ by rounding. Measured: 1.3x to 1.4x on an H100, 1.00x to
     1.06x on CPUs."""
+
+    def ds_config_on(self, ranks: int) -> str:
+        """The ds_config, with `auto` decided."""
+        if self.ds_config != "auto":
+            return self.ds_config
+        return "zero0" if ranks == 1 else "zero1"
 
     @property
     def computes_in(self) -> Precision:

@@ -258,7 +258,7 @@ def build_engine(
     ``clip`` is the largest norm of the global gradient (0: no limit). Raises UserError for a ds_config that sets what
     the recipe owns.
     """
-    config = complete(load(settings.ds_config), clip)
+    config = complete(load(settings.ds_config_on(distributed.world_size())), clip)
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     assert not scalars, f"DeepSpeed cannot hold 0-dimensional parameters: {scalars}"
     if not any(parameter.requires_grad for parameter in model.parameters()):

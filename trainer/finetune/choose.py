@@ -81,7 +81,6 @@ def choose(
     batch = batch_size(data.samples, gpus)
     plan.set("batch.size", batch, f"about a sixteenth of {data.samples:,} pairs, a power of two from 32 to 1,024")
     plan.tree["batch"]["micro_batch"] = "auto"
-    plan.tree["engine"] = {"ds_config": "zero1"}
     epochs = next((epochs for most, epochs in EPOCHS if data.samples <= most), 1)
     share = 1.0 if replay is None else 1 - REPLAY
     samples = max(int(epochs * data.samples / share) // batch, EVALUATIONS) * batch

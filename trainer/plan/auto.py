@@ -44,7 +44,7 @@ def largest_micro_batch(recipe: Recipe, memory_bytes: float, world: int, device:
     precision = recipe.engine.computes_in
     job = replace(job_of(recipe, world, 1), teacher=teacher_of(recipe, precision, device))
     survey = look(recipe.model, precision, device, float32_modules=recipe.engine.float32_modules)
-    rows, _ = largest(survey, zero_section(recipe.engine.ds_config), job, usable_bytes(memory_bytes))
+    rows, _ = largest(survey, zero_section(recipe.engine.ds_config_on(world)), job, usable_bytes(memory_bytes))
     return max(1, rows)
 
 

@@ -99,8 +99,9 @@ def _lead(facts: Facts) -> str:
     if start.get("ranks"):
         devices = sorted(set(start.get("devices") or [])) or ["CPU"]
         parts.append(f"{start['ranks']} rank{'s' if start['ranks'] > 1 else ''} on {', '.join(devices)}")
-    if (recipe.get("engine") or {}).get("ds_config"):
-        parts.append(str(recipe["engine"]["ds_config"]))
+    ds_config = (recipe.get("engine") or {}).get("ds_config", "auto")
+    if ds_config != "auto":
+        parts.append(str(ds_config))
     return " · ".join(parts)
 
 
