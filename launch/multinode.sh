@@ -47,6 +47,10 @@ done
 [ -n "$hostfile" ] || [ -n "$ranks" ] || fail "pass --hostfile F (several nodes) or --ranks N (this node alone)"
 if [ -n "$hostfile" ]; then
   [ -f "$hostfile" ] || fail "$hostfile: no such file; $root/launch/hostfile.example shows a hostfile"
+  wrong=$(tr -d '\r' <"$hostfile" | sed 's/#.*//' | awk -v OFS= '
+    NF && (NF != 2 || $2 !~ /^slots=[1-9][0-9]*$/) {print NR, ": expected NAME slots=RANKS, got ", $0; exit}
+    NF && seen[$1]++ {print NR, ": ", $1, " is listed twice"; exit}')
+  [ -z "$wrong" ] || fail "$hostfile:$wrong"
   mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {print $1}')
   mapfile -t slots < <(sed 's/#.*//' "$hostfile" | tr -d '\r' | awk 'NF {split($2, s, "="); print $1 ":" s[2]}')
   [ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no node; $root/launch/hostfile.example shows the format"
@@ -66,10 +70,9 @@ elif [ $ssh = pdsh ]; then
 fi
 # While ranks are missing at the start, rank 0 names their nodes by this list.
 [ -z "$hostfile" ] || export RINGLIP_HOSTS="${slots[*]}"
-launcher+=(--module trainer.train "$@")
 
 over_ssh() { # this script on every node; if one node fails, the watchdog ends the ranks of the others
-  local rank pids=() code=0 one
+  local rank pids=() code=0 ended
   for rank in "${!hosts[@]}"; do
     # shellcheck disable=SC2029,SC2086  (expanded on this side on purpose; RINGLIP_SSH holds several options)
     ssh ${RINGLIP_SSH:-} -tt -o BatchMode=yes "${hosts[rank]}" \
@@ -77,10 +80,20 @@ over_ssh() { # this script on every node; if one node fails, the watchdog ends t
       --master-addr $address --master-port $port --hostfile $(printf %q "$hostfile") $(printf '%q ' "$@")" </dev/null &
     pids+=($!)
   done
-  for one in "${pids[@]}"; do
-    wait "$one"
-    # The exit code of all: 2 if any node returned 2, else another failure, else 75.
-    case "$code:$?" in *:0 | 2:*) ;; *:2) code=2 ;; 0:* | 75:*) code=$? ;; esac
+  while [ ${#pids[@]} -gt 0 ]; do
+    sleep 0.2
+    for rank in "${!pids[@]}"; do
+      ! kill -0 "${pids[rank]}" 2>/dev/null || continue
+      wait "${pids[rank]}"
+      ended=$?
+      unset "pids[rank]"
+      case "$ended" in 126 | 127 | 255) # nothing runs there, or no longer: without this the other nodes would wait for it
+        echo "error: ${hosts[rank]}: ssh ended with exit code $ended" >&2
+        [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null ;;
+      esac
+      # The exit code of all: 2, 126 or 127 if any node returned it, else the first failure, else 75.
+      case "$code:$ended" in *:0 | 2:* | 12[67]:*) ;; *:2 | *:12[67] | 0:* | 75:*) code=$ended ;; esac
+    done
   done
   return "$code"
 }
@@ -92,6 +105,14 @@ quoted() { # a value, quoted for a shell; for pdsh: DeepSpeed adds double quotes
   else
     printf "'%s'" "${value//\'/\'\\\'\'}"
   fi
+}
+argument() { # an argument, quoted for pdsh: DeepSpeed puts those with a space into double quotes, and leaves the others as they are
+  local value
+  case "$1" in
+    *" "*) value=${1//\\/\\\\} value=${value//\$/\\\$} value=${value//\`/\\\`} ;;
+    *) value=$(printf %q "$1") ;;
+  esac
+  printf '%s' "${value//%/%%}"
 }
 environment() { # prints NAME=VALUE lines, quoted, from .deepspeed_env in the home and in this directory, as DeepSpeed reads them
   local name=${DS_ENV_FILE:-.deepspeed_env} file line number
@@ -113,6 +134,14 @@ environment() { # prints NAME=VALUE lines, quoted, from .deepspeed_env in the ho
 }
 messenger=$ssh
 [ -z "$ranks$node_rank" ] || messenger=none
+launcher+=(--module trainer.train)
+for one in "$@"; do
+  [ $messenger != pdsh ] || one=$(argument "$one")
+  launcher+=("$one")
+done
+if [ $messenger = pdsh ] && [[ $PWD =~ [^A-Za-z0-9_@+=:,./-] ]]; then # DeepSpeed's `cd` there does not quote it
+  fail "pdsh cannot start in '$PWD': pass --ssh, or start in a directory without spaces and special characters"
+fi
 variables=$(environment) || exit 2
 if [ $messenger = none ]; then # the ranks start on this node and inherit the environment
   while IFS= read -r line; do

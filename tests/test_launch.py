@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.clusters import free_port, slurm_nodes, ssh_nodes
+from tests.support.clusters import SSH, free_port, need, slurm_nodes, ssh_nodes
 from tests.support.forked_ranks import run_ranks
 from tests.support.runs import curve, make_shards
 from tests.support.tiny_models import tiny_captions, tiny_config, tiny_tokenizer
@@ -179,11 +179,11 @@ def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
         "from pathlib import Path\n"
         "from trainer import train\n"
         "real, fuse = train.Run.step, Path(sys.argv.pop())\n"
-        "def step(self, batch):\n"
+        "def step(self, batch, **options):\n"
         "    if os.environ['RANK'] == '3' and self.samples_seen == 48 and not fuse.exists():\n"
         "        fuse.touch()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, batch)\n"
+        "    return real(self, batch, **options)\n"
         "train.Run.step = step\n"
         "sys.exit(train.run_command(train.main, sys.argv[1:]))\n"
     )
@@ -207,7 +207,7 @@ def test_a_killed_rank_of_one_node_ends_the_other_and_both_start_again(
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("error: rank 3 on ") == 1, done.stdout
-    assert "starting again from the last checkpoint (1 of 3)" in done.stdout
+    assert "starting again, from the last checkpoint if there is one (1 of 3)" in done.stdout
     assert "resumed at 32 samples" in done.stdout
     same(curve(run), whole)
 
@@ -217,12 +217,13 @@ NASTY = {
     "NASTY": """two words  $HOME $(id) `id` "double" it's %n %% \\ ; & | * # end""",
     "EMPTY": "",
 }
+ARGUMENTS = ["recipe.yaml", "a=[1,{b:2,c:3}]", "b=$HOME*%n", "c=two words", NASTY["NASTY"]]
 
 
 @pytest.mark.parametrize("how", ["pdsh", "no-ssh", pytest.param("ssh", marks=pytest.mark.slow)])
 def test_values_of_the_environment_file_arrive_as_they_are(tmp_path: Path, how: str) -> None:
-    """A stand-in for training writes down what its rank finds in the environment."""
-    tree, home = tmp_path / "tree with a space", tmp_path / "home"
+    """A stand-in for training writes down what its rank finds in the environment and on its command line."""
+    tree, home = tmp_path / ("tree" if how == "pdsh" else "tree with a space"), tmp_path / "home"
     (tree / "launch").mkdir(parents=True)
     home.mkdir()
     (tree / "pyproject.toml").touch()
@@ -230,7 +231,8 @@ def test_values_of_the_environment_file_arrive_as_they_are(tmp_path: Path, how: 
     script.write_text((ROOT / "launch" / "multinode.sh").read_text().replace("trainer.train", "stand_in"))
     (tree / "stand_in.py").write_text(
         "import json, os, sys\nfrom pathlib import Path\n"
-        f"Path({str(tmp_path)!r}, 'rank-' + os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
+        f"Path({str(tmp_path)!r}, 'rank-' + os.environ['RANK']).write_text(json.dumps(\n"
+        "    [dict(os.environ), os.getcwd(), [a for a in sys.argv[1:] if not a.startswith('--local_rank')]]))\n"
         "print('runs/x: finished at 96 samples', file=sys.stderr)\n"
     )
     (home / ".deepspeed_env").write_text("FROM_HOME=yes\nPLAIN=replaced\n")
@@ -239,14 +241,15 @@ def test_values_of_the_environment_file_arrive_as_they_are(tmp_path: Path, how: 
     with ssh_nodes(tmp_path / "ssh") as (names, environment):
         (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
         options = {"pdsh": [], "ssh": ["--ssh"], "no-ssh": ["--no-ssh", "0"]}[how]
-        command = ["bash", str(script), "--hostfile", str(tmp_path / "hostfile"), *options, "recipe.yaml"]
+        command = ["bash", str(script), "--hostfile", str(tmp_path / "hostfile"), *options, *ARGUMENTS]
         environment |= {"HOME": str(home), "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=LONG, cwd=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = sorted(tmp_path.glob("rank-*"))
     assert len(ranks) == (1 if how == "no-ssh" else 2)
     for rank in ranks:
-        found = json.loads(rank.read_text())
+        found, folder, arguments = json.loads(rank.read_text())
+        assert (folder, arguments) == (str(tree), ARGUMENTS)
         assert {name: found.get(name) for name in NASTY} == NASTY
         assert (found["FROM_HOME"], found["DS_ACCELERATOR"]) == ("yes", "cpu")
         assert found["RINGLIP_HOSTS"] == "127.0.0.2:1 127.0.0.3:1"
@@ -257,6 +260,57 @@ def test_a_line_of_the_environment_file_that_says_nothing_is_named(tmp_path: Pat
     done = multinode("--ranks", "1", "recipe.yaml", environment=os.environ | {"DS_ENV_FILE": str(tmp_path / "env")})
     assert done.returncode == 2
     assert f"{tmp_path}/env:2: 'export B' is not NAME=VALUE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("node-a slots=2\nnode-b\n", ":2: expected NAME slots=RANKS, got node-b"),
+        ("node-a slots=two\n", ":1: expected NAME slots=RANKS, got node-a slots=two"),
+        ("node-a slots=2 # one\n\nnode-a\tslots=2\r\n", ":3: node-a is listed twice"),
+        ("# nobody\n", " lists no node"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "hostfile").write_text(text)
+    done = multinode("--hostfile", str(tmp_path / "hostfile"), "--no-ssh", "0", "recipe.yaml")
+    assert (done.returncode, len(done.stdout.splitlines())) == (2, 1)
+    assert f"{tmp_path / 'hostfile'}{says}" in done.stdout
+
+
+def test_tabs_comments_windows_lines_and_unequal_slots_make_the_same_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("# nodes\r\n\r\nnode-a\tslots=1\r\nnode-b  slots=3 # larger\r\n")
+    (tmp_path / "end-0").write_text(f"echo $RINGLIP_HOSTS on $*\n{FINISHED}")
+    done = multinode("--hostfile", str(tmp_path / "hostfile"), "--no-ssh", "1", "r.yaml", environment=around(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("node-a:1 node-b:3 on ") and "--node_rank 1 --master_addr node-a" in done.stdout
+
+
+def test_pdsh_is_not_started_where_it_would_train_in_another_directory(tmp_path: Path) -> None:
+    need(SSH, "openssh-server openssh-client pdsh")
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    command = ["bash", str(ROOT / "launch" / "multinode.sh"), "--hostfile", str(tmp_path / "hostfile"), "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path / "a b", text=True, capture_output=True, timeout=LONG)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: pdsh cannot start in '{tmp_path}/a b': pass --ssh")
+
+
+@pytest.mark.parametrize("code", [127, 255])
+def test_a_node_where_nothing_starts_is_named_and_nobody_waits_for_it(tmp_path: Path, code: int) -> None:
+    """A stand-in for ssh: on the first node the ranks wait for the second, where there is no venv, or which is off."""
+    (tmp_path / "ssh").write_text(
+        f"#!/bin/bash\nfor last; do :; done\necho start >>{tmp_path}/starts\n"
+        f"case \"$*\" in *node-b*) exit {code} ;; esac\nsleep 600 & trap 'kill $!; exit 143' TERM; wait\n"
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = ["--hostfile", str(tmp_path / "hostfile"), "--ssh", "--restarts", "1"]
+    done = multinode(*options, "recipe.yaml", environment=environment)
+    assert done.returncode == code, done.stdout
+    assert f"error: node-b: ssh ended with exit code {code}" in done.stdout
+    assert len((tmp_path / "starts").read_text().split()) == (2 if code == 127 else 4)  # 255: a node may come back
 
 
 def around(folder: Path) -> dict[str, str]:
@@ -345,7 +399,7 @@ def test_a_launcher_that_was_killed_is_no_success_and_its_ranks_make_room(
         assert script.wait(LONG) == 75
     text = (tmp_path / "out").read_text()
     assert "stopped by SIGHUP" in text
-    assert "starting again from the last checkpoint (1 of 3)" in text
+    assert "starting again, from the last checkpoint if there is one (1 of 3)" in text
     same(curve(tmp_path / "run")[:1], whole[:1])
 
 

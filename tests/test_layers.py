@@ -91,3 +91,11 @@ def test_nothing_waits_by_a_clock_that_may_jump() -> None:
         path for package in ("trainer", "data_tools") for path in modules(package) if "time.time()" in path.read_text()
     }
     assert asking == shown
+
+
+@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_that_is_run_names_its_logger(path: Path) -> None:
+    """Under `python -m` its __name__ is __main__, and a logger of that name prints no messages."""
+    text = path.read_text(encoding="utf-8")
+    assert path.name != "__main__.py" or "getLogger(__name__)" not in text
+    assert 'if __name__ == "__main__"' not in text or "getLogger(__name__)" not in text

@@ -50,7 +50,7 @@ from trainer.models import DualEncoder, ModelSettings, build
 from trainer.models.precomputed import PrecomputedSettings, precomputed_tower
 from trainer.reinforce import TeacherEmbedder, Views
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("trainer.embed")  # not __name__, which is __main__ here
 
 
 def main(argv: list[str]) -> int:

@@ -31,7 +31,7 @@ from trainer.run import Hook, Run, build, check_tower, describe, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
 from trainer.runtime.watchdog import Watchdog
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("trainer.train")  # not __name__, which is __main__ here
 
 
 def main(argv: list[str]) -> int:
