@@ -330,8 +330,8 @@ def test_merge_after_tars_were_changed_and_indexed(dataset: Path, capsys: pytest
         (("--where", "similarity >= 2"), set(range(20, 24))),
         (("--where", "similarity > 0.5", "--where", "width == 120"), {7, 9, 11, 13, 15, 17, 19, 23}),
         (("--where", "caption ~ thing 3$"), {3, 8, 13, 18, 23}),
-        (("--where", "format != png"), {22}),
-        (("--where", "uid == uid4"), {4}),
+        (("--where", "format != 'png'"), {22}),
+        (("--where", "uid == 'uid4'"), {4}),
         (("--best", "similarity", "--share", "0.25"), set(range(18, 24))),
         (("--where", "min_side < 80", "--best", "similarity", "--share", "1"), {21}),
     ],
@@ -346,9 +346,9 @@ def test_filter(dataset: Path, tmp_path: Path, options: tuple[str, ...], wanted:
 def test_filter_mistakes(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, expected in [
         ((), "nothing to filter by"),
-        (("--where", "width"), "not understood"),
+        (("--where", "width"), "'width' is no condition"),
         (("--where", "nope == 1"), "no sample has 'nope'"),
-        (("--where", "width > wide"), "is not a number"),
+        (("--where", "width > 'wide'"), "compared with one column, by == or !="),
         (("--where", "width > 9999"), "no sample meets the conditions"),
         (("--best", "similarity"), "--best NAME and --share X go together"),
         (("--where", "caption ~ ("), "is not a valid regular expression"),

@@ -197,6 +197,7 @@ class Run:
     def save(self, loader: Loader) -> None:
         """Saves a checkpoint, with the number and names of replaced samples."""
         extra = {"guard": self.guard.state_dict(), "skipped": gather_skipped(loader.skipped), "tower": self.model.tower}
+        extra["selection"] = loader.reader.selection
         if self.teacher is not None:
             extra["teacher"] = self.teacher.record
         if self.engine.loss_scale is not None:
@@ -242,6 +243,16 @@ def check_tower(run: Run, resumed: Resumed) -> None:
         raise UserError(
             f"{resumed.folder} was trained on stored embeddings of another tower (fingerprint {before[:12]}, that of "
             f"model.precomputed is {now[:12]}): use that tower, or start another run.directory"
+        )
+
+
+def check_selection(run: Run, resumed: Resumed, loader: Loader) -> None:
+    """Checks that a run goes on with the samples that it was trained on: with others, the order would be another."""
+    own = run.directory.resolve() in resumed.folder.resolve().parents
+    if own and resumed.extra.get("selection", "") != loader.reader.selection:
+        raise UserError(
+            f"data.where selects other samples than {resumed.folder} was trained on (the condition, or its columns, "
+            f"have changed): restore them, or start another run.directory with checkpoint.resume={resumed.folder}"
         )
 
 

@@ -27,7 +27,7 @@ from trainer.data import Loader, SkippedSamples, build_loader
 from trainer.data.gather import gather_sample_ids
 from trainer.metrics import RunLog
 from trainer.metrics.advice import Advisor, Situation
-from trainer.run import Hook, Run, build, check_tower, describe, say_finished
+from trainer.run import Hook, Run, build, check_selection, check_tower, describe, say_finished
 from trainer.runtime.signals import EXIT_AGAIN, StopSignals
 from trainer.runtime.watchdog import Watchdog
 
@@ -69,7 +69,6 @@ def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
     if run.out_of_patience:
         say_finished(run, patience_words(run))
         return 0
-    describe(run)
     loader = build_loader(
         recipe.data,
         run.model.preprocess,
@@ -80,8 +79,11 @@ def _train(run: Run, watch: Watchdog, hooks: Sequence[Hook]) -> int:
         run.samples_seen,
         recipe.distill.stored if recipe.distill else None,
     )
-    if resumed is not None and distributed.is_main():
-        loader.skipped = SkippedSamples(**resumed.extra["skipped"])
+    if resumed is not None:
+        check_selection(run, resumed, loader)  # before anything is written
+        if distributed.is_main():
+            loader.skipped = SkippedSamples(**resumed.extra["skipped"])
+    describe(run)
     # Saving comes first: a scheduler that has sent a signal does not wait forever.
     saving = Hook("saving a checkpoint", recipe.checkpoint.every, lambda run: run.save(loader), at_stop=True)
     evaluating = Hook(

@@ -3,20 +3,20 @@ point to the samples of DATASET that are kept. Nothing is copied, so DATASET mus
 
     python -m data_tools filter DATASET OUT --where "similarity >= 0.28" --where "min_side >= 200"
     python -m data_tools filter DATASET OUT --best similarity --share 0.3
-    python -m data_tools filter DATASET OUT --where "face == bold serif"
+    python -m data_tools filter DATASET OUT --where "clip_score > 0.28 and not (width < 128 or aspect > 3)"
+    python -m data_tools filter DATASET OUT --where "face == 'bold serif'" --where "caption ~ dogs?"
 
 A name is a column of the .json members, a side-car column (see `join`), "caption", "key", or one of width, height,
-min_side, aspect, image_bytes, caption_bytes and format. Operators: == != >= <= > < and ~ (matches a regular expression
-anywhere in the value). All conditions must hold; a sample without the value is dropped. --best then keeps the given
+min_side, aspect, image_bytes, caption_bytes and format. A condition is written as in a recipe's data.where:
+comparisons, and, or, not, + - * /, numbers, names, and texts in quotes. NAME ~ PATTERN matches a regular expression
+anywhere in the value. All conditions must hold; a sample without the value is dropped. --best then keeps the given
 share of the remaining samples, those with the highest values.
 """
 
 from __future__ import annotations
 
-import operator
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,63 +24,40 @@ from numpy.typing import NDArray
 
 from data_tools.commands.arguments import Parser, add_processes, number
 from data_tools.commands.merge import summary
+from data_tools.format.expression import Expression, as_number
 from data_tools.format.fields import values_of
 from data_tools.format.map_shards import open_local
 from data_tools.format.view import open_view, write_view
 from data_tools.io.errors import UserError
 
-_CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|>=|<=|>|<|~)\s*(.*?)\s*")
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-}
+_MATCHES = re.compile(r"\s*([^\s'\"]+)\s*~\s*(.*?)\s*")
 
 
-def parse_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
-    """ "width >= 200" -> (name, test of a value). Raises UserError when it is not understood."""
-    match = _CONDITION.fullmatch(text)
-    if not match:
-        raise UserError(
-            f'--where {text!r}: not understood; write it as "NAME OPERATOR VALUE", for example "width >= 200"'
-        )
-    name, sign, value = match.groups()
-    if sign == "~":
+class Matches:
+    """ "caption ~ dogs?": whether a regular expression matches anywhere in the value. Raises UserError if it is not
+    valid."""
+
+    def __init__(self, name: str, pattern: str) -> None:
+        self.names = [name]
         try:
-            pattern = re.compile(value)
+            self.pattern = re.compile(pattern)
         except re.error as error:
-            raise UserError(f"--where {text!r}: {value!r} is not a valid regular expression ({error})") from None
-        return name, lambda found: pattern.search(str(found)) is not None
-    compare = _COMPARE[sign]
-    number = _number(value)
-    if number is None and sign not in ("==", "!="):
-        raise UserError(f"--where {text!r}: {value!r} is not a number, and {sign} compares numbers")
+            raise UserError(f"--where: {pattern!r} is not a valid regular expression ({error})") from None
 
-    def test(found: Any) -> bool:
-        if number is not None and (as_number := _number(found)) is not None:
-            return compare(as_number, number)
-        return compare(str(found), value) if sign in ("==", "!=") else False
-
-    return name, test
+    def holds(self, values: dict[str, list[Any]]) -> NDArray[np.bool_]:
+        found = values[self.names[0]]
+        return np.array([value is not None and self.pattern.search(str(value)) is not None for value in found], bool)
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def parse_condition(text: str) -> Expression | Matches:
+    """ "width >= 200". Raises UserError when it is not understood."""
+    match = _MATCHES.fullmatch(text)
+    return Matches(*match.groups()) if match else Expression(text, "--where")
 
 
 def choose_best(values: list[Any], keep: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     """The samples of ``keep`` whose values are among the highest ``share``; ties go to the earlier sample."""
-    numbers = np.array([_number(value) if _number(value) is not None else np.nan for value in values], np.float64)
+    numbers = np.array([as_number(value) for value in values], np.float64)
     candidates = np.flatnonzero(keep & ~np.isnan(numbers))
     order = candidates[np.argsort(-numbers[candidates], kind="stable")]
     best = np.zeros(len(keep), bool)
@@ -106,11 +83,12 @@ def main(argv: list[str]) -> int | None:
     dataset = open_local(arguments.dataset)
     output = open_view(arguments.out, dataset)
     conditions = [parse_condition(text) for text in arguments.where]
-    names = list(dict.fromkeys([name for name, _ in conditions] + ([arguments.best] if arguments.best else [])))
+    names = [name for condition in conditions for name in condition.names]
+    names = list(dict.fromkeys(names + ([arguments.best] if arguments.best else [])))
     values = values_of(dataset, names, arguments.processes)
     keep = np.ones(dataset.num_samples, bool)
-    for name, test in conditions:
-        keep &= np.fromiter((value is not None and test(value) for value in values[name]), bool, len(keep))
+    for condition in conditions:
+        keep &= condition.holds(values)
     if arguments.best:
         keep = choose_best(values[arguments.best], keep, arguments.share)
     made_by: dict[str, Any] = {

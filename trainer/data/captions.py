@@ -18,6 +18,7 @@ from data_tools.io.permutation import Permutation
 from trainer.core.types import Preprocess
 from trainer.data.open import open_source
 from trainer.data.order import draws_per_epoch
+from trainer.data.reader import select_all, size_of
 from trainer.data.settings import DataSettings
 from trainer.data.transforms import Damaged
 
@@ -80,14 +81,16 @@ def sample_captions(settings: DataSettings, count: int) -> list[str]:
     if any("://" in source.path for source in settings.sources):
         return []
     sources = [open_source(source, settings) for source in settings.sources]
-    given = settings.sources
-    draws = draws_per_epoch(
-        [one.size for one in sources], [one.weight for one in given], [one.upsample for one in given]
-    )
+    given, choices = settings.sources, select_all(sources, settings)
+    sizes = [size_of(number, sources, choices) for number in range(len(sources))]
+    draws = draws_per_epoch(sizes, [one.weight for one in given], [one.upsample for one in given])
     captions = []
-    for source, drawn in zip(sources, draws, strict=True):
-        size = min(source.size, max(1, round(count * drawn / sum(draws))))
-        for sample in np.sort(Permutation(source.size, key=0)(np.arange(size))).tolist():
+    for number, (source, drawn) in enumerate(zip(sources, draws, strict=True)):
+        size = min(sizes[number], max(1, round(count * drawn / sum(draws))))
+        samples = np.sort(Permutation(sizes[number], key=0)(np.arange(size)))
+        if number in choices:
+            samples = choices[number].samples(np.zeros_like(samples), samples)
+        for sample in samples.tolist():
             try:
                 found = source.captions(sample)
             except Damaged:

@@ -31,7 +31,7 @@ from trainer.data.buffers import BatchBuffers
 from trainer.data.in_memory import MemoryReader, fits_memory
 from trainer.data.noise import Noise
 from trainer.data.open import open_source
-from trainer.data.reader import Reader, Rows, Skip, SkippedSamples
+from trainer.data.reader import Reader, Rows, Skip, SkippedSamples, size_of
 from trainer.data.remote import FetchAhead
 from trainer.data.settings import DataSettings
 from trainer.data.stored_teacher import open_stored
@@ -80,10 +80,11 @@ def build_loader(
     )
     workers = 0 if in_memory else settings.num_workers()
     kept = ", kept decoded in memory" if in_memory else ""
-    logger.info(
-        f"data: {sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s), {workers} workers per "
-        f"rank{kept}"
-    )
+    pairs = f"{sum(source.size for source in sources):,} pairs in {len(sources)} dataset(s)"
+    if reader.choices:
+        chosen = sum(size_of(number, sources, reader.choices) for number in range(len(sources)))
+        pairs = f"data.where selects {chosen:,} of {pairs}"
+    logger.info(f"data: {pairs}, {workers} workers per rank{kept}")
     return Loader(reader, batch_size, rank, world, samples_seen, workers)
 
 

@@ -9,8 +9,9 @@ integer with any number of ranks and workers. The permutations are computed, not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -64,15 +65,58 @@ class Order(Protocol):
     epoch: int
     """Pairs in an epoch."""
 
+    def chosen(self, cycles: Ints, sources: Ints, numbers: Ints) -> Ints:
+        """[b] numbers among the samples chosen of ``sources``, in their cycles -> [b] samples."""
+        ...
+
     def __call__(self, positions: Ints) -> tuple[Ints, Ints]:
         """[b] sample positions -> ([b] source numbers, [b] sample numbers within their sources)."""
         ...
 
 
-class FullOrder:
-    """Every epoch permutes all samples: for local tars, where any sample costs one pread."""
+class Choice(Protocol):
+    """A part of a source's samples: an order counts these alone."""
 
-    def __init__(self, sizes: Sequence[int], draws: Sequence[int], seed: int):
+    size: int
+    """How many a cycle through them has."""
+
+    def starts(self, cycle: int) -> Ints:
+        """[num_shards + 1]: the number of the first one in each shard and, last, the size."""
+        ...
+
+    def samples(self, cycles: Ints, numbers: Ints) -> Ints:
+        """[b] numbers among them, in these cycles -> [b] samples of the source."""
+        ...
+
+
+class _Chosen:
+    """The part of an order that knows which samples are chosen: none but those of ``choices``, by source."""
+
+    choices: Mapping[int, Choice]
+
+    def chosen(self, cycles: Ints, sources: Ints, numbers: Ints) -> Ints:
+        """[b] numbers among the samples chosen of ``sources`` -> [b] samples."""
+        samples = numbers.copy()
+        for source, choice in self.choices.items():
+            mask = sources == source
+            samples[mask] = choice.samples(cycles[mask], numbers[mask])
+        return samples
+
+
+class FullOrder(_Chosen):
+    """Every epoch permutes all samples: for local tars, where any sample costs one pread.
+
+    ``sizes`` are those of ``choices``, where a source has one.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        draws: Sequence[int],
+        seed: int,
+        choices: Mapping[int, Choice] = MappingProxyType({}),
+    ):
+        self.choices = choices
         self.sizes, self.draws, self.seed = list(sizes), list(draws), seed
         self.ends = np.cumsum(draws, dtype=np.int64)
         self.epoch = int(self.ends[-1])
@@ -91,7 +135,7 @@ class FullOrder:
             mask = sources == source
             draws = self.draws[source]
             samples[mask] = self._draw(int(source), epochs[mask] * draws + slots[mask] - (self.ends[source] - draws))
-        return sources, samples
+        return sources, self.chosen(epochs, sources, samples)
 
     def _draw(self, source: int, stream: Ints) -> Ints:
         """Samples of the source's endless stream, which cycles through all samples, in a new order each time."""
@@ -117,15 +161,23 @@ class Segments(NamedTuple):
     window_ends: Ints
 
 
-class WindowOrder:
+class WindowOrder(_Chosen):
     """An epoch visits shards in a permuted order and shuffles within ``window`` of them: for remote shards behind a
     local cache.
 
     Memory grows with the number of shards (some 50 bytes each), not of samples. ``starts[i]`` has the first sample of
-    each shard of source i and, last, the source's size.
+    each shard of source i and, last, the source's size; of one in ``choices``, its own starts count.
     """
 
-    def __init__(self, starts: Sequence[Ints], draws: Sequence[int], seed: int, window: int):
+    def __init__(
+        self,
+        starts: Sequence[Ints],
+        draws: Sequence[int],
+        seed: int,
+        window: int,
+        choices: Mapping[int, Choice] = MappingProxyType({}),
+    ):
+        self.choices = choices
         self.starts, self.draws, self.seed, self.window = list(starts), list(draws), seed, window
         self.epoch = sum(draws)
         self.segments = lru_cache(maxsize=2)(self._segments)
@@ -136,7 +188,7 @@ class WindowOrder:
         for epoch in np.unique(epochs):
             mask = epochs == epoch
             sources[mask], samples[mask] = self._in_epoch(int(epoch), positions[mask] - epoch * self.epoch)
-        return sources, samples
+        return sources, self.chosen(epochs, sources, samples)
 
     def _in_epoch(self, epoch: int, slots: Ints) -> tuple[Ints, Ints]:
         parts = self.segments(epoch)
@@ -163,7 +215,9 @@ class WindowOrder:
                 epoch, window = epoch + 1, 0
             parts = self.segments(epoch)
             span = slice(window * self.window, (window + 1) * self.window)
-            runs += zip(parts.sources[span].tolist(), parts.firsts[span].tolist(), strict=True)
+            sources, numbers = parts.sources[span], parts.firsts[span]
+            firsts = self.chosen(np.full_like(numbers, epoch), sources, numbers)
+            runs += zip(sources.tolist(), firsts.tolist(), strict=True)
             window += 1
         return runs
 
@@ -182,9 +236,10 @@ class WindowOrder:
 
     def _runs(self, source: int, begin: int, end: int) -> list[tuple[Ints, Ints]]:
         """Draws [begin, end) of the source's endless stream, as runs (first samples, lengths), cycle by cycle."""
-        starts = self.starts[source]
-        size, runs = int(starts[-1]), []
+        choice, runs = self.choices.get(source), []
+        size = choice.size if choice else int(self.starts[source][-1])
         for cycle in range(begin // size, (end - 1) // size + 1):
+            starts = choice.starts(cycle) if choice else self.starts[source]
             shards = Permutation(len(starts) - 1, derive_key(self.seed, "source", source, cycle))(
                 np.arange(len(starts) - 1)
             )

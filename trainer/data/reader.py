@@ -20,6 +20,7 @@ from trainer.data.augment import NUM_DRAWS, VIEW, picture
 from trainer.data.embedding_column import PrecomputedColumn
 from trainer.data.noise import Noise
 from trainer.data.order import FullOrder, Ints, Order, WindowOrder, derive_key, draws_per_epoch, uniforms
+from trainer.data.selection import Selection
 from trainer.data.settings import DataSettings
 from trainer.data.sharded_dataset import ShardedDataset, hash_caption
 from trainer.data.stored_teacher import StoredViews
@@ -106,7 +107,8 @@ class Reader:
     ):
         self.noise, self.stored = noise, stored
         self.sources, self.settings, self.preprocess, self.seed = list(sources), settings, preprocess, seed
-        self.order = make_order(self.sources, settings, seed)
+        self.choices = select_all(self.sources, settings)
+        self.order = make_order(self.sources, self.choices, settings, seed)
         self.first_ids = np.cumsum([0] + [source.size for source in self.sources])
         self.draw_key = derive_key(seed, "augment")
         self.precomputed = preprocess.precomputed
@@ -215,7 +217,9 @@ class Reader:
     def replacement(self, source: int, position: int, attempt: int) -> int:
         """The sample that replaces the one at ``position`` after ``attempt`` + 1 damaged ones; the same on every
         rank."""
-        return derive_key(self.seed, "replacement", position, attempt) % self.sources[source].size
+        number = derive_key(self.seed, "replacement", position, attempt) % size_of(source, self.sources, self.choices)
+        cycle = position // self.order.epoch
+        return int(self.order.chosen(*(np.array([one], np.int64) for one in (cycle, source, number)))[0])
 
     def check_attempts(self, attempt: int, source: int, last: Skip) -> None:
         """Raises UserError after too many damaged samples in a row."""
@@ -242,6 +246,11 @@ class Reader:
         """Brings a remote shard to local disk."""
         return next(source.cache for source in self.sources if source.cache).fetch(url)
 
+    @property
+    def selection(self) -> str:
+        """Identifies the samples that data.where selects; empty if it selects all."""
+        return " ".join(f"{source}:{choice.digest}" for source, choice in self.choices.items())
+
     def keys(self, ids: Iterable[int]) -> list[str]:
         """TAR:KEY of samples by ``Batch.ids``, to inspect after a bad step."""
         found = []
@@ -258,18 +267,31 @@ class Reader:
         return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def make_order(sources: Sequence[ShardedDataset], settings: DataSettings, seed: int) -> Order:
-    """The order of the whole run over all sources, as the settings ask."""
+def make_order(
+    sources: Sequence[ShardedDataset], choices: dict[int, Selection], settings: DataSettings, seed: int
+) -> Order:
+    """The order of the whole run over what is chosen of all sources, as the settings ask."""
     given = settings.sources
-    draws = draws_per_epoch(
-        [source.size for source in sources], [one.weight for one in given], [one.upsample for one in given]
-    )
+    sizes = [size_of(source, sources, choices) for source in range(len(sources))]
+    draws = draws_per_epoch(sizes, [one.weight for one in given], [one.upsample for one in given])
     remote = any(source.cache is not None for source in sources)
     if remote:
         check_window(sources, settings)
     if settings.shuffle == "window" or (settings.shuffle == "auto" and remote):
-        return WindowOrder([source.dataset.counts for source in sources], draws, seed, settings.window)
-    return FullOrder([source.size for source in sources], draws, seed)
+        return WindowOrder([source.dataset.counts for source in sources], draws, seed, settings.window, choices)
+    return FullOrder(sizes, draws, seed, choices)
+
+
+def select_all(sources: Sequence[ShardedDataset], settings: DataSettings) -> dict[int, Selection]:
+    """Source number -> what data.where selects of it, for the sources that have a condition."""
+    wheres = [settings.where if one.where is None else one.where for one in settings.sources]
+    pairs = enumerate(zip(sources, wheres, strict=True))
+    return {number: Selection(source.dataset, where) for number, (source, where) in pairs if where}
+
+
+def size_of(source: int, sources: Sequence[ShardedDataset], choices: dict[int, Selection]) -> int:
+    """How many samples of a source are drawn."""
+    return choices[source].size if source in choices else sources[source].size
 
 
 def check_window(sources: Sequence[ShardedDataset], settings: DataSettings) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data_tools.format.expression import Expression
 from trainer.core.distributed import cores
 from trainer.core.settings import OPERATIONAL, Settings
 from trainer.core.types import UserError
@@ -31,6 +32,13 @@ def sharded(path: str) -> str:
     return path
 
 
+def condition(text: str | None) -> str | None:
+    """A condition that can be understood. Raises UserError for another."""
+    if text:
+        Expression(text, "data.where")
+    return text
+
+
 class SourceSettings(Settings):
     """One dataset of a mixture."""
 
@@ -44,7 +52,11 @@ class SourceSettings(Settings):
     caption: str | list[str] | None = None
     """data.caption for this dataset only."""
 
+    where: str | None = None
+    """data.where for this dataset only."""
+
     _sharded = field_validator("path")(sharded)
+    _condition = field_validator("where")(condition)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SourceSettings:
@@ -110,6 +122,10 @@ class DataSettings(Settings):
     caption: str | list[str] = "txt"
     """Captions of a pair: "txt" (all that the sample has), or fields of its .json or columns added by `data_tools
     join`. From several, one is drawn by (seed, sample position)."""
+    where: str = ""
+    """Train on the samples that meet this condition, such as "clip_score > 0.28 and width >= 128": comparisons, and,
+    or, not, + - * /, numbers, texts in quotes, and names of columns beside the tars or width, height, min_side,
+    aspect, image_bytes, caption_bytes, format. Empty: all. A sample without the value is left out."""
     workers: Annotated[int | Literal["auto"], OPERATIONAL] = "auto"
     """Processes per rank that read and decode; 0: a thread of the training process; auto: the node's cores divided by
     its ranks, less one. Unused if data.cache_decoded applies."""
@@ -143,6 +159,8 @@ class DataSettings(Settings):
     """Larger images count as damaged samples; the size is read from the header, before memory is allocated."""
     stall_seconds: Annotated[float, OPERATIONAL] = Field(default=300.0, gt=0)
     """If a worker is silent for this many seconds the run ends, and names the worker and the shard it was reading."""
+
+    _condition = field_validator("where")(condition)
 
     @field_validator("train", "validation")
     @classmethod
