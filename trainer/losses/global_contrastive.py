@@ -8,8 +8,8 @@ SogCLR (Yuan et al., arXiv 2202.12387) therefore keeps a running mean u of g for
 g, and takes the gradient of g / (eps + u). FastCLIP (Wei et al., arXiv 2407.01445) lowers gamma along half a cosine,
 and learns the temperature tau = 1 / t with the robust loss tau (L + rho): its v3, RGCL-g.
 
-    loss: {name: global}                                # FastCLIP-v3
-    loss: {name: global, temperature: fixed}            # FastCLIP-v1; with gamma_decay: 0 SogCLR
+    loss: {name: global}                                # FastCLIP-v1; with gamma_decay: 0 SogCLR
+    loss: {name: global, temperature: learned}          # FastCLIP-v3
 
 With gamma 1 nothing is remembered, and this is a softmax without the matched pair in its denominator. The sweeps are
 those of softmax.py; the logarithms of u, two float32 for each sample, are in a SampleTable.
@@ -44,9 +44,9 @@ class GlobalSettings(PairSettings):
     """Weight of the present batch in a sample's running mean, once it has been lowered from 1."""
     gamma_decay: float = Field(default=0.5, ge=0, le=1)
     """Share of the run over which the weight falls from 1 to gamma, along a cosine; 0: gamma from the start."""
-    temperature: Literal["learned", "fixed"] = "learned"
-    """learned: with the robust loss (FastCLIP-v3). fixed: as model.scale or the checkpoint says (SogCLR,
-    FastCLIP-v1)."""
+    temperature: Literal["fixed", "learned"] = "fixed"
+    """fixed: as model.scale or the checkpoint says (SogCLR, FastCLIP-v1); model.scale=14 is CLIP's at the start.
+    learned: with the robust loss (FastCLIP-v3); in short runs the scale rises to its ceiling, and fixed did better."""
     rho: float = Field(default=6.5, ge=0)
     """With a learned temperature: the larger, the lower the temperature becomes. The paper uses 6.5 for 2.7 million
     pairs and 8.5 or more for larger sets."""
@@ -69,7 +69,7 @@ class GlobalLoss(SoftmaxLoss):
         *args: Any,
         gamma: float = 0.2,
         gamma_decay: float = 0.5,
-        temperature: Literal["learned", "fixed"] = "learned",
+        temperature: Literal["fixed", "learned"] = "fixed",
         rho: float = 6.5,
         eps: float = 1e-14,
         same_group: Literal["negative", "mask"] = "negative",
