@@ -23,15 +23,15 @@ from trainer.plan.search import Option, largest, usable_bytes, zero_section
 GIB = 1 << 30
 FOLDER = Path(config.__file__).parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-ANSWER = re.compile(r"#   (\d+) x (\d+) GiB \((.*), (.*)\): (.*); ([0-9.]+) GiB a GPU, ([0-9.]+) s a step")
+ANSWER = re.compile(r"#   (\d+) x (\d+) GiB \((.*), (.*)\): (.*); ([0-9.]+) GiB per GPU, ([0-9.]+) s per step")
 CASES = [(path, match) for path in RECIPES for match in ANSWER.finditer(path.read_text(encoding="utf-8"))]
 
 
 def line(gpus: int, memory: int, card: str, precision: str, overrides: list[str], peak: float, seconds: float) -> str:
-    """An answer as a recipe's header has it."""
+    """A forecast as it stands in the header of a recipe."""
     return (
-        f"#   {gpus} x {memory} GiB ({card}, {precision}): {' '.join(overrides)}; {peak / GIB:.1f} GiB a GPU, "
-        f"{seconds:.1f} s a step"
+        f"#   {gpus} x {memory} GiB ({card}, {precision}): {' '.join(overrides)}; {peak / GIB:.1f} GiB per GPU, "
+        f"{seconds:.1f} s per step"
     )
 
 

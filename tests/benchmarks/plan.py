@@ -101,7 +101,7 @@ SETTINGS = [
     Setting("recomputation", model=RECOMPUTE, **MANY),
     Setting("every 2nd layer", model={"recompute": {"image": 2, "text": "none"}}, **NARROW),
     Setting(
-        "recomputation, parked on the host",
+        "recomputation, offloaded to the host",
         model={"recompute": {"image": "all", "text": "all", "offload": True}},
         **MANY,
     ),
