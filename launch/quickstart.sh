@@ -5,6 +5,7 @@
 #
 # All GPUs are used; without one, two CPU ranks over gloo. Safe to interrupt and to run again: what is there is used.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac # before anything is installed
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 

@@ -5,6 +5,7 @@
 #   bash tests/run.sh -k ring             # tests whose name has "ring", without lint and types
 #   bash tests/run.sh -m slow             # the exhaustive matrices
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac # before anything is installed
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 

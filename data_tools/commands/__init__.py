@@ -2,7 +2,7 @@
 
 COMMANDS = {
     "shard": "pairs -> webdataset tars with an index and a manifest",
-    "merge": "finish several runs of `shard --task i/n`",
+    "merge": "complete a dataset that several `shard --task I/N` have written",
     "verify": "check a dataset against its manifest; names every damaged sample",
     "index": "write index and manifest for existing webdataset tars",
     "stats": "sizes, captions, languages, duplicates and a contact sheet, as JSON and an HTML page",

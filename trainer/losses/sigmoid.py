@@ -31,7 +31,7 @@ class _SigmoidBaseSettings(PairSettings):
 
     name: str
     same_group: SameGroup | Literal["auto"] = "auto"
-    """Pairs of one group (equal captions, or texts of one image): negative as in SigLIP, mask (left out), or positive
+    """Pairs of one group (equal captions): negative as in SigLIP, mask (left out), or positive
     (the k texts of an image's group weigh 1/k each, so that the size of the loss does not depend on k). auto: positive
     if captions repeat within a batch (measured at the start), else negative."""
     negatives: NegativeSettings = NegativeSettings()

@@ -31,7 +31,7 @@ class SoftmaxBaseSettings(PairSettings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all texts (images) of the global batch (arXiv 1512.00567)."""
     same_group: SameGroup | Literal["auto"] = "auto"
-    """Pairs of one group (equal captions, or texts of one image): negative as in CLIP, mask (left out), or positive
+    """Pairs of one group (equal captions): negative as in CLIP, mask (left out), or positive
     (the k of a group share the target evenly, 1/k each). auto: positive where captions repeat within a batch (measured
     at the start), else negative."""
 
