@@ -13,10 +13,8 @@ from typing import Any, Literal
 from trainer.config import Recipe
 from trainer.core.collectives import on_main
 from trainer.data.captions import CaptionSurvey, survey_captions
-from trainer.losses import AutoSettings, LossSettings, SigmoidSettings, SoftmaxSettings, TripletSettings
+from trainer.losses import AutoSettings, LossSettings, SigmoidSettings, SoftmaxSettings
 from trainer.losses.base import PairSettings
-from trainer.losses.global_contrastive import GlobalSettings
-from trainer.losses.softmax import SoftmaxBaseSettings
 from trainer.models import DualEncoder, ModelSettings
 from trainer.optim import NEW_RATE, OptimizerSettings
 
@@ -82,7 +80,7 @@ def decide(recipe: Recipe, model: DualEncoder, survey: CaptionSurvey | None = No
         loss = loss.model_copy(update={"same_group": group})
     optim = rated.optim
     if optim.max_scale == "auto":
-        ceiling = NEW_CLIP_CEILING if isinstance(loss, SoftmaxBaseSettings | GlobalSettings) else None
+        ceiling = NEW_CLIP_CEILING if loss.normalises else None
         optim = optim.model_copy(update={"max_scale": ceiling})
     return rated.model_copy(update={"loss": loss, "optim": optim}), told
 
@@ -165,7 +163,7 @@ def _same_group(loss: LossSettings, batch: int, survey: CaptionSurvey | None) ->
         return "negative", told
     decided = "negative"
     if share >= REPEATED:
-        decided = "mask" if isinstance(loss, TripletSettings | GlobalSettings) else "positive"
+        decided = loss.repeats
     if share >= REPEATED or asked not in ("auto", "negative"):
         what = f"auto: {decided}" if asked == "auto" else str(asked)
         told.append(

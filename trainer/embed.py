@@ -22,8 +22,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -41,6 +41,7 @@ from trainer.core.help import describe
 from trainer.core.types import PrecomputedTower, UserError
 from trainer.data.embedding_column import ColumnWriter, Half, Storage
 from trainer.data.open import open_source
+from trainer.data.read_ahead import batches, read_ahead
 from trainer.data.settings import DataSettings, SourceSettings, sharded
 from trainer.data.sharded_dataset import ShardedDataset
 from trainer.data.transforms import Damaged, decode, fit, least_size
@@ -151,15 +152,8 @@ class Embedder:
     def rows(self, source: ShardedDataset, samples: range) -> Iterator[tuple[Half]]:
         """Yields [b, k] float16 for each batch of ``samples`` in order, with zeros for unusable ones. Reads ahead of
         the tower."""
-        starts = range(samples.start, samples.stop, self.batch_size)
-        batches = [range(start, min(start + self.batch_size, samples.stop)) for start in starts]
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead: list[list[Future[Tensor | str | None]]] = []
-            for index in range(len(batches) + 1):
-                if index < len(batches):
-                    ahead.append([pool.submit(self._read, source, sample) for sample in batches[index]])
-                if index:
-                    yield (self._embed([future.result() for future in ahead.pop(0)]),)
+        for found in read_ahead(batches(samples, self.batch_size), partial(self._read, source), self.threads):
+            yield (self._embed(found),)
 
     def _read(self, source: ShardedDataset, sample: int) -> Tensor | str | None:
         """The tower's input: uint8 [3, h, w], or a caption; None if the sample cannot be used."""

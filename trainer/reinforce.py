@@ -4,8 +4,8 @@ trainer.embed` (MobileCLIP, arXiv 2311.17049, section 3.1; trainer/data/stored_t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import picture
 from trainer.data.datacompdr import STORED
 from trainer.data.embedding_column import Storage
+from trainer.data.read_ahead import batches, read_ahead
 from trainer.data.settings import DataSettings
 from trainer.data.sharded_dataset import ShardedDataset, hash_caption
 from trainer.data.stored_teacher import DTYPES, TeacherWriter, draws
@@ -99,14 +100,8 @@ class TeacherEmbedder:
     def rows(self, source: ShardedDataset, samples: range) -> Iterator[tuple[NDArray[Any], ...]]:
         """Yields ([b, k, d], [b, c, d], [b, c]) for batches of ``samples`` in order, with zeros for unusable ones."""
         most, size = num_captions(source), max(1, self.batch_size // self.views.count)
-        batches = [range(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead: list[list[Future[Inputs | None]]] = []
-            for index in range(len(batches) + 1):
-                if index < len(batches):
-                    ahead.append([pool.submit(self._read, source, sample) for sample in batches[index]])
-                if index:
-                    yield self._embed([future.result() for future in ahead.pop(0)], most)
+        for found in read_ahead(batches(samples, size), partial(self._read, source), self.threads):
+            yield self._embed(found, most)
 
     def _facts(self, path: str, model: DualEncoder) -> dict[str, Any]:
         made_by: dict[str, Any] = {

@@ -36,6 +36,17 @@ ROWS = 8192
 """Samples per part; a killed run loses at most one part on each rank."""
 
 
+def entry_of(dataset: Dataset, name: str, subject: str) -> dict[str, Any]:
+    """A column's entry in the manifest. Raises UserError, which begins with ``subject``, if there is none."""
+    entry: dict[str, Any] | None = dataset.manifest.get("columns", {}).get(name)
+    if entry is None:
+        there = ", ".join(dataset.columns) or "none"
+        raise UserError(
+            f"{subject} not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`"
+        )
+    return entry
+
+
 class PrecomputedColumn:
     """The rows of one dataset's column. Raises UserError if it is missing, incomplete, or of another tower."""
 
@@ -45,12 +56,7 @@ class PrecomputedColumn:
             f"write others with `python -m trainer.embed RECIPE model.precomputed.{precomputed.side}=ANOTHER_NAME`, or "
             f"name the ones that fit"
         )
-        entry = dataset.manifest.get("columns", {}).get(precomputed.column)
-        if entry is None:
-            there = ", ".join(dataset.columns) or "none"
-            raise UserError(
-                f"{where} are not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`"
-            )
+        entry = entry_of(dataset, precomputed.column, f"{where} are")
         if "tower" not in entry:
             raise UserError(
                 f"{where} do not say which tower made them: a column of `data_tools join` cannot stand for one; {again}"

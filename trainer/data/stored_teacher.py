@@ -26,7 +26,7 @@ from data_tools.format.index import Dataset, Strings
 from trainer.core.types import Preprocess, UserError
 from trainer.data.augment import NUM_DRAWS, picture
 from trainer.data.datacompdr import STORED, NpzViews
-from trainer.data.embedding_column import PartWriter, Storage, save
+from trainer.data.embedding_column import PartWriter, Storage, entry_of, save
 from trainer.data.order import derive_key, uniforms
 from trainer.data.settings import DataSettings
 from trainer.data.sharded_dataset import ShardedDataset
@@ -72,12 +72,7 @@ class TeacherColumns:
         dataset = source.dataset
         self.source, self.settings = source, settings
         self.where = f"{dataset.root}: distill.stored {name!r}"
-        entry = dataset.manifest.get("columns", {}).get(name)
-        if entry is None:
-            there = ", ".join(dataset.columns) or "none"
-            raise UserError(
-                f"{self.where} is not there, or not finished (columns: {there}); run `python -m trainer.embed RECIPE`"
-            )
+        entry = entry_of(dataset, name, f"{self.where} is")
         if "teachers" not in entry:
             raise UserError(
                 f"{self.where} is a column without a teacher; name one that `python -m trainer.embed RECIPE` wrote for "

@@ -30,6 +30,10 @@ class PairSettings(Settings):
     """Keys that all losses over pairs have; they change memory, traffic and speed."""
 
     renamed: ClassVar = {"rows": "tile_rows", "wire": "comm_dtype", "wire_gradient": "comm_gradient_dtype"}
+    repeats: ClassVar[Literal["positive", "mask"]] = "positive"
+    """What `same_group: auto` means where captions repeat within a batch."""
+    normalises: ClassVar[bool] = False
+    """Whether logits are normalised over the batch, as in CLIP, whose temperature `optim.max_scale: auto` limits."""
 
     tile_rows: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
     """Images per tile, the block of logits that is computed at once. Memory grows with it; below a few hundred, matrix
@@ -176,8 +180,7 @@ class PairLoss(nn.Module):
         signature = (image.shape[1], list(DTYPES.values()).index(text.dtype), needs[1] + 2 * (z.groups is not None))
         ring = Ring(image.shape[0], signature, self.exchange, self.node_size, self.group, image.device, self.traffic)
         groups = None if z.groups is None else z.groups.contiguous()
-        pairs = Pairs(image, text, scale, bias, groups, ring, self.tile_rows, z.teacher, fast)
-        pairs.ids = z.ids
+        pairs = Pairs(image, text, scale, bias, groups, ring, self.tile_rows, z.teacher, fast, z.ids)
         share = ring.world / ring.total_rows
         value = (self.objective(pairs, with_image, needs[1]) * share).to(dtype)
         return value, self._gradients(z, pairs, needs, share) if any(needs) else [None] * 4

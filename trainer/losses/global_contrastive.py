@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ SMALLEST = torch.finfo(torch.float32).tiny
 class GlobalSettings(PairSettings):
     """Contrasts every sample with the whole data set by running means (SogCLR, FastCLIP); for small batches."""
 
+    repeats: ClassVar = "mask"
+    normalises: ClassVar = True
     name: Literal["global"] = "global"
     gamma: float = Field(default=0.2, gt=0, le=1)
     """Weight of the present batch in a sample's running mean, once it has been lowered from 1."""

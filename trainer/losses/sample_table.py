@@ -129,6 +129,8 @@ class SampleTable:
         """(chunk, places in ``ids``, rows in the chunk) for each chunk that this rank keeps."""
         numbers = ids.cpu().numpy()
         chunks = numbers // CHUNK
-        for chunk in np.unique(chunks[chunks % self._world == self._rank]).tolist():
-            places = np.flatnonzero(chunks == chunk)
-            yield chunk, places, numbers[places] % CHUNK
+        mine = np.flatnonzero(chunks % self._world == self._rank)
+        mine = mine[np.argsort(chunks[mine], kind="stable")]  # stable: of a repeated id the last stays last
+        for places in np.split(mine, np.flatnonzero(np.diff(chunks[mine])) + 1):
+            if places.size:
+                yield int(chunks[places[0]]), places, numbers[places] % CHUNK

@@ -13,7 +13,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ from trainer.losses.tiles import Pairs, Tile
 class SoftmaxBaseSettings(PairSettings):
     """Keys of all softmax losses."""
 
+    normalises: ClassVar = True
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all texts (images) of the global batch (arXiv 1512.00567)."""
     same_group: SameGroup | Literal["auto"] = "auto"

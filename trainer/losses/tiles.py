@@ -100,10 +100,11 @@ class Pairs:
         tile_rows: int | None,
         teacher: Embeddings | list[Embeddings] | None = None,
         fast: bool = False,
+        ids: Tensor | None = None,
     ) -> None:
         self.image, self.text, self.scale, self.bias, self.groups, self.ring = image, text, scale, bias, groups, ring
         self.teacher = teacher
-        self.ids: Tensor | None = None
+        self.ids = ids
         """[b] int64: the number of each pair's sample, where it was given."""
         self.dtype = scale.dtype
         self.tile_rows = min(tile_rows or default_tile_rows(image.device.type), max(1, image.shape[0]))

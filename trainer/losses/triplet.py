@@ -11,7 +11,7 @@ gradients.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from trainer.losses.tiles import Pairs, Tile
 class TripletSettings(PairSettings):
     """VSE++'s triplet loss with the hardest negative of the global batch."""
 
+    repeats: ClassVar = "mask"
     name: Literal["triplet"] = "triplet"
     margin: float = Field(default=0.2, ge=0)
     """By how much a matched cosine should exceed the hardest negative's."""
