@@ -150,6 +150,13 @@ def test_a_failed_run_names_its_output(tmp_path: Path, monkeypatch: pytest.Monke
         main([str(study_file(tmp_path)), "--out", str(tmp_path / "out"), "--data", "d", "--jobs", "1"])
 
 
+def test_a_failed_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = "print('error: an older one'); print('error: d/train: no such shards'); raise SystemExit(2)"
+    monkeypatch.setattr(cells, "command", lambda recipe, gpus: [sys.executable, "-c", failing])
+    with pytest.raises(UserError, match=r"exit code 2; see .*output\.txt \(d/train: no such shards\); start again"):
+        main([str(study_file(tmp_path)), "--out", str(tmp_path / "out"), "--data", "d", "--jobs", "1"])
+
+
 def test_preparations_run_once_and_a_failed_one_is_told(tmp_path: Path, fake: None) -> None:
     common = ["--out", str(tmp_path / "out"), "--data", "d"]
     assert main([str(study_file(tmp_path, prepare=["timeit -n1 -r1 pass"], seeds=1)), *common]) == 0

@@ -188,7 +188,9 @@ def _keep(job: Job, code: int, metrics: dict[str, str | list[str]]) -> None:
     """Writes the result of a run that has ended; its checkpoints are of no more use."""
     where = job.folder / "output.txt"
     if code:
-        raise UserError(f"{job.title}: training ended with exit code {code}; see {where}; start again to go on")
+        said = [line for line in where.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")][-1:]
+        why = f" ({said[0].removeprefix('error: ')})" if said else ""
+        raise UserError(f"{job.title}: training ended with exit code {code}; see {where}{why}; start again to go on")
     log = read_log(job.recipe.run.directory / "log.jsonl")
     found = {}
     for name, keys in metrics.items():
