@@ -48,7 +48,8 @@ class GlobalSettings(PairSettings):
     """Share of the run over which the weight falls from 1 to gamma, along a cosine; 0: gamma from the start."""
     temperature: Literal["fixed", "learned"] = "fixed"
     """fixed: as model.scale or the checkpoint says (SogCLR, FastCLIP-v1); model.scale=14 is CLIP's at the start.
-    learned: with the robust loss (FastCLIP-v3); in short runs the scale rises to its ceiling, and fixed did better."""
+    learned: with the robust loss (FastCLIP-v3), where rho decides: in short runs the scale rose to its ceiling at 6.5
+    and fell to 4 at 1, and fixed did better."""
     rho: float = Field(default=6.5, ge=0)
     """With a learned temperature: the larger, the lower the temperature becomes. The paper uses 6.5 for 2.7 million
     pairs and 8.5 or more for larger sets."""

@@ -151,7 +151,9 @@ class Advisor:
 
     def _diverges(self, now: dict[str, float]) -> str:
         rise = (now["loss"] - self._best) / (self.situation.chance or self._first["loss"] or 1.0)
-        higher = rise > 0.5 or (rise > 0.1 and self._fastest > FAST)
+        # A global loss rises by itself as its gamma falls: the logarithm of a mean over batches is above the mean of
+        # their logarithms.
+        higher = self.situation.loss != "global" and (rise > 0.5 or (rise > 0.1 and self._fastest > FAST))
         gone = now["apart"] < NOTHING and self._farthest > LEARNT
         return f"the loss was {self._best:.3g} and is {now['loss']:.3g}" if gone or higher else ""
 
@@ -187,6 +189,8 @@ class Advisor:
                 f"the towers hardly move ({self._fastest:.0e} of their weights in a step): raise optim.lr, or leave it "
                 "out; look at model.lock and model.rates"
             )
+        if kind == "loses its temperature" and s.loss == "global":
+            yield "its robust loss holds it down: raise loss.rho, or set loss.temperature=fixed"
         if kind == "loses its temperature" and s.head > 10:
             yield f"the temperature's own rate is too high: lower model.rates.head ({s.head:g})"
         if s.noise:
@@ -196,7 +200,8 @@ class Advisor:
         if s.kept:
             yield f"loss.negatives keeps the {s.kept} alone: keep all or random ones, or set loss.negatives.warmup"
         if now.get("repeated", 0) >= REPEATED and s.same_group in ("negative", ""):
-            yield "equal captions are negatives: set loss.same_group=positive, or name richer captions in data.caption"
+            key = "mask" if s.loss in ("triplet", "global") else "positive"
+            yield f"equal captions are negatives: set loss.same_group={key}, or name richer captions in data.caption"
         if kind != "contradicts itself" and self._fastest >= SLOW:
             yield (
                 "captions do not belong to their images, or these are blank: look at some pairs, check data.caption "
